@@ -1,0 +1,117 @@
+"""Thread counts in, a TensorFlow session out, and what each session's graph remembers."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.core.protobuf import rewriter_config_pb2
+
+from . import model
+
+# A key that is no string is skipped when a graph is exported.
+_MEMORY = ("gpt_2_simple",)
+
+
+@dataclasses.dataclass
+class Memory:
+    """What a graph remembers between calls, so that a second call builds nothing.
+
+    Attributes:
+        lock: held while the graph grows.
+        hparams: the model's sizes, None before there is a model.
+        weights: the model's variables.
+        folder: where the weights in the session came from, None before anything was loaded.
+        built: parts of the graph by whatever key their builder chose.
+    """
+
+    lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
+    hparams: model.HParams | None = None
+    weights: model.Weights | None = None
+    folder: str | None = None
+    built: dict[Any, Any] = dataclasses.field(default_factory=dict)
+
+
+_new_memory = threading.Lock()
+
+
+def memory(sess: tf.compat.v1.Session) -> Memory:
+    """What the session's graph remembers; made on first use.
+
+    Raises:
+        RuntimeError: the session is closed.
+    """
+    if getattr(sess, "_closed", False):
+        raise RuntimeError("this session is closed; make another with start_tf_sess()")
+    with _new_memory:
+        found = sess.graph.get_collection_ref(_MEMORY)
+        if not found:
+            found.append(Memory())
+        return found[0]
+
+
+def build_model(sess: tf.compat.v1.Session, hparams: model.HParams, gpus: list[str]) -> Memory:
+    """Gives the session's graph the model's variables, unless it has them already.
+
+    Raises:
+        ValueError: the graph holds a model of other sizes.
+    """
+    state = memory(sess)
+    with state.lock, sess.graph.as_default():
+        if state.weights is None:
+            found = [v.op.name for v in tf.compat.v1.global_variables() if v.op.name == "model/wte"]
+            state.weights = model.variables(hparams, gpus=gpus, reuse=bool(found))
+            state.hparams = dataclasses.replace(hparams)
+        elif state.hparams != hparams:
+            raise ValueError(
+                f"this session holds a model of other sizes ({state.hparams}, not {hparams}); "
+                "call sess = gpt2.reset_session(sess) first, or use a second session"
+            )
+        return state
+
+
+def start_tf_sess(threads: int = -1, server: Any = None) -> tf.compat.v1.Session:
+    """Starts a session with a graph of its own.
+
+    Args:
+        threads: CPU threads within and between operations; -1 leaves it to TensorFlow.
+        server: a tf.distribute.Server to run on, None for this process.
+
+    Returns:
+        A tf.compat.v1.Session. Close it with `sess.close()`, or use it in a `with` block.
+    """
+    config = tf.compat.v1.ConfigProto(allow_soft_placement=True)
+    config.gpu_options.allow_growth = True
+    # The layout optimizer is for convolutions; on GPT-2 it only costs time.
+    config.graph_options.rewrite_options.layout_optimizer = rewriter_config_pb2.RewriterConfig.OFF
+    if threads > 0:
+        config.intra_op_parallelism_threads = threads
+        config.inter_op_parallelism_threads = threads
+    target = "" if server is None else server.target
+    return tf.compat.v1.Session(target=target, graph=tf.Graph(), config=config)
+
+
+def reset_session(
+    sess: tf.compat.v1.Session, threads: int = -1, server: Any = None
+) -> tf.compat.v1.Session:
+    """Closes a session, frees what it holds, and starts another.
+
+    Args:
+        sess: the session to close; one that is closed already is no error.
+        threads: as in start_tf_sess.
+        server: as in start_tf_sess.
+
+    Returns:
+        A new session, ready for another model.
+    """
+    sess.close()
+    sess.graph.get_collection_ref(_MEMORY).clear()
+    return start_tf_sess(threads, server)
+
+
+def get_available_gpus() -> list[str]:
+    """The names of this machine's GPUs, such as '/device:GPU:0'; empty without any."""
+    gpus = tf.config.list_physical_devices("GPU")
+    return [gpu.name.replace("/physical_device:", "/device:") for gpu in gpus]
