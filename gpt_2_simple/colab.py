@@ -1,0 +1,364 @@
+"""Runs and files in, copies of them on a mounted Google Drive out, and back again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posixpath
+import re
+import shutil
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import IO
+
+MOUNT_POINT = "/content/drive"
+_DRIVE_NAMES = ("MyDrive", "My Drive")  # today's name first, then that of older mounts
+_TAR_ROOT = "checkpoint"  # gpt-2-simple 0.8.1 writes and expects checkpoint/<run> in its archives
+
+
+def mount_gdrive() -> None:
+    """Mounts the user's Google Drive in Colaboratory, at /content/drive.
+
+    Raises:
+        RuntimeError: outside Google Colaboratory.
+    """
+    try:
+        from google.colab import drive
+    except ImportError as error:
+        raise RuntimeError(
+            "mount_gdrive() works only in Google Colaboratory, where the module google.colab is"
+        ) from error
+    drive.mount(MOUNT_POINT)
+
+
+def is_mounted() -> bool:
+    """Checks that a Google Drive is mounted.
+
+    Returns:
+        True. It never returns False: gpt-2-simple 0.8.1 raised, and scripts count on it.
+
+    Raises:
+        RuntimeError: no Drive is mounted.
+    """
+    _drive_root()
+    return True
+
+
+def get_tarfile_name(checkpoint_folder: str) -> str:
+    """Names the archive of a run: 'checkpoint/run1' gives 'checkpoint_run1.tar'.
+
+    Args:
+        checkpoint_folder: path of a run, relative or absolute, with this system's or any
+            other's separators.
+
+    Returns:
+        A file name without a folder; the root, '.' and '..' leave no trace in it.
+    """
+    return "_".join(_inner_parts(checkpoint_folder)) + ".tar"
+
+
+def copy_checkpoint_to_gdrive(
+    run_name: str = "run1",
+    copy_folder: bool = False,
+    *,
+    checkpoint_dir: str = "checkpoint",
+    drive_folder: str | None = None,
+) -> str:
+    """Copies a run to the mounted Google Drive, in place of an earlier copy of it.
+
+    The earlier copy stays until the new one is complete. Names that start with a dot
+    (temporary files, locks) are left out.
+
+    Args:
+        run_name: folder of the run in `checkpoint_dir`.
+        copy_folder: True copies the folder as it is, False packs it into one archive.
+        checkpoint_dir: folder that holds the runs.
+        drive_folder: folder in My Drive, made if need be; None is My Drive itself. An absolute
+            path reaches a shared drive.
+
+    Returns:
+        The path of the copy.
+
+    Raises:
+        RuntimeError: no Drive is mounted.
+        FileNotFoundError: there is no such run; the message lists those there are.
+    """
+    source = _run_folder(checkpoint_dir, run_name)
+    drive = _drive_path(drive_folder)
+    if not os.path.isdir(source):
+        raise FileNotFoundError(
+            f"There is no run {run_name!r} to copy: {source} is not a folder. "
+            f"Runs in {checkpoint_dir}: {_listed(_runs(checkpoint_dir))}"
+        )
+    if not copy_folder:
+        target = os.path.join(drive, get_tarfile_name(source))
+        _write_whole(target, lambda file: _pack(source, f"{_TAR_ROOT}/{run_name}", file))
+        return target
+    target = os.path.join(drive, *_inner_parts(source))
+    with _new_folder(target) as new:
+        shutil.copytree(
+            source,
+            new,
+            copy_function=_copy_file,
+            ignore=shutil.ignore_patterns(".*"),
+            dirs_exist_ok=True,
+        )
+    return target
+
+
+def copy_checkpoint_from_gdrive(
+    run_name: str = "run1",
+    copy_folder: bool = False,
+    *,
+    checkpoint_dir: str = "checkpoint",
+    drive_folder: str | None = None,
+) -> str:
+    """Copies a run back from the mounted Google Drive.
+
+    The run appears whole or not at all. Where one of this name exists, its files give way to
+    the copy's, and files that only it has (later checkpoints, perhaps) stay.
+
+    Args:
+        run_name: name of the run; its folder in `checkpoint_dir` is made or updated.
+        copy_folder: True for a folder on the Drive, False for an archive.
+        checkpoint_dir: folder that holds the runs. A Drive that has no copy from this folder is
+            searched for one from 'checkpoint', the only folder that gpt-2-simple 0.8.1 copied.
+        drive_folder: folder in My Drive; None is My Drive itself. An absolute path reaches a
+            shared drive.
+
+    Returns:
+        The path of the run's folder.
+
+    Raises:
+        RuntimeError: no Drive is mounted.
+        FileNotFoundError: the Drive has no such copy; the message lists those it has.
+        ValueError: the archive is damaged, holds something else, or would write outside the
+            run's folder. Nothing was written.
+    """
+    target = _run_folder(checkpoint_dir, run_name)
+    drive = _drive_path(drive_folder)
+    usual = _run_folder("checkpoint", run_name)
+    if copy_folder:
+        names = [os.path.join(*_inner_parts(path)) for path in (target, usual)]
+    else:
+        names = [get_tarfile_name(path) for path in (target, usual)]
+    source = _first_copy(drive, names, checkpoint_dir)
+    with _new_folder(target, keep_others=True) as new:
+        if copy_folder:
+            shutil.copytree(source, new, copy_function=_copy_file, dirs_exist_ok=True)
+        else:
+            _unpack(source, f"{_TAR_ROOT}/{run_name}", new)
+    return target
+
+
+def copy_file_to_gdrive(file_path: str, *, drive_folder: str | None = None) -> str:
+    """Copies a file to the mounted Google Drive, in place of an earlier copy of it.
+
+    Args:
+        file_path: the file. It keeps its folders on the Drive; of an absolute path the root, and
+            of any path '..', is left out.
+        drive_folder: folder in My Drive, made if need be; None is My Drive itself.
+
+    Returns:
+        The path of the copy.
+
+    Raises:
+        RuntimeError: no Drive is mounted.
+        FileNotFoundError: there is no such file.
+    """
+    target = os.path.join(_drive_path(drive_folder), *_inner_parts(file_path))
+    _copy_file(file_path, target)
+    return target
+
+
+def copy_file_from_gdrive(file_path: str, *, drive_folder: str | None = None) -> str:
+    """Copies a file from the mounted Google Drive, in place of a local one.
+
+    Args:
+        file_path: where the file shall be; it is looked for on the Drive where
+            `copy_file_to_gdrive` puts it.
+        drive_folder: folder in My Drive; None is My Drive itself.
+
+    Returns:
+        `file_path`.
+
+    Raises:
+        RuntimeError: no Drive is mounted.
+        FileNotFoundError: the Drive has no such file.
+    """
+    source = os.path.join(_drive_path(drive_folder), *_inner_parts(file_path))
+    _copy_file(source, file_path)
+    return file_path
+
+
+def _drive_root() -> str:
+    for name in _DRIVE_NAMES:
+        path = os.path.join(MOUNT_POINT, name)
+        if os.path.isdir(path):
+            return path
+    raise RuntimeError(
+        f"No Google Drive is mounted at {MOUNT_POINT}: call mount_gdrive() first, in Colaboratory"
+    )
+
+
+def _drive_path(drive_folder: str | None) -> str:
+    return os.path.join(_drive_root(), drive_folder or "")
+
+
+def _inner_parts(path: str) -> list[str]:
+    """The names in `path` that stay in any folder it is put into."""
+    parts = [part for part in re.split(r"[/\\:]", path) if part not in ("", ".", "..")]
+    if not parts:
+        raise ValueError(f"The path {path!r} names no file or folder")
+    return parts
+
+
+def _run_folder(checkpoint_dir: str, run_name: str) -> str:
+    if "/".join(_inner_parts(run_name)) != run_name:
+        raise ValueError(f"run_name={run_name!r} must be the name of a folder in {checkpoint_dir}")
+    return os.path.join(checkpoint_dir, run_name)
+
+
+def _runs(folder: str) -> list[str]:
+    return _names(folder, os.DirEntry.is_dir)
+
+
+def _names(folder: str, kind: Callable[[os.DirEntry], bool]) -> list[str]:
+    if not os.path.isdir(folder):
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if kind(e) and not e.name.startswith("."))
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _first_copy(drive: str, names: list[str], checkpoint_dir: str) -> str:
+    """The first of these paths on the Drive that exists."""
+    for path in (os.path.join(drive, name) for name in names):
+        _recover(path)
+        if os.path.exists(path):
+            return path
+    archives = [name for name in _names(drive, os.DirEntry.is_file) if name.endswith(".tar")]
+    folder = os.path.join(drive, *_inner_parts(checkpoint_dir))
+    raise FileNotFoundError(
+        f"There is no {names[0]} in {drive}. Archives there: {_listed(archives)}. "
+        f"Runs in {folder} (for copy_folder=True): {_listed(_runs(folder))}"
+    )
+
+
+def _write_whole(target: str, write: Callable[[IO[bytes]], None]) -> None:
+    """Lets `write` fill a file that takes the name `target` only when it is complete."""
+    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+    part = _beside(target, "part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        raise
+
+
+def _copy_file(source: str, target: str) -> None:
+    if not os.path.isfile(source):
+        folder = os.path.dirname(source) or "."
+        there = _listed(_names(folder, os.DirEntry.is_file))
+        raise FileNotFoundError(f"There is no file {source}. Files in {folder}: {there}")
+    with open(source, "rb") as original:
+        _write_whole(target, lambda file: shutil.copyfileobj(original, file, 1 << 20))
+
+
+@contextlib.contextmanager
+def _new_folder(target: str, keep_others: bool = False) -> Iterator[str]:
+    """Yields an empty folder that takes the place of `target` when the block succeeds.
+
+    Until then, and if it fails, `target` is as it was.
+
+    Args:
+        target: path of a folder that may exist.
+        keep_others: whether files that only the earlier folder has stay.
+    """
+    _recover(target)
+    new, old = _beside(target, "new"), _beside(target, "old")
+    for leftover in (new, old):
+        if os.path.isdir(leftover):
+            shutil.rmtree(leftover)
+    os.makedirs(new)
+    try:
+        yield new
+        if os.path.isdir(target):
+            if keep_others:
+                shutil.copytree(target, new, copy_function=_link_missing, dirs_exist_ok=True)
+            os.rename(target, old)
+        os.rename(new, target)
+    except BaseException:
+        _recover(target)
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _recover(target: str) -> None:
+    """Puts the earlier folder back if the process ended between the two renames."""
+    old = _beside(target, "old")
+    if os.path.isdir(old) and not os.path.exists(target):
+        os.rename(old, target)
+
+
+def _beside(target: str, suffix: str) -> str:
+    parent, name = os.path.split(os.path.normpath(target))
+    return os.path.join(parent, f".{name}.{suffix}")
+
+
+def _link_missing(source: str, target: str) -> None:
+    if os.path.exists(target):
+        return
+    try:
+        os.link(source, target)  # costs no space; a file system without links takes a copy
+    except OSError:
+        _copy_file(source, target)
+
+
+def _pack(source: str, name: str, file: IO[bytes]) -> None:
+    def visible(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        hidden = member.name != name and posixpath.basename(member.name).startswith(".")
+        return member if (member.isreg() or member.isdir()) and not hidden else None
+
+    # Links are followed, because _unpack takes none.
+    with tarfile.open(fileobj=file, mode="w", dereference=True) as tar:
+        tar.add(source, arcname=name, filter=visible)
+
+
+def _unpack(archive: str, root: str, target: str) -> None:
+    """Extracts what lies under `root` in the archive into the folder `target`."""
+    try:
+        with tarfile.open(archive, "r") as tar:
+            members = [_checked(member, root, archive) for member in tar.getmembers()]
+            members = [member for member in members if member is not None]
+            if not members:
+                raise ValueError(f"{archive} does not hold the run {root}")
+            # The filter also drops foreign owners and modes; older Pythons have none.
+            safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+            tar.extractall(target, members=members, **safe)
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{archive} is damaged or no tar archive: {error}") from error
+
+
+def _checked(member: tarfile.TarInfo, root: str, archive: str) -> tarfile.TarInfo | None:
+    """A member named relative to `root`, or None for `root` and the folders above it."""
+    if not (member.isreg() or member.isdir()):
+        raise ValueError(f"{archive} holds {member.name!r}, which is a link or a device")
+    name = posixpath.normpath(member.name)
+    if re.match(r"[/\\]|[A-Za-z]:", member.name) or ".." in re.split(r"[/\\]", member.name):
+        raise ValueError(f"{archive} holds {member.name!r}, which would leave the run's folder")
+    if member.isdir() and (name == "." or f"{root}/".startswith(f"{name}/")):
+        return None
+    if not name.startswith(f"{root}/"):
+        raise ValueError(f"{archive} holds {member.name!r}, which is not in the run {root}")
+    member.name = name[len(root) + 1 :]
+    return member
