@@ -1,0 +1,520 @@
+"""Folders in, restored variables out, and back: find, check, restore and save checkpoints.
+
+A model folder (`models/124M`) and a run folder (`checkpoint/run1`) hold the same things under
+slightly different names: a TensorFlow checkpoint of the variables `model/...`, the vocabulary and
+`hparams.json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from . import bundle, model
+
+VOCABULARY_FILES = ("encoder.json", "vocab.bpe")
+MODEL_CHECKPOINT = "model.ckpt"
+RUN_CHECKPOINT = "model"
+COUNTER = "counter"
+
+
+# --- folders ------------------------------------------------------------------------------------
+
+
+def model_folder(model_dir: str, model_name: str) -> str:
+    """The folder of a model.
+
+    Raises:
+        FileNotFoundError: there is none; says which there are and how to get one.
+    """
+    folder = os.path.join(model_dir, model_name)
+    if not os.path.isfile(os.path.join(folder, "hparams.json")):
+        raise FileNotFoundError(
+            f"no model in {folder}{_listing(model_dir, 'models')}; get it by "
+            f"gpt2.download_gpt2(model_dir={model_dir!r}, model_name={model_name!r}), "
+            "or make a small one by gpt2.create_gpt2()"
+        )
+    return folder
+
+
+def run_folder(checkpoint_dir: str, run_name: str) -> str:
+    """The folder of a run.
+
+    Raises:
+        FileNotFoundError: there is none; says which runs there are.
+    """
+    folder = os.path.join(checkpoint_dir, run_name)
+    if not os.path.isfile(os.path.join(folder, "hparams.json")):
+        raise FileNotFoundError(
+            f"no run in {folder}{_listing(checkpoint_dir, 'runs')}; make it by "
+            f"gpt2.finetune(sess, dataset, run_name={run_name!r}), "
+            "or load a model by load_gpt2(sess, model_name=...)"
+        )
+    return folder
+
+
+def folders_in(parent: str) -> list[str]:
+    """The names of the model or run folders in `parent`."""
+    try:
+        names = sorted(os.listdir(parent))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [name for name in names if os.path.isfile(os.path.join(parent, name, "hparams.json"))]
+
+
+def _listing(parent: str, kind: str) -> str:
+    found = folders_in(parent)
+    return f" ({kind} there: {', '.join(found)})" if found else f" ({parent} holds no {kind})"
+
+
+def read_hparams(folder: str) -> model.HParams:
+    """A folder's hyper-parameters.
+
+    Raises:
+        FileNotFoundError: no hparams.json there.
+        ValueError: it does not parse, or a key is missing, unknown or of a wrong value.
+    """
+    path = os.path.join(folder, "hparams.json")
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            values = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}); download or copy it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {values!r} where an object of hyper-parameters should be")
+    missing = sorted({f.name for f in dataclasses.fields(model.HParams)} - set(values))
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    hparams = model.default_hparams()
+    try:
+        hparams.override_from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if hparams.n_vocab < 1:
+        raise ValueError(f"{path}: n_vocab={hparams.n_vocab} must be above 0")
+    return hparams
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+def latest_checkpoint(folder: str) -> str | None:
+    """The newest whole checkpoint of a folder.
+
+    The one that the file `checkpoint` names, or, should that be missing or cut short, the one of
+    the highest step that is whole.
+
+    Returns:
+        A prefix such as 'checkpoint/run1/model-100', None if there is none.
+    """
+    named = [os.path.join(folder, name) for name in reversed(_named_checkpoints(folder))]
+    by_step = [os.path.join(folder, name) for name in reversed(_checkpoints_on_disk(folder))]
+    return next((prefix for prefix in named + by_step if is_whole(prefix)), None)
+
+
+def _named_checkpoints(folder: str) -> list[str]:
+    """The base names that the file `checkpoint` lists, oldest first, its latest last.
+
+    Paths are reduced to base names: a run that was copied from another machine keeps working.
+    """
+    try:
+        with open(os.path.join(folder, "checkpoint"), encoding="utf-8", errors="replace") as file:
+            text = file.read()
+    except (FileNotFoundError, IsADirectoryError):
+        return []
+
+    def values(key: str) -> list[str]:
+        found = re.findall(rf'^\s*{key}:\s*"((?:[^"\\]|\\.)*)"', text, re.MULTILINE)
+        return [os.path.basename(path.replace("\\\\", "/")) for path in found]
+
+    latest = values("model_checkpoint_path")[:1]
+    return [name for name in values("all_model_checkpoint_paths") if name not in latest] + latest
+
+
+def _checkpoints_on_disk(folder: str) -> list[str]:
+    """Base names of the checkpoints in a folder by rising step; model.ckpt counts as step -1."""
+    try:
+        files = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    steps = {}
+    for file in files:
+        match = re.fullmatch(r"(model(?:-(\d+)|\.ckpt))\.index", file)
+        if match:
+            steps[match[1]] = int(match[2]) if match[2] else -1
+    return sorted(steps, key=steps.__getitem__)
+
+
+def is_whole(prefix: str) -> bool:
+    """Whether a checkpoint's index can be read and its data files are as long as the index says."""
+    try:
+        sizes = bundle.data_sizes(bundle.read_bundle_index(f"{prefix}.index"))
+        shards = max(sizes, default=0) + 1
+        return all(
+            os.path.getsize(f"{prefix}.data-{shard:05d}-of-{shards:05d}") >= size
+            for shard, size in sizes.items()
+        )
+    except (OSError, ValueError):
+        return False
+
+
+def restore_path(folder: str, checkpoint: str = "latest") -> str:
+    """The checkpoint to load from a folder.
+
+    Args:
+        folder: a model or run folder.
+        checkpoint: 'latest', or a base name such as 'model-100'.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint, or it is not whole.
+    """
+    if checkpoint == "latest":
+        prefix = latest_checkpoint(folder)
+        if prefix is None:
+            raise FileNotFoundError(f"{folder} holds no whole checkpoint; download or train again")
+        return prefix
+    prefix = os.path.join(folder, checkpoint)
+    if not is_whole(prefix):
+        there = ", ".join(_checkpoints_on_disk(folder)) or "none"
+        raise FileNotFoundError(f"no whole checkpoint {prefix}; checkpoints there: {there}")
+    return prefix
+
+
+# --- restore ------------------------------------------------------------------------------------
+
+
+class RestoreOps(NamedTuple):
+    """Reads variables from a checkpoint whose prefix is fed."""
+
+    prefix: tf.Tensor
+    done: tf.Operation
+
+
+def build_restore(variables: Mapping[str, tf.Variable]) -> RestoreOps:
+    """Adds the operations that read `variables` {name in the checkpoint: variable}.
+
+    They are read one after the other: of a model that is loaded over another, no more than one
+    variable is then in memory twice.
+    """
+    with tf.compat.v1.name_scope("restore"):
+        prefix = tf.compat.v1.placeholder(tf.string, [], name="prefix")
+        last: list[tf.Operation] = []
+        for name, variable in variables.items():
+            with tf.control_dependencies(last), tf.device("/cpu:0"):
+                (value,) = tf.raw_ops.RestoreV2(
+                    prefix=prefix, tensor_names=[name], shape_and_slices=[""],
+                    dtypes=[variable.dtype],
+                )  # fmt: skip
+            value.set_shape(variable.shape)
+            last = [variable.assign(value, read_value=False)]
+        return RestoreOps(prefix, tf.group(*last))
+
+
+def check_shapes(prefix: str, variables: Mapping[str, tf.Variable], hparams: Any) -> None:
+    """Compares a checkpoint with the variables that it is to fill.
+
+    Raises:
+        ValueError: a variable is missing from it, or has another shape; names the first.
+    """
+    entries = bundle.read_bundle_index(f"{prefix}.index")
+    for name, variable in variables.items():
+        expected = tuple(variable.shape.as_list())
+        found = entries[name].shape if name in entries else None
+        if found != expected:
+            has = "is missing" if found is None else f"has shape {list(found)}"
+            raise ValueError(
+                f"{prefix} does not fit its hparams.json ({hparams}): "
+                f"{name} {has}, {list(expected)} was expected"
+            )
+
+
+def restore(
+    sess: tf.compat.v1.Session, ops: RestoreOps, prefix: str, variables: Mapping[str, tf.Variable]
+) -> None:
+    """Fills `variables` from a checkpoint.
+
+    Raises:
+        ValueError: the file's contents fail their checksums.
+    """
+    try:
+        sess.run(ops.done, {ops.prefix: prefix})
+    except (tf.errors.DataLossError, tf.errors.OutOfRangeError) as error:
+        raise ValueError(
+            f"{prefix} is damaged: {error.message}. Download it again, or restore an older "
+            f"checkpoint than this one ({len(variables)} variables were wanted)"
+        ) from error
+
+
+# --- save ---------------------------------------------------------------------------------------
+
+
+class SaveOps(NamedTuple):
+    """Writes variables to a checkpoint whose prefix is fed."""
+
+    prefix: tf.Tensor
+    done: tf.Operation
+
+
+def build_save(variables: Mapping[str, tf.Variable]) -> SaveOps:
+    """Adds the operation that writes `variables` {name in the checkpoint: variable}."""
+    names = list(variables)
+    with tf.compat.v1.name_scope("save"), tf.device("/cpu:0"):
+        prefix = tf.compat.v1.placeholder(tf.string, [], name="prefix")
+        done = tf.raw_ops.SaveV2(
+            prefix=prefix,
+            tensor_names=names,
+            shape_and_slices=[""] * len(names),
+            tensors=[variables[name].read_value() for name in names],
+        )
+    return SaveOps(prefix, done)
+
+
+@functools.lru_cache(maxsize=4)
+def _meta_graph(sizes: tuple[int, ...]) -> bytes:
+    """The .meta file of a model of these sizes: its graph from token ids to logits, serialized."""
+    hparams = model.HParams(*sizes)
+    with tf.Graph().as_default() as graph:
+        context = tf.compat.v1.placeholder(tf.int32, [None, None], name="context")
+        model.model(hparams, context)
+        graph.clear_collection(model.CHECKPOINTS)
+        saver = tf.compat.v1.train.Saver()
+        meta = tf.compat.v1.train.export_meta_graph(graph=graph, saver_def=saver.saver_def)
+        return meta.SerializeToString()
+
+
+def save_model(
+    sess: tf.compat.v1.Session,
+    ops: SaveOps,
+    folder: str,
+    base: str,
+    hparams: model.HParams,
+) -> str:
+    """Writes `<folder>/<base>.data-..., .index and .meta`, all of them or none.
+
+    Each file is written under another name and flushed to disk; then they are renamed, the index
+    last: a checkpoint that has an index is whole.
+
+    Returns:
+        The checkpoint's prefix, `<folder>/<base>`.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
+    prefix = os.path.join(folder, base)
+    with _temporary_folder(folder) as temporary:
+        unfinished = os.path.join(temporary, base)
+        with _file_errors(prefix):
+            sess.run(ops.done, {ops.prefix: unfinished})
+        with open(f"{unfinished}.meta", "wb") as file:
+            file.write(_meta_graph(dataclasses.astuple(hparams)))
+        names = sorted(os.listdir(temporary), key=lambda name: name.endswith(".index"))
+        for name in names:
+            sync(os.path.join(temporary, name))
+        with contextlib.suppress(FileNotFoundError):
+            # A save over an older checkpoint of the same step: never its index with our data.
+            os.remove(f"{prefix}.index")
+        for name in names:
+            os.replace(os.path.join(temporary, name), os.path.join(folder, name))
+    sync(folder)
+    return prefix
+
+
+@contextlib.contextmanager
+def _temporary_folder(folder: str) -> Iterator[str]:
+    """A folder inside `folder`, gone afterwards; those that a killed process left go first."""
+    for name in os.listdir(folder):
+        if name.startswith(".saving-"):
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+    temporary = tempfile.mkdtemp(prefix=".saving-", dir=folder)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _file_errors(prefix: str) -> Iterator[None]:
+    """TensorFlow's errors about files, as OSError."""
+    try:
+        yield
+    except (
+        tf.errors.ResourceExhaustedError,
+        tf.errors.PermissionDeniedError,
+        tf.errors.NotFoundError,
+        tf.errors.UnknownError,
+        tf.errors.InternalError,
+        tf.errors.DataLossError,
+        tf.errors.FailedPreconditionError,
+    ) as error:
+        raise OSError(
+            f"could not save {prefix}: {error.message}. Earlier checkpoints are untouched; "
+            "free some space on the disk or give another checkpoint_dir"
+        ) from error
+
+
+def sync(path: str) -> None:
+    """Flushes a file's, or a folder's entries', data to the disk."""
+    if os.path.isdir(path) and os.name == "nt":
+        return  # Windows cannot flush a folder.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: str, text: str) -> None:
+    """Writes a text file whole: other name, flush, rename."""
+    descriptor, temporary = tempfile.mkstemp(
+        dir=os.path.dirname(path) or ".", prefix=".saving-", suffix=os.path.basename(path)
+    )
+    try:
+        with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp's files are for their owner alone; give the rights that open() would give.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def write_state(folder: str, names: Sequence[str]) -> None:
+    """Writes the file `checkpoint`: the checkpoints of a folder, oldest first."""
+    lines = [f'model_checkpoint_path: "{names[-1]}"']
+    lines += [f'all_model_checkpoint_paths: "{name}"' for name in names]
+    write_file(os.path.join(folder, "checkpoint"), "\n".join(lines) + "\n")
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+def prepare_run(run: str, model_: str) -> None:
+    """Makes a run's folder with the vocabulary and hyper-parameters of the model it starts from.
+
+    Args:
+        run: the run's folder.
+        model_: the model's folder.
+
+    Raises:
+        NotADirectoryError: `run` is a file.
+        ValueError: the run was made from a model of other sizes.
+    """
+    if os.path.exists(run) and not os.path.isdir(run):
+        raise NotADirectoryError(f"{run} is a file; give another run_name or checkpoint_dir")
+    os.makedirs(run, exist_ok=True)
+    path = os.path.join(run, "hparams.json")
+    if os.path.isfile(path) and latest_checkpoint(run) is not None:
+        ours, theirs = read_hparams(run), read_hparams(model_)
+        if ours != theirs:
+            raise ValueError(
+                f"{run} was made from a model of other sizes ({ours}) than {model_} ({theirs}); "
+                "give another run_name, or the model_name it was made from"
+            )
+    for name in ("hparams.json", *VOCABULARY_FILES):
+        with open(os.path.join(model_, name), encoding="utf-8", newline="") as file:
+            write_file(os.path.join(run, name), file.read())
+
+
+def read_counter(run: str) -> int:
+    """The last step that a run saved, 0 for a new run."""
+    try:
+        with open(os.path.join(run, COUNTER), encoding="utf-8") as file:
+            return int(file.read())
+    except FileNotFoundError:
+        return 0
+    except ValueError as error:
+        raise ValueError(f"{os.path.join(run, COUNTER)} should hold a step number") from error
+
+
+def step_of(prefix: str) -> int | None:
+    """The step in a checkpoint's name, None if it has none."""
+    match = re.fullmatch(r"model-(\d+)", os.path.basename(prefix))
+    return int(match[1]) if match else None
+
+
+def save_run(
+    sess: tf.compat.v1.Session,
+    ops: SaveOps,
+    folder: str,
+    step: int,
+    hparams: model.HParams,
+    max_checkpoints: int,
+) -> str:
+    """Saves `model-<step>` in a run, then lets go of the oldest beyond `max_checkpoints`.
+
+    Only checkpoints that the run's own file `checkpoint` lists are ever removed, and only once
+    the new one is whole.
+
+    Returns:
+        The new checkpoint's prefix.
+    """
+    base = f"{RUN_CHECKPOINT}-{step}"
+    prefix = save_model(sess, ops, folder, base, hparams)
+    names = [name for name in _named_checkpoints(folder) if name != base] + [base]
+    keep = names[-max_checkpoints:] if max_checkpoints else names
+    write_state(folder, keep)
+    write_file(os.path.join(folder, COUNTER), f"{step}\n")
+    for name in names:
+        if name not in keep:
+            remove_checkpoint(os.path.join(folder, name))
+    return prefix
+
+
+def remove_checkpoint(prefix: str) -> None:
+    """Removes a checkpoint's files, the index first: what is left is then no checkpoint."""
+    folder, base = os.path.split(prefix)
+    parts = [name for name in os.listdir(folder) if name.startswith(f"{base}.")]
+    for name in sorted(parts, key=lambda name: not name.endswith(".index")):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, name))
+
+
+# --- new models ---------------------------------------------------------------------------------
+
+
+def initial_value(name: str, shape: Sequence[int], n_layer: int, rng: np.random.Generator) -> Any:
+    """GPT-2's initialisation: normal of 0.02 (positions 0.01), zero biases, unit gains.
+
+    The projections that end in the residual stream are scaled by 1 / sqrt(2 * n_layer), as
+    Radford et al. 2019 describe.
+    """
+    if name.endswith("/g"):
+        return np.ones(shape, np.float32)
+    if name.endswith("/b"):
+        return np.zeros(shape, np.float32)
+    stddev = np.float32(0.01 if name.endswith("wpe") else 0.02)
+    if name.endswith("c_proj/w"):
+        stddev /= np.sqrt(2 * n_layer, dtype=np.float32)
+    return stddev * rng.standard_normal(shape, np.float32)
+
+
+def write_model(folder: str, hparams: model.HParams, seed: int | None) -> None:
+    """Writes a randomly initialised model's checkpoint and hparams.json into an existing folder."""
+    rng = np.random.default_rng(seed)
+    with tf.Graph().as_default() as graph, tf.compat.v1.Session(graph=graph) as sess:
+        variables = {v.op.name: v for v in model.flatten(model.variables(hparams))}
+        save = build_save(variables)
+        for name, variable in variables.items():
+            value = initial_value(name, variable.shape.as_list(), hparams.n_layer, rng)
+            sess.run(variable.initializer, {variable.initializer.inputs[1]: value})
+        save_model(sess, save, folder, MODEL_CHECKPOINT, hparams)
+    sizes = json.dumps(dataclasses.asdict(hparams), indent=2)
+    write_file(os.path.join(folder, "hparams.json"), sizes + "\n")
+    write_state(folder, [MODEL_CHECKPOINT])
