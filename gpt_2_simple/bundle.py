@@ -1,0 +1,205 @@
+"""A checkpoint's index file in, each tensor's name, shape and byte range out.
+
+TensorFlow stores a checkpoint as data files and one index. The index is a LevelDB table
+(https://github.com/google/leveldb/blob/main/doc/table_format.md) of protocol buffers: a header
+under the empty key, then one BundleEntryProto for each tensor
+(tensorflow/core/protobuf/tensor_bundle.proto). Reading it tells how long the data files must be
+without loading TensorFlow.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+_FOOTER_BYTES = 48
+_TRAILER_BYTES = 5
+_MAGIC = 0xDB4775248B80FB57
+_CRC32C_POLYNOMIAL = 0x82F63B78
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+class Entry(NamedTuple):
+    """Where one tensor lies.
+
+    Attributes:
+        dtype: TensorFlow's DataType number (1 is float32, 9 is int64).
+        shape: the tensor's shape.
+        shard: which data file holds it, counted from 0.
+        offset: its first byte in that file.
+        size: how many bytes it takes.
+        crc32c: the masked CRC-32C of those bytes.
+    """
+
+    dtype: int
+    shape: tuple[int, ...]
+    shard: int
+    offset: int
+    size: int
+    crc32c: int
+
+
+def read_bundle_index(path: str | os.PathLike[str]) -> dict[str, Entry]:
+    """Reads the index of a TensorFlow checkpoint, checking each block's CRC.
+
+    Args:
+        path: the file, such as 'models/124M/model.ckpt.index'.
+
+    Returns:
+        Each tensor's place, by name. Empty for a checkpoint that holds no tensor.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, cut short, or no checkpoint index.
+        NotImplementedError: the file is compressed, which TensorFlow's own writer never does.
+    """
+    try:
+        records = dict(_read_table(Path(path).read_bytes()))
+        if b"" not in records:
+            raise ValueError("it has no header")
+        return {
+            key.decode("utf-8", "backslashreplace"): _read_entry(value)
+            for key, value in records.items()
+            if key
+        }
+    except (ValueError, IndexError, TypeError, struct.error) as error:
+        raise ValueError(f"{os.fspath(path)} is not a whole checkpoint index: {error}") from error
+
+
+def data_sizes(entries: dict[str, Entry]) -> dict[int, int]:
+    """Says how long each data file of a checkpoint must at least be.
+
+    Args:
+        entries: what `read_bundle_index` returned.
+
+    Returns:
+        The byte at which the last tensor ends, by shard.
+    """
+    sizes: dict[int, int] = {}
+    for entry in entries.values():
+        sizes[entry.shard] = max(sizes.get(entry.shard, 0), entry.offset + entry.size)
+    return sizes
+
+
+def message_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Walks the fields of a serialized protocol buffer, top level only.
+
+    Args:
+        message: the serialized message.
+
+    Yields:
+        Field number and value: an int for numbers, bytes for strings and nested messages.
+
+    Raises:
+        ValueError: the message is cut short or is no protocol buffer.
+    """
+    position = 0
+    while position < len(message):
+        tag, position = _read_varint(message, position)
+        number, wire_type = tag >> 3, tag & 7
+        if wire_type == _VARINT:
+            value, position = _read_varint(message, position)
+            yield number, value
+            continue
+        if wire_type == _BYTES:
+            size, position = _read_varint(message, position)
+        elif wire_type in (_FIXED32, _FIXED64):
+            size = 4 if wire_type == _FIXED32 else 8
+        else:
+            raise ValueError(f"a field has the unknown wire type {wire_type}")
+        field = message[position : position + size]
+        if number == 0 or len(field) != size:
+            raise ValueError("a field reaches past the end")
+        yield number, field if wire_type == _BYTES else int.from_bytes(field, "little")
+        position += size
+
+
+def _read_entry(message: bytes) -> Entry:
+    fields = dict(message_fields(message))
+    dimensions = [
+        dict(message_fields(value))
+        for number, value in message_fields(fields.get(2, b""))
+        if number == 2
+    ]
+    shape = tuple(dimension.get(1, 0) for dimension in dimensions)
+    dtype, shard, offset, size, crc32c = (fields.get(number, 0) for number in (1, 3, 4, 5, 6))
+    return Entry(dtype, shape, shard, offset, size, crc32c)
+
+
+def _read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    if len(data) < _FOOTER_BYTES or struct.unpack("<Q", data[-8:])[0] != _MAGIC:
+        raise ValueError("its last bytes are not those of a table")
+    handles = _read_varints(data[-_FOOTER_BYTES:], 4)  # metaindex offset, size; index offset, size
+    for _, handle in _read_block(data, *handles[2:]):
+        yield from _read_block(data, *_read_varints(handle, 2))
+
+
+def _read_block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
+    block = data[offset : offset + size + _TRAILER_BYTES]
+    if len(block) != size + _TRAILER_BYTES:
+        raise ValueError("a block reaches past the end")
+    kind, checksum = struct.unpack("<BI", block[size:])
+    if masked_crc32c(block[: size + 1]) != checksum:
+        raise ValueError("a block's checksum does not match")
+    if kind != 0:
+        raise NotImplementedError(f"a block is compressed (kind {kind})")
+    (restarts,) = struct.unpack_from("<I", block, size - 4)
+    end = size - 4 - 4 * restarts
+    key, position = b"", 0
+    while position < end:
+        shared, position = _read_varint(block, position)
+        unshared, position = _read_varint(block, position)
+        length, position = _read_varint(block, position)
+        key = key[:shared] + block[position : position + unshared]
+        position += unshared
+        yield key, block[position : position + length]
+        position += length
+
+
+def _read_varints(data: bytes, count: int) -> list[int]:
+    values, position = [], 0
+    for _ in range(count):
+        value, position = _read_varint(data, position)
+        values.append(value)
+    return values
+
+
+def _read_varint(data: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if position >= len(data) or shift > 63:
+            raise ValueError("a number reaches past the end")
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+
+
+def _crc32c_of_byte(byte: int) -> int:
+    for _ in range(8):
+        byte = (byte >> 1) ^ (_CRC32C_POLYNOMIAL if byte & 1 else 0)
+    return byte
+
+
+_CRC32C_TABLE = [_crc32c_of_byte(byte) for byte in range(256)]
+
+
+def masked_crc32c(data: bytes) -> int:
+    """Computes the CRC-32C that LevelDB and TensorFlow store: rotated, plus a constant.
+
+    Args:
+        data: the bytes; meant for kilobytes, at about 10 MB/s.
+
+    Returns:
+        The masked checksum, 32 bits.
+    """
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = _CRC32C_TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
