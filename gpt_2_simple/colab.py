@@ -354,11 +354,12 @@ def _checked(member: tarfile.TarInfo, root: str, archive: str) -> tarfile.TarInf
     if not (member.isreg() or member.isdir()):
         raise ValueError(f"{archive} holds {member.name!r}, which is a link or a device")
     name = posixpath.normpath(member.name)
-    if re.match(r"[/\\]|[A-Za-z]:", member.name) or ".." in re.split(r"[/\\]", member.name):
-        raise ValueError(f"{archive} holds {member.name!r}, which would leave the run's folder")
     if member.isdir() and (name == "." or f"{root}/".startswith(f"{name}/")):
         return None
-    if not name.startswith(f"{root}/"):
+    inner = name.removeprefix(f"{root}/")
+    if inner == name:
         raise ValueError(f"{archive} holds {member.name!r}, which is not in the run {root}")
-    member.name = name[len(root) + 1 :]
+    if re.match(r"\\|[A-Za-z]:", inner) or ".." in re.split(r"[/\\]", member.name):
+        raise ValueError(f"{archive} holds {member.name!r}, which would leave the run's folder")
+    member.name = inner
     return member

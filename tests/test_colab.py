@@ -182,17 +182,25 @@ def test_runs_of_one_name_in_two_folders_stay_apart(workplace, drive, copy_folde
 def pack_like_0_8_1(workplace, drive, name="checkpoint"):
     files = make_run(workplace / "checkpoint" / "run1")
     with tarfile.open(drive / "checkpoint_run1.tar", "w") as tar:
+        if name.startswith("."):
+            tar.add(".", recursive=False)
         tar.add("checkpoint/run1", arcname=name + "/run1")
     os.rename("checkpoint", "gone")
     return files
 
 
 @pytest.mark.parametrize("checkpoint_dir", ["checkpoint", "runs/mine"])
-@pytest.mark.parametrize("name", ["checkpoint", "./checkpoint"])
+@pytest.mark.parametrize("name", ["checkpoint", "./checkpoint"])  # './' by other tools
 def test_an_archive_of_0_8_1_is_read(workplace, drive, checkpoint_dir, name):
     files = pack_like_0_8_1(workplace, drive, name)
     colab.copy_checkpoint_from_gdrive("run1", checkpoint_dir=checkpoint_dir)
     assert contents(workplace / checkpoint_dir / "run1") == files
+
+
+def test_a_folder_of_0_8_1_is_read_into_another_folder(workplace, drive):
+    files = make_run(drive / "checkpoint" / "run1")
+    colab.copy_checkpoint_from_gdrive("run1", copy_folder=True, checkpoint_dir="runs/mine")
+    assert contents(workplace / "runs" / "mine" / "run1") == files
 
 
 def test_our_archive_has_the_names_that_0_8_1_extracts(workplace, drive):
@@ -334,17 +342,28 @@ def test_a_failed_swap_leaves_the_earlier_copy(workplace, drive, monkeypatch, nu
     assert no_leftovers(drive)
 
 
-def test_a_copy_killed_in_the_swap_is_found_again(workplace, drive):
+@pytest.fixture
+def killed_in_the_swap(workplace, drive):
     files = make_run(workplace / "checkpoint" / "run1", step=1)
     colab.copy_checkpoint_to_gdrive("run1", copy_folder=True)
     folder = drive / "checkpoint"
     os.rename(folder / "run1", folder / ".run1.old")
     make_run(folder / ".run1.new", step=2)
-    os.rename("checkpoint", "gone")
+    return files
+
+
+def test_a_copy_killed_in_the_swap_is_found_again(workplace, drive, killed_in_the_swap):
     colab.copy_checkpoint_from_gdrive("run1", copy_folder=True)
-    assert contents(workplace / "checkpoint" / "run1") == files
+    assert contents(workplace / "checkpoint" / "run1").items() >= killed_in_the_swap.items()
     colab.copy_checkpoint_to_gdrive("run1", copy_folder=True)
     assert no_leftovers(drive)
+
+
+def test_a_full_drive_after_that_leaves_it_too(drive, killed_in_the_swap, monkeypatch):
+    full_disk_after(monkeypatch, files=2)
+    with pytest.raises(OSError, match="No space left"):
+        colab.copy_checkpoint_to_gdrive("run1", copy_folder=True)
+    assert contents(drive / "checkpoint" / "run1") == killed_in_the_swap
 
 
 # Archives that are not to be trusted
@@ -362,6 +381,8 @@ RUN = "checkpoint/run1"
         member(f"{RUN}/..\\..\\evil"),
         member("C:\\evil"),
         member("\\evil"),
+        member(f"{RUN}/C:\\evil"),
+        member(f"{RUN}/\\evil"),
         member("checkpoint/run2/evil"),
         member("evil"),
         member(RUN),
@@ -406,6 +427,16 @@ def test_a_damaged_archive_leaves_the_run_alone(workplace, drive, keep):
         colab.copy_checkpoint_from_gdrive("run1")
     assert contents(workplace / "checkpoint" / "run1") == files
     assert no_leftovers(workplace)
+
+
+def test_a_damaged_compressed_archive_is_refused(workplace, drive):
+    make_run(workplace / "checkpoint" / "run1", noise="".join(map(chr, range(20000))))
+    archive = drive / "checkpoint_run1.tar"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add("checkpoint/run1")
+    archive.write_bytes(archive.read_bytes()[:-2000])
+    with pytest.raises(ValueError, match="damaged"):
+        colab.copy_checkpoint_from_gdrive("run1")
 
 
 # Files
@@ -457,5 +488,18 @@ def test_a_full_drive_leaves_the_earlier_file(workplace, drive, monkeypatch):
     (drive / "a.txt").write_text("old")
     full_disk_after(monkeypatch, files=0)
     with pytest.raises(OSError, match="No space left"):
+        colab.copy_file_to_gdrive("a.txt")
+    assert contents(drive) == {"a.txt": "old"}
+
+
+def test_a_file_that_does_not_reach_the_disk_leaves_the_earlier_one(workplace, drive, monkeypatch):
+    (workplace / "a.txt").write_text("new")
+    (drive / "a.txt").write_text("old")
+
+    def fsync(number):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(colab.os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"):
         colab.copy_file_to_gdrive("a.txt")
     assert contents(drive) == {"a.txt": "old"}
