@@ -220,13 +220,9 @@ def layer_norm(x: tf.Tensor, norm: Norm) -> tf.Tensor:
 
 
 def gelu(x: tf.Tensor) -> tf.Tensor:
-    """The tanh form of GELU (Hendrycks & Gimpel 2016); keeps only x for its gradient."""
-    return _keep_only_input(_gelu_value(x), x)
-
-
-def _gelu_value(x: tf.Tensor) -> tf.Tensor:
+    """The tanh form of GELU (Hendrycks & Gimpel 2016); stores only x for its gradient."""
     # 0.5 * (1 + tanh(u)) is sigmoid(2u), one pass over memory less.
-    return x * tf.sigmoid(_gelu_slope(x))
+    return with_gradient("Gpt2SimpleGelu", x * tf.sigmoid(_gelu_slope(x)), x)
 
 
 def _gelu_slope(x: tf.Tensor) -> tf.Tensor:
@@ -234,24 +230,24 @@ def _gelu_slope(x: tf.Tensor) -> tf.Tensor:
     return x * (scale + 0.044715 * scale * tf.square(x))
 
 
-def _keep_only_input(value: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
-    """`value`, with the gradient registered below, which needs x alone.
-
-    The gradient is found through the operation's own inputs, not through a closure as with
-    tf.custom_gradient, so that a copy of the operation (memory_saving_gradients) uses its own x.
-    """
-    graph = tf.compat.v1.get_default_graph()
-    with graph.gradient_override_map({"IdentityN": "Gpt2SimpleGelu"}):
-        return tf.identity_n([value, x])[0]
-
-
 @tf.RegisterGradient("Gpt2SimpleGelu")
-def _gelu_gradient(op: tf.Operation, dy: tf.Tensor, _: Any) -> tuple[None, tf.Tensor]:
+def _gelu_gradient(op: tf.Operation, dy: tf.Tensor, *_: Any) -> list[Any]:
     x = op.inputs[1]
     scale = 2.0 * math.sqrt(2.0 / math.pi)
     gate = tf.sigmoid(_gelu_slope(x))
     slope = x * (scale + 3 * 0.044715 * scale * tf.square(x))
-    return None, dy * gate * (1.0 + slope * (1.0 - gate))
+    return [None, dy * gate * (1.0 + slope * (1.0 - gate))]
+
+
+def with_gradient(name: str, value: tf.Tensor, *stored: tf.Tensor) -> tf.Tensor:
+    """Gives `value`, differentiated by the gradient registered as `name`, a function of `stored`.
+
+    The gradient finds `stored` through the operation's own inputs, not through a closure as with
+    tf.custom_gradient: a copy of the operation (memory_saving_gradients) then uses its own.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    with graph.gradient_override_map({"IdentityN": name}):
+        return tf.identity_n([value, *stored])[0]
 
 
 def affine(x: tf.Tensor, layer: Affine) -> tf.Tensor:
@@ -297,21 +293,38 @@ def attend(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, mask: Callable[..., tf.Tens
         [batch, head, queries, width]
     """
     queries, keys = q.shape[2], k.shape[2]
-    if queries is None or keys is None or queries <= QUERY_CHUNK:
+    if queries is None or queries != keys or queries <= QUERY_CHUNK:
         return attend_rows(q, k, v, mask(dimensions(q)[2], dimensions(k)[2]))
+    # Split and concat: the gradient of a slice would fill a whole tensor with zeros first.
+    sizes = [min(QUERY_CHUNK, queries - start) for start in range(0, queries, QUERY_CHUNK)]
+    q_parts, k_parts, v_parts = (tf.split(x, sizes, axis=2) for x in (q, k, v))
     rows = []
-    for start in range(0, queries, QUERY_CHUNK):
-        end = min(start + QUERY_CHUNK, queries)
-        seen = keys - queries + end
-        part = mask(end - start, seen)
-        rows.append(attend_rows(q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], part))
+    for i, q_part in enumerate(q_parts):
+        seen_k, seen_v = (tf.concat(x[: i + 1], axis=2) for x in (k_parts, v_parts))
+        rows.append(attend_rows(q_part, seen_k, seen_v, mask(sizes[i], sum(sizes[: i + 1]))))
     return tf.concat(rows, axis=2)
 
 
 def attend_rows(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-    """softmax(q k^T + mask) v."""
-    scores = tf.matmul(q, k, transpose_b=True) + mask  # [batch, head, query, key]
-    return tf.matmul(tf.nn.softmax(scores), v)
+    """softmax(q k^T + mask) v; stores the softmax for its gradient."""
+    weights = tf.nn.softmax(tf.matmul(q, k, transpose_b=True) + mask)  # [batch, head, query, key]
+    out = tf.matmul(weights, v)
+    return with_gradient("Gpt2SimpleAttention", out, q, k, v, weights)
+
+
+@tf.RegisterGradient("Gpt2SimpleAttention")
+def _attention_gradient(op: tf.Operation, dy: tf.Tensor, *_: Any) -> list[Any]:
+    """Sums dy * out over the width, not dweights * weights over the keys: the same, but small.
+
+    As in Dao et al. 2022 (FlashAttention), appendix B.2.
+    """
+    out, q, k, v, weights = op.inputs
+    dv = tf.matmul(weights, dy, transpose_a=True)
+    row_sums = tf.reduce_sum(dy * out, axis=-1, keepdims=True)
+    dscores = weights * (tf.matmul(dy, v, transpose_b=True) - row_sums)
+    dq = tf.matmul(dscores, k)
+    dk = tf.matmul(dscores, q, transpose_a=True)
+    return [None, dq, dk, dv, None]
 
 
 def transformer_block(
