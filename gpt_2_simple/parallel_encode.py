@@ -1,0 +1,278 @@
+"""Text of any length in, packed token ids out in the same order, encoded on every core.
+
+A text may be cut wherever a run of white space begins: GPT-2's pattern never joins white space to
+what stands before it, and no piece before the cut looks further ahead than to it. So the ids of
+the parts, one after the other, are the ids of the whole. This module is what the helper processes
+import: it needs neither TensorFlow nor numpy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import queue
+import re
+import signal
+import subprocess
+import sys
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, BinaryIO, NamedTuple
+
+import regex
+
+BLOCK_CHARACTERS = 1 << 20
+MOST_PROCESSES = 8
+CACHED_WORDS = 1 << 18  # in all processes together: about 40 MB
+
+# White space as the regex package's \s has it; Python's re adds \x1c-\x1f.
+_WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_WORDS = re.compile(f"[{_WHITE}]*[^{_WHITE}]+|[{_WHITE}]+")
+_ASCII_WORDS = re.compile(r"\s*\S+|\s+", re.ASCII)  # twice as quick
+# Where a letter or digit run ends is as safe, and found in text without spaces too. Reversed, so
+# that the last place is the first that is found.
+_SAFE_CUT = regex.compile(r"(?r)(?<=\S)(?=\s)|(?<=\p{L})(?=\P{L})|(?<=\p{N})(?=\P{N})")
+
+
+class Block(NamedTuple):
+    """Some texts in a row, and for each whether a chunk of the dataset ends with it."""
+
+    texts: list[str]
+    ends: list[bool]
+
+
+class PackedBlock(NamedTuple):
+    """A block's ids one after the other in bytes, how many each text has, and the chunks' ends."""
+
+    ids: bytes
+    counts: list[int]
+    ends: list[bool]
+
+
+def cut_into_blocks(
+    parts: Iterable[tuple[str, bool]], size: int = BLOCK_CHARACTERS
+) -> Iterator[Block]:
+    """Gathers parts of text into blocks of about one size, cut where it is safe.
+
+    Args:
+        parts: text, and whether a chunk ends with it. The parts of one chunk belong together, so
+            that joining them first changes nothing.
+        size: how many characters a block holds, roughly.
+
+    Yields:
+        Blocks that hold the same text in the same order.
+    """
+    texts: list[str] = []
+    ends: list[bool] = []
+    open_text: list[str] = []
+    held = 0
+    for text, ends_chunk in parts:
+        open_text.append(text)
+        held += len(text)
+        if ends_chunk:
+            texts.append("".join(open_text))
+            ends.append(True)
+            open_text = []
+        if held < size:
+            continue
+        if open_text:
+            before, after = split_safely("".join(open_text))
+            texts.append(before)
+            ends.append(False)
+            open_text = [after]
+        yield Block(texts, ends)
+        texts, ends, held = [], [], sum(map(len, open_text))
+    if open_text:
+        texts.append("".join(open_text))
+        ends.append(True)
+    if texts:
+        yield Block(texts, ends)
+
+
+def split_safely(text: str) -> tuple[str, str]:
+    """Splits a text at the last place where encoding both parts gives the ids of the whole.
+
+    Returns:
+        The two parts; the first is empty if there is no such place.
+    """
+    found = _SAFE_CUT.search(text)
+    cut = found.start() if found else 0
+    return text[:cut], text[cut:]
+
+
+class Packer(dict[str, bytes]):
+    """Words with the white space before them -> their ids, packed; it fills itself.
+
+    Args:
+        enc: the encoder.
+        typecode: the ids' type, as the `array` module names it.
+        allow_special: whether special tokens in the text are encoded as such.
+        most: how many words are kept.
+    """
+
+    def __init__(self, enc: Any, typecode: str, allow_special: bool, most: int = CACHED_WORDS):
+        super().__init__()
+        self.encode = enc.encode
+        self.options = {"allow_special": True} if allow_special else {}
+        self.typecode = typecode
+        self.most = most
+
+    def __missing__(self, word: str) -> bytes:
+        packed = array(self.typecode, self.encode(word, **self.options)).tobytes()
+        if len(self) >= self.most:
+            self.clear()
+        self[word] = packed
+        return packed
+
+    def pack(self, texts: list[str]) -> tuple[bytes, list[int]]:
+        """Encodes texts: all their ids as bytes, and how many ids each has."""
+        packed = [b"".join(map(self.__getitem__, split_words(text))) for text in texts]
+        width = array(self.typecode).itemsize
+        return b"".join(packed), [len(ids) // width for ids in packed]
+
+
+def split_words(text: str) -> list[str]:
+    """Splits a text before each run of white space; joined, the words are the text."""
+    return (_ASCII_WORDS if text.isascii() else _WORDS).findall(text)
+
+
+def core_count() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def pack_blocks(
+    blocks: Iterable[Block], enc: Any, typecode: str, allow_special: bool, processes: int
+) -> Iterator[PackedBlock]:
+    """Encodes blocks in order, in helper processes if that is asked for and possible.
+
+    Args:
+        blocks: what to encode; read only as far ahead as keeps the processes busy.
+        enc: the encoder; it must be picklable for helper processes.
+        typecode: the ids' type, as the `array` module names it.
+        allow_special: whether special tokens in the text are encoded as such.
+        processes: how many processes encode; 1 is this one.
+
+    Yields:
+        The packed blocks.
+    """
+    local = Packer(enc, typecode, allow_special)
+    helpers = _start_helpers(local, enc, processes) if processes > 1 else []
+    if not helpers:
+        for block in blocks:
+            yield PackedBlock(*local.pack(block.texts), block.ends)
+        return
+    idle: queue.SimpleQueue[_Helper] = queue.SimpleQueue()
+    for helper in helpers:
+        idle.put(helper)
+
+    def pack(block: Block) -> PackedBlock:
+        helper = idle.get()
+        try:
+            return PackedBlock(*helper.pack(block.texts), block.ends)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            # The helper died, of a lack of memory perhaps: its share is done here.
+            return PackedBlock(*Packer(enc, typecode, allow_special).pack(block.texts), block.ends)
+        finally:
+            idle.put(helper)
+
+    pool = ThreadPoolExecutor(len(helpers), thread_name_prefix="encode")
+    try:
+        pending: deque[Future[PackedBlock]] = deque()
+        for block in blocks:
+            pending.append(pool.submit(pack, block))
+            if len(pending) > 2 * len(helpers):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        for helper in helpers:
+            helper.close()
+
+
+# The package's own __init__ imports TensorFlow, so a bare package of that name stands in for it.
+# Not multiprocessing, which imports the user's script again: many have no `if __name__ == ...`.
+_BOOTSTRAP = """
+import pickle, sys, types
+sys.path[:], folder = pickle.load(sys.stdin.buffer)
+package = types.ModuleType("gpt_2_simple")
+package.__path__ = [folder]
+sys.modules["gpt_2_simple"] = package
+from gpt_2_simple.parallel_encode import serve
+serve(sys.stdin.buffer, sys.stdout.buffer)
+"""
+
+
+class _Helper:
+    """A process that packs texts: pickles go in and come out through its pipes."""
+
+    def __init__(self, *packer_arguments: Any):
+        arguments = pickle.dumps(packer_arguments)
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-c", _BOOTSTRAP],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        self._send(pickle.dumps((sys.path, os.path.dirname(os.path.abspath(__file__)))))
+        self._send(arguments)
+
+    def pack(self, texts: list[str]) -> tuple[bytes, list[int]]:
+        self._send(pickle.dumps(texts, pickle.HIGHEST_PROTOCOL))
+        return self.receive()
+
+    def receive(self) -> Any:
+        answer = pickle.load(self.process.stdout)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _send(self, pickled: bytes) -> None:
+        self.process.stdin.write(pickled)
+        self.process.stdin.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+def _start_helpers(local: Packer, enc: Any, processes: int) -> list[_Helper]:
+    """Starts the processes, or none at all if any of them fails to."""
+    helpers: list[_Helper] = []
+    share = local.most // processes
+    try:
+        for _ in range(processes):
+            helpers.append(_Helper(enc, local.typecode, bool(local.options), share))
+        for helper in helpers:
+            helper.receive()
+    except Exception:  # Whatever the reason, the work can be done in this process.
+        for helper in helpers:
+            helper.close()
+        return []
+    return helpers
+
+
+def serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    """What a helper process does: packs the texts it is sent until its input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    packer = Packer(*pickle.load(requests))
+    answer: Any = "ready"
+    while True:
+        pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
+        answers.flush()
+        try:
+            texts = pickle.load(requests)
+        except EOFError:
+            return
+        try:
+            answer = packer.pack(texts)
+        except Exception as error:  # sent to the parent, which raises it
+            answer = error
