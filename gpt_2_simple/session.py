@@ -24,6 +24,8 @@ class Memory:
         hparams: the model's sizes, None before there is a model.
         weights: the model's variables.
         folder: where the weights in the session came from, None before anything was loaded.
+        base: the model's folder that the run in `folder` was started from, if that is known.
+        encoder: the vocabulary of `folder`.
         built: parts of the graph by whatever key their builder chose.
     """
 
@@ -31,6 +33,8 @@ class Memory:
     hparams: model.HParams | None = None
     weights: model.Weights | None = None
     folder: str | None = None
+    base: str | None = None
+    encoder: Any = None
     built: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -1,0 +1,333 @@
+"""Arguments in, trained runs and generated texts out: the public functions.
+
+Each checks what it was given, composes the parts (`dataset`, `train`, `sample`, `checkpoint`) and
+reports. Names, positions and defaults are gpt-2-simple 0.8.1's; what came after is keyword-only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from . import checkpoint as checkpoints
+from . import (
+    encoder,
+    memory_saving_gradients,
+    model,
+    sample,
+    session,
+    train,
+)
+from .colab import (
+    copy_checkpoint_from_gdrive,
+    copy_checkpoint_to_gdrive,
+    copy_file_from_gdrive,
+    copy_file_to_gdrive,
+    get_tarfile_name,
+    is_mounted,
+    mount_gdrive,
+)
+from .create import create_gpt2
+from .dataset import encode_csv
+from .download import download_gpt2, is_gpt2_downloaded
+from .report import progress, say, verbosity
+from .session import get_available_gpus, reset_session, start_tf_sess
+
+__all__ = [
+    "cmd",
+    "copy_checkpoint_from_gdrive",
+    "copy_checkpoint_to_gdrive",
+    "copy_file_from_gdrive",
+    "copy_file_to_gdrive",
+    "create_gpt2",
+    "download_gpt2",
+    "encode_csv",
+    "encode_dataset",
+    "encoder",
+    "finetune",
+    "generate",
+    "generate_to_file",
+    "get_available_gpus",
+    "get_tarfile_name",
+    "is_gpt2_downloaded",
+    "is_mounted",
+    "load_gpt2",
+    "memory_saving_gradients",
+    "model",
+    "mount_gdrive",
+    "reset_session",
+    "sample",
+    "start_tf_sess",
+]
+
+
+def finetune(
+    sess: tf.compat.v1.Session,
+    dataset: str | Sequence[str],
+    steps: int = -1,
+    model_name: str = "124M",
+    model_dir: str = "models",
+    combine: int = 50000,
+    batch_size: int = 1,
+    learning_rate: float = 0.0001,
+    accumulate_gradients: int = 5,
+    restore_from: str = "latest",
+    run_name: str = "run1",
+    checkpoint_dir: str = "checkpoint",
+    sample_every: int = 100,
+    sample_length: int = 1023,
+    sample_num: int = 1,
+    multi_gpu: bool = False,
+    save_every: int = 1000,
+    print_every: int = 1,
+    max_checkpoints: int = 1,
+    use_memory_saving_gradients: bool = False,
+    only_train_transformer_layers: bool = False,
+    optimizer: str = "adam",
+    overwrite: bool = False,
+    reuse: bool = False,
+    *,
+    sequence_length: int | None = None,
+    seed: int | None = None,
+    encoding: str | None = None,
+    verbose: int = 1,
+) -> train.Result:
+    """Trains a model on a text.
+
+    Args:
+        sess: a session, from start_tf_sess().
+        dataset: a text file, a folder, a glob, a .csv, an .npz from encode_dataset(), or a list.
+        steps: steps to take in this call; -1 goes on until Ctrl-C, which saves.
+        model_name: the model to start from, a folder in `model_dir`.
+        model_dir: where models are.
+        combine: small files are joined until this many characters are gathered.
+        batch_size: windows in a micro-batch.
+        learning_rate: the optimizer's step size.
+        accumulate_gradients: micro-batches in a step. k of n windows give the step of one batch
+            of k * n.
+        restore_from: 'latest' continues the run, or starts it from the model; 'fresh' starts from
+            the model; anything else is a folder, or a checkpoint's prefix, to start from.
+        run_name: the run to write, a folder in `checkpoint_dir`.
+        checkpoint_dir: where runs are.
+        sample_every: steps between samples; 0 for none.
+        sample_length: tokens in a sample.
+        sample_num: samples each time.
+        multi_gpu: spread the blocks over all GPUs.
+        save_every: steps between checkpoints.
+        print_every: steps between lines.
+        max_checkpoints: checkpoints to keep; 0 keeps all.
+        use_memory_saving_gradients: recompute activations in the backward pass, not store them.
+        only_train_transformer_layers: leave the embeddings and the last layer norm as they are.
+        optimizer: 'adam', 'adafactor' or 'sgd'.
+        overwrite: with restore_from='latest', remove the run's older checkpoints and events.
+        reuse: accepted for old scripts; a session's model is always reused.
+        sequence_length: tokens in a window; None means n_ctx.
+        seed: draws the windows and the samples; None draws another each time.
+        encoding: of text files; None means UTF-8.
+        verbose: 0 prints nothing.
+
+    Returns:
+        What was reached: steps, losses, the checkpoint's path, whether Ctrl-C ended it.
+
+    Raises:
+        FileNotFoundError: no such model, run or dataset.
+        ValueError: an argument is out of range, or the dataset holds no text.
+    """
+    config = train.Config(
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        accumulate_gradients=accumulate_gradients,
+        sample_every=sample_every,
+        sample_length=sample_length,
+        sample_num=sample_num,
+        save_every=save_every,
+        print_every=print_every,
+        max_checkpoints=max_checkpoints,
+        use_memory_saving_gradients=use_memory_saving_gradients,
+        only_train_transformer_layers=only_train_transformer_layers,
+        optimizer=optimizer,
+        sequence_length=sequence_length,
+        seed=seed,
+    )
+    with verbosity(verbose):
+        source = checkpoints.model_folder(model_dir, model_name)
+        run = os.path.join(checkpoint_dir, run_name)
+        checkpoints.prepare_run(run, source)
+        enc = _encoder_of(run)
+        start = _starting_checkpoint(restore_from, run, source)
+        _load(sess, run, start, "checkpoint", multi_gpu)
+        session.memory(sess).base = os.path.abspath(source)
+        say("Loading dataset...")
+        chunks = _chunks(enc, dataset, combine, encoding)
+        first = checkpoints.read_counter(run) if restore_from == "latest" else 0
+        return train.run(sess, enc, chunks, config, run, first, overwrite=overwrite)
+
+
+def load_gpt2(
+    sess: tf.compat.v1.Session,
+    checkpoint: str = "latest",
+    run_name: str = "run1",
+    checkpoint_dir: str = "checkpoint",
+    model_name: str | None = None,
+    model_dir: str = "models",
+    multi_gpu: bool = False,
+    reuse: bool = False,
+    *,
+    verbose: int = 1,
+) -> None:
+    """Loads a run, or a model, into a session; generate(sess) then needs no names.
+
+    Args:
+        sess: a session, from start_tf_sess().
+        checkpoint: 'latest', or a checkpoint's name such as 'model-500'.
+        run_name: the run to load, a folder in `checkpoint_dir`.
+        checkpoint_dir: where runs are.
+        model_name: load this model, not a run; a folder in `model_dir`.
+        model_dir: where models are.
+        multi_gpu: spread the blocks over all GPUs.
+        reuse: accepted for old scripts; a session's model is always reused.
+        verbose: 0 prints nothing.
+
+    Raises:
+        FileNotFoundError: no such run, model or checkpoint; lists those there are.
+        ValueError: the session holds a model of other sizes, or the files do not fit together.
+    """
+    with verbosity(verbose):
+        if model_name:
+            folder = checkpoints.model_folder(model_dir, model_name)
+        else:
+            folder = checkpoints.run_folder(checkpoint_dir, run_name)
+        kind = "pretrained model" if model_name else "checkpoint"
+        _load(sess, folder, checkpoints.restore_path(folder, checkpoint), kind, multi_gpu)
+
+
+def _load(
+    sess: tf.compat.v1.Session, folder: str, prefix: str, kind: str, multi_gpu: bool
+) -> session.Memory:
+    """Gives the session the model of `folder`, with the weights of the checkpoint `prefix`."""
+    hparams = checkpoints.read_hparams(folder)
+    enc = encoder.get_encoder(folder)
+    encoder.check_vocabulary(enc, hparams.n_vocab, folder)
+    state = session.build_model(sess, hparams, get_available_gpus() if multi_gpu else [])
+    variables = session.named_variables(state)
+    checkpoints.check_shapes(prefix, variables, hparams)
+    with state.lock, sess.graph.as_default():
+        if "restore" not in state.built:
+            state.built["restore"] = checkpoints.build_restore(variables)
+    say(f"Loading {kind}", prefix)
+    checkpoints.restore(sess, state.built["restore"], prefix, variables)
+    state.folder, state.base, state.encoder = os.path.abspath(folder), None, enc
+    return state
+
+
+def _loaded(
+    sess: tf.compat.v1.Session,
+    run_name: str,
+    checkpoint_dir: str,
+    model_name: str | None,
+    model_dir: str,
+) -> session.Memory:
+    """The session's model, after loading what the caller names if that is something else."""
+    state = session.memory(sess)
+    named = model_name is not None or (run_name, checkpoint_dir) != ("run1", "checkpoint")
+    if state.folder is None and not named:
+        raise RuntimeError(
+            "this session has no model yet: call gpt2.load_gpt2(sess) for a run of yours, "
+            "gpt2.load_gpt2(sess, model_name='124M') for a downloaded model, or gpt2.finetune()"
+        )
+    if named:
+        path = (model_dir, model_name) if model_name else (checkpoint_dir, run_name)
+        if os.path.abspath(os.path.join(*path)) not in (state.folder, state.base):
+            load_gpt2(sess, "latest", run_name, checkpoint_dir, model_name, model_dir)
+    return state
+
+
+def generate(
+    sess: tf.compat.v1.Session,
+    run_name: str = "run1",
+    checkpoint_dir: str = "checkpoint",
+    model_name: str | None = None,
+    model_dir: str = "models",
+    sample_dir: str = "samples",
+    return_as_list: bool = False,
+    truncate: str | None = None,
+    destination_path: str | None = None,
+    sample_delim: str = "=" * 20 + "\n",
+    prefix: str | None = None,
+    seed: int | None = None,
+    nsamples: int = 1,
+    batch_size: int | None = 1,
+    length: int = 1023,
+    temperature: float = 0.7,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    include_prefix: bool = True,
+    *,
+    verbose: int = 1,
+) -> list[str] | None:
+    """Generates texts; prints them, returns them, or writes them to a file.
+
+    Args:
+        sess: a session with a model, from load_gpt2() or finetune().
+        run_name: the run to generate from; needed only if it is not what the session holds.
+        checkpoint_dir: where runs are.
+        model_name: generate from this model, not from a run.
+        model_dir: where models are.
+        sample_dir: accepted for old scripts; nothing is written there.
+        return_as_list: return the texts, do not print them.
+        truncate: end each text before the first occurrence of this after the prefix.
+        destination_path: write the texts to this file, do not print them.
+        sample_delim: written after each text, unless there is only one.
+        prefix: what each text starts with.
+        seed: the same seed gives the same texts; None draws another each time.
+        nsamples: texts to generate; a multiple of batch_size.
+        batch_size: texts to generate at once.
+        length: tokens to generate, prefix not counted; fewer where the context ends.
+        temperature: below 1 is bolder on likely tokens; 0 always takes the likeliest.
+        top_k: sample from the k likeliest tokens only; 0 for all.
+        top_p: sample from the likeliest tokens that make up this probability (Holtzman et al.
+            2019); 0 for all.
+        include_prefix: False leaves the prefix out of the texts.
+        verbose: 0 prints nothing.
+
+    Returns:
+        The texts if return_as_list, else None.
+
+    Raises:
+        FileNotFoundError: no such run or model.
+        RuntimeError: the session holds no model, or is closed.
+        ValueError: an argument is out of range.
+    """
+    settings = sample.Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    batch_size = 1 if batch_size is None else batch_size
+    _require_positive(nsamples=nsamples, batch_size=batch_size, length=length)
+    if nsamples % batch_size:
+        raise ValueError(f"nsamples={nsamples} must be a multiple of batch_size={batch_size}")
+    with verbosity(verbose), contextlib.ExitStack() as stack:
+        state = _loaded(sess, run_name, checkpoint_dir, model_name, model_dir)
+        write = _printer(not return_as_list)
+        if destination_path:
+            write = stack.enter_context(_file_writer(destination_path))
+        delimiter = "" if nsamples == 1 else sample_delim
+        cut = _Cut(prefix or "", truncate, include_prefix)
+        texts = []
+        for new_text in _sample_texts(
+            sess, state, prefix, nsamples, batch_size, length, settings, seed
+        ):
+            texts.append(cut.apply(new_text))
+            write(f"{texts[-1]}\n{delimiter}")
+    return texts if return_as_list else None
+
+
+def cmd() -> None:
+    """Runs the command line, as the console script `gpt_2_simple` does."""
+    # The one import that points up: scripts know this name here.
+    from .cli import main
+
+    raise SystemExit(main())
