@@ -59,7 +59,7 @@ PUBLISHED_N_VOCAB = 50257
 _TIMEOUT = (10.0, 30.0)  # seconds to connect, seconds between two reads
 _CHUNK_BYTES = 1 << 15  # what a cut connection may cost
 _ADOPT_BYTES = 1 << 20  # a shorter leftover is no worthwhile start: it may be a server's error page
-_TRIES = 6  # requests in a row that bring no new byte
+_TRIES = 6  # requests in a row, of which at most the first brought new bytes
 _TRIES_IF_DAMAGED = 2  # whole files in a row that fail their checks
 _BACK_OFF = (0.5, 30.0)  # seconds before the second try; at most
 _LONGEST_WAIT = 120.0  # seconds that a server's Retry-After may ask for
@@ -416,14 +416,19 @@ def _receive(session: requests.Session, url: str, partial: _Partial, least: int)
         requests.exceptions.ChunkedEncodingError,
         requests.exceptions.ContentDecodingError,
     ) as error:
-        # requests wraps urllib3's "Max retries exceeded", which hides the reason.
-        reason = getattr(error.args[0], "reason", error) if error.args else error
-        raise _FetchError(f"the connection failed: {reason}") from error
+        raise _FetchError(f"the connection failed: {_reason(error)}") from error
     except requests.RequestException as error:
         raise _FetchError(str(error), final=True) from error
     version = partial.version()
     if version and version.total not in (None, partial.size()):
         raise _FetchError(f"{partial.size():,} of {version.total:,} bytes came")
+
+
+def _reason(error: Exception) -> str:
+    """Says why a connection failed: it stands inside urllib3's "Max retries exceeded"."""
+    inner = error.args[0] if error.args else error
+    inner = getattr(inner, "reason", inner)
+    return str(inner.args[0] if isinstance(inner, Exception) and inner.args else inner)
 
 
 def _exchange(session: requests.Session, url: str, partial: _Partial, least: int) -> None:
@@ -442,7 +447,7 @@ def _exchange(session: requests.Session, url: str, partial: _Partial, least: int
             raise _status_error(response)
         elif not _continues(response, version, offset):
             partial.discard()
-            raise _FetchError("the file changed on the server, so it has to start over")
+            raise _FetchError("the answer does not continue the file, which has to start over")
         elif response.status_code == 416:
             return
         _check_room(version, partial)
