@@ -1,0 +1,530 @@
+"""Text in, token ids out, and back: GPT-2's byte-level byte pair encoding (BPE).
+
+Ids are those of tiktoken and of Hugging Face's tokenizers for the same encoder.json and vocab.bpe.
+
+Lone surrogates (which Python's strings may hold and UTF-8 may not) are encoded as the three bytes
+that the "surrogatepass" error handler gives them, and `Encoder.decode` restores them, so that
+`decode(encode(text)) == text` for every string.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import heapq
+import itertools
+import json
+import os
+import re
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import regex
+
+END_OF_TEXT = "<|endoftext|>"
+
+# Letters and numbers that came with Unicode 17 and 18. tiktoken 0.14 and tokenizers 0.23 know
+# Unicode 16; newer releases of `regex` know more. Without this a word's ids would depend on the
+# release of `regex` that happens to be installed.
+_NEWER_THAN_UNICODE_16 = (
+    r"\u0558\u058b-\u058c\u088f\u0c5c\u0cdc\u208f\u209d-\u209f\ua7ce-\ua7cf\ua7d2\ua7d4\ua7dd"
+    r"\ua7e2\ua7f1\uab6c-\uab6d\U000107bb-\U000107bf\U00010940-\U00010959\U00010ec5-\U00010ec7"
+    r"\U00010ed9-\U00010eee\U00011b0a\U00011db0-\U00011ddb\U00011de0-\U00011de9\U00011df1"
+    r"\U0001246f\U00012475-\U0001247f\U00012550-\U00012686\U00016ea0-\U00016eb8"
+    r"\U00016ebb-\U00016ed3\U00016ff2-\U00016ff6\U000187f8-\U000187ff\U00018cd6-\U00018cda"
+    r"\U00018d09-\U00018d20\U00018d80-\U00018df2\U00018e00-\U00019191\U000191a0-\U000191d2"
+    r"\U0001b123-\U0001b128\U0001b168\U0001d6a6\U0001df1f-\U0001df24\U0001df2b-\U0001df81"
+    r"\U0001df90-\U0001df96\U0001dfcd-\U0001dfff\U0001e6c0-\U0001e6de\U0001e6e0-\U0001e6e2"
+    r"\U0001e6e4-\U0001e6e5\U0001e6e7-\U0001e6ed\U0001e6f0-\U0001e6f4\U0001e6fe-\U0001e6ff"
+    r"\U0002b73a-\U0002b73f\U0002b81e\U0002cea2-\U0002cead\U000323b0-\U00033479"
+    r"\U0003d000-\U0003fc3f"
+)
+
+
+def _words_pattern(letter: str, number: str, other: str) -> str:
+    """GPT-2's split into words; the three classes exclude each other and whitespace."""
+    return rf" ?{letter}+|'(?:[sdmt]|ll|ve|re)| ?{other}+| ?{number}+|\s+(?!\S)|\s+"
+
+
+# The standard library's engine splits ASCII twice as fast, but has no \p{L}.
+_ASCII_WORDS = re.compile(_words_pattern("[A-Za-z]", "[0-9]", r"[^\sA-Za-z0-9]"), re.ASCII)
+_UNICODE_WORDS = regex.compile(
+    _words_pattern(
+        rf"[\p{{L}}--[{_NEWER_THAN_UNICODE_16}]]",
+        rf"[\p{{N}}--[{_NEWER_THAN_UNICODE_16}]]",
+        rf"[^\s[[\p{{L}}\p{{N}}]--[{_NEWER_THAN_UNICODE_16}]]]",
+    ),
+    regex.V1,
+)
+# No word goes on across whitespace that follows something else, so a text may be cut there.
+_SAFE_CUT = re.compile(r"\S(?=[ \n])")
+_CHUNK_CHARS = 8192
+
+# UTF-8 never holds these bytes: they are a surrogate written by "surrogatepass".
+_SURROGATE = re.compile(rb"(\xed[\xa0-\xbf][\x80-\xbf])")
+
+# What a vocabulary's words cost in memory: at most this many are remembered (some 300 bytes each,
+# so about 20 MB), none longer than this; when full, the memory starts afresh.
+_REMEMBERED_WORDS = 65_536
+_REMEMBERED_CHARS = 32
+
+# From this length on a heap finds the next merge faster than a scan.
+_LONG_WORD_BYTES = 256
+
+
+@functools.lru_cache(maxsize=1)
+def bytes_to_unicode() -> dict[int, str]:
+    """The 256 bytes and the printable characters that stand for them in a vocabulary's files.
+
+    Returns:
+        byte -> character: printable Latin-1 stands for itself, the other bytes in their order
+        for the characters from U+0100 on.
+    """
+    spare = itertools.count(256)
+    return {
+        byte: chr(byte if chr(byte).isprintable() and byte != 0x20 else next(spare))
+        for byte in range(256)
+    }
+
+
+class _Merges:
+    """A word's bytes in, its token ids out.
+
+    The pair of lowest rank is merged first, the leftmost of equals first, until no pair is left
+    that has a rank.
+    """
+
+    def __init__(self, byte_ids: list[int], merges: list[tuple[int, int, int]]) -> None:
+        """Takes each byte's id, and each merge in order of rank as the ids (left, right, made)."""
+        self.byte_ids = byte_ids
+        self.made = [made for _, _, made in merges]
+        self.ranks = {(left, right): rank for rank, (left, right, _) in enumerate(merges)}
+        self.no_rank = len(merges)
+
+    def apply(self, word: bytes) -> list[int]:
+        """Merges a word of at least one byte."""
+        parts = [*map(self.byte_ids.__getitem__, word), -1]  # -1: no token, merges with nothing
+        if len(parts) > _LONG_WORD_BYTES:
+            return self._apply_to_long(parts)
+        rank_of, made, no_rank = self.ranks.get, self.made, self.no_rank
+        ranks = list(map(rank_of, itertools.pairwise(parts), itertools.repeat(no_rank)))
+        while (rank := min(ranks)) != no_rank:
+            i = ranks.index(rank)
+            parts[i] = token = made[rank]
+            del parts[i + 1], ranks[i]
+            # At the left end i - 1 is -1: the entry of the closing -1, which never has a rank.
+            ranks[i - 1] = rank_of((parts[i - 1], token), no_rank)
+            ranks[i] = rank_of((token, parts[i + 1]), no_rank)
+        parts.pop()
+        return parts
+
+    def _apply_to_long(self, parts: list[int]) -> list[int]:
+        """The same for a word of n bytes in O(n log n); `parts` ends with -1."""
+        rank_of, no_rank = self.ranks.get, self.no_rank
+        size = len(parts)
+        after = array("q", [*range(1, size), size - 1])
+        before = array("q", range(-1, size - 1))
+        ranks = array("q", map(rank_of, itertools.pairwise(parts), itertools.repeat(no_rank)))
+        ranks.append(no_rank)
+        heap = [rank * size + i for i, rank in enumerate(ranks) if rank != no_rank]
+        heapq.heapify(heap)
+        while heap:
+            rank, i = divmod(heapq.heappop(heap), size)
+            if ranks[i] != rank:
+                continue  # merged or changed since it was pushed
+            gone = after[i]
+            parts[i], parts[gone], ranks[gone] = self.made[rank], -1, no_rank
+            after[i] = after[gone]
+            before[after[i]] = i
+            for left in (before[i], i):
+                ranks[left] = rank = rank_of((parts[left], parts[after[left]]), no_rank)
+                if rank != no_rank:
+                    heapq.heappush(heap, rank * size + left)
+        return [token for token in parts if token >= 0]
+
+
+def _whole_tokens(
+    byte_ids: list[int], merges: list[tuple[int, int, int]], n_vocab: int
+) -> np.ndarray:
+    """Which tokens' bytes, encoded alone, are that one token again: no merging is needed for them.
+
+    That holds if it holds for both halves and no merge of a lower rank joins the end of the left
+    half to the start of the right one first. To see it, the merges on both sides of the seam are
+    undone, the latest first, and the two tokens that meet there are looked at after each.
+
+    Returns:
+        bool [n_vocab]; False also where that is not sure, as with a repeated character.
+    """
+    whole = np.zeros(n_vocab, bool)
+    whole[byte_ids] = True
+    left, right, made = np.array(merges, np.int64).reshape(-1, 3).T
+    order = np.arange(len(merges))
+    rank = np.full(n_vocab, -1)  # of bytes, and of tokens that no merge makes: -1
+    rank[made] = order
+    if (rank[made] != order).any() or (np.maximum(rank[left], rank[right]) >= order).any():
+        return whole  # two ways to one token, or halves made after the whole
+    by_pair = np.argsort(left * n_vocab + right)
+    pairs = (left * n_vocab + right)[by_pair]
+
+    held = np.ones(len(merges), bool)
+    seam, a, b = order, left, right
+    while seam.size:
+        undo_left = rank[a] > rank[b]
+        undone = np.where(undo_left, rank[a], rank[b])
+        a, b = np.where(undo_left, right[undone], a), np.where(undo_left, b, left[undone])
+        found = np.minimum(np.searchsorted(pairs, a * n_vocab + b), len(pairs) - 1)
+        joins = (pairs[found] == a * n_vocab + b) & (by_pair[found] <= undone) & (undone >= 0)
+        held[seam[joins]] = False
+        go_on = (undone >= 0) & ~joins
+        seam, a, b = seam[go_on], a[go_on], b[go_on]
+    for (one, other, token), seam_held in zip(merges, held.tolist(), strict=True):
+        whole[token] = seam_held and whole[one] and whole[other]
+    return whole
+
+
+class _WordIds(dict[str, Sequence[int]]):
+    """The ids of each word met so far; a new word's are made when it is looked up."""
+
+    def __init__(self, merges: _Merges, whole: dict[bytes, int]) -> None:
+        self._apply, self._whole = merges.apply, whole
+
+    def __missing__(self, word: str) -> Sequence[int]:
+        raw = word.encode("utf-8", "surrogatepass")
+        token = self._whole.get(raw)
+        ids = self._apply(raw) if token is None else (token,)
+        if len(word) <= _REMEMBERED_CHARS:
+            if len(self) >= _REMEMBERED_WORDS:
+                self.clear()
+            self[word] = ids
+        return ids
+
+
+class Encoder:
+    """A vocabulary that turns text into token ids and back.
+
+    Attributes:
+        encoder: token, in the characters of `bytes_to_unicode` -> id.
+        decoder: id -> token.
+        bpe_merges: the pairs of tokens to merge, the earliest first.
+        errors: what decoding does with bytes that are no UTF-8: a name for `bytes.decode`.
+        n_vocab: the highest id + 1.
+        end_of_text: the id of `<|endoftext|>`, None if the vocabulary has none.
+    """
+
+    def __init__(
+        self,
+        encoder: dict[str, int],
+        bpe_merges: Iterable[tuple[str, str]],
+        errors: str = "replace",
+    ) -> None:
+        """Makes a vocabulary from what its two files hold.
+
+        Args:
+            encoder: token -> id; each of the 256 bytes is a token.
+            bpe_merges: pairs of tokens, the earliest merge first.
+            errors: what decoding does with bytes that are no UTF-8, such as half a character.
+
+        Raises:
+            ValueError: a byte or a merge's token is missing, or an id stands twice.
+        """
+        self.encoder = encoder
+        self.decoder = {token_id: token for token, token_id in encoder.items()}
+        self.bpe_merges = list(bpe_merges)
+        self.errors = errors
+        byte_ids, merges = _checked(encoder, self.decoder, self.bpe_merges)
+        self.n_vocab = max(self.decoder) + 1
+        self.end_of_text = encoder.get(END_OF_TEXT)
+        self._bytes = _token_bytes(encoder)
+        whole = np.flatnonzero(_whole_tokens(byte_ids, merges, self.n_vocab)).tolist()
+        self._ids_of_word = _WordIds(
+            _Merges(byte_ids, merges), {self._bytes[token_id]: token_id for token_id in whole}
+        )
+
+    def encode(self, text: str, allow_special: bool = False) -> list[int]:
+        """Turns text into token ids.
+
+        Args:
+            text: any string.
+            allow_special: whether `<|endoftext|>` in it is that one token. By default its
+                characters are encoded like any others.
+
+        Returns:
+            The ids.
+
+        Raises:
+            ValueError: `<|endoftext|>` is allowed and there, but not in the vocabulary.
+        """
+        ids: list[int] = []
+        if allow_special and END_OF_TEXT in text:
+            if self.end_of_text is None:
+                raise ValueError(f"this vocabulary has no token {END_OF_TEXT}: allow_special=False")
+            for i, part in enumerate(text.split(END_OF_TEXT)):
+                ids += [self.end_of_text] * (i > 0) + self.encode(part)
+            return ids
+        for chunk in _chunks(text):
+            words = _ASCII_WORDS if chunk.isascii() else _UNICODE_WORDS
+            ids_of_words = map(self._ids_of_word.__getitem__, words.findall(chunk))
+            ids.extend(itertools.chain.from_iterable(ids_of_words))
+        return ids
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Turns token ids (Python's or NumPy's integers) into the bytes they stand for.
+
+        Raises:
+            ValueError: an id is not in the vocabulary.
+        """
+        try:
+            return b"".join(map(self._bytes.__getitem__, ids))
+        except KeyError as error:
+            raise ValueError(
+                f"token id {error.args[0]} is not in this vocabulary of {self.n_vocab} tokens"
+            ) from None
+
+    def decode(self, ids: Iterable[int], surrogates: bool = True) -> str:
+        """Turns token ids into text; `decode(encode(text)) == text`.
+
+        Bytes that are no UTF-8, such as a character cut in half, become U+FFFD (or what `errors`
+        says).
+
+        Args:
+            ids: Python's or NumPy's integers.
+            surrogates: whether the bytes that `encode` makes of a lone surrogate become one again.
+                Text with a lone surrogate cannot be written as UTF-8, so generated text is decoded
+                with False: these bytes are then no UTF-8 either.
+
+        Returns:
+            The text.
+
+        Raises:
+            ValueError: an id is not in the vocabulary.
+        """
+        raw = self.decode_bytes(ids)
+        if not surrogates:
+            return raw.decode("utf-8", self.errors)
+        return "".join(
+            part.decode("utf-8", "surrogatepass" if i % 2 else self.errors)
+            for i, part in enumerate(_SURROGATE.split(raw))
+        )
+
+
+class IncrementalDecoder:
+    """Token ids in, a few at a time; text out, as soon as its characters are whole.
+
+    All that `feed` and `flush` return, joined, is `encoder.decode(ids, surrogates=False)`.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._decoder = codecs.getincrementaldecoder("utf-8")(encoder.errors)
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """Takes the next ids; returns the text that they complete, perhaps none."""
+        return self._decoder.decode(self._encoder.decode_bytes(ids))
+
+    def flush(self) -> str:
+        """Ends the text: returns what half a character left behind; what follows starts anew."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
+
+
+def get_encoder(folder: str | os.PathLike[str]) -> Encoder:
+    """Reads the vocabulary in a model's or a run's folder; reads it once while its files stay.
+
+    Args:
+        folder: holds encoder.json and vocab.bpe.
+
+    Returns:
+        The vocabulary. Callers share it: do not change it.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: one of the two files is no vocabulary; names it.
+    """
+    stamps = []
+    for name in ("encoder.json", "vocab.bpe"):
+        path = Path(folder, name)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing: copy it from the model that this folder belongs to, "
+                "or download the model again with download_gpt2()"
+            )
+        status = path.stat()
+        stamps.append((status.st_mtime_ns, status.st_size))
+    return _load(os.path.abspath(folder), tuple(stamps))
+
+
+@functools.lru_cache(maxsize=4)
+def _load(folder: str, stamps: tuple[tuple[int, int], ...]) -> Encoder:
+    """Reads a vocabulary; `stamps` are part of what the cache compares."""
+    vocabulary, merges = Path(folder, "encoder.json"), Path(folder, "vocab.bpe")
+    encoder, bpe_merges = _read_vocabulary(vocabulary), _read_merges(merges)
+    try:
+        return Encoder(encoder, bpe_merges)
+    except ValueError as error:
+        raise ValueError(f"{vocabulary} with {merges.name}: {error}") from None
+
+
+def check_vocabulary(encoder: Encoder, n_vocab: int, folder: str | os.PathLike[str]) -> None:
+    """Raises ValueError, naming the file, unless the model in `folder` has n_vocab tokens too."""
+    if encoder.n_vocab != n_vocab:
+        raise ValueError(
+            f"{Path(folder, 'encoder.json')} has {encoder.n_vocab} tokens, but n_vocab={n_vocab} "
+            "in hparams.json: these files belong to different models"
+        )
+
+
+def byte_vocabulary() -> Encoder:
+    """A vocabulary of 257 tokens for any language: the 256 bytes and `<|endoftext|>`, no merges."""
+    tokens = [*bytes_to_unicode().values(), END_OF_TEXT]
+    return Encoder({token: token_id for token_id, token in enumerate(tokens)}, [])
+
+
+def train_vocabulary(texts: Iterable[str], vocab_size: int) -> Encoder:
+    """Learns a byte-level BPE vocabulary from text with the `tokenizers` library.
+
+    Args:
+        texts: the text, in parts of any size.
+        vocab_size: how many tokens at most, at least 257; a short text yields fewer.
+
+    Returns:
+        The vocabulary: the 256 bytes, the merges' tokens, and `<|endoftext|>` last.
+
+    Raises:
+        ImportError: `tokenizers` is not installed.
+        ValueError: vocab_size is below 257.
+    """
+    fewest = len(bytes_to_unicode()) + 1
+    if vocab_size < fewest:
+        raise ValueError(
+            f"vocab_size={vocab_size} must be at least {fewest}: 256 bytes and {END_OF_TEXT}"
+        )
+    try:
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    except ImportError as error:
+        raise ImportError(
+            'training a vocabulary needs the tokenizers library: pip install "gpt_2_simple[bpe]"'
+        ) from error
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        initial_alphabet=sorted(bytes_to_unicode().values()),
+        show_progress=False,
+    )
+    # The library takes no lone surrogates.
+    tokenizer.train_from_iterator(
+        (text.encode("utf-8", "replace").decode() for text in texts), trainer
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary, merges = tokenizer.model.save(folder)
+        encoder, bpe_merges = _read_vocabulary(Path(vocabulary)), _read_merges(Path(merges))
+    encoder[END_OF_TEXT] = len(encoder)
+    return Encoder(encoder, bpe_merges)
+
+
+def save_vocabulary(encoder: Encoder, folder: str | os.PathLike[str]) -> None:
+    """Writes encoder.json and vocab.bpe as GPT-2 has them, each of them whole or not at all."""
+    merges = "".join(f"{left} {right}\n" for left, right in encoder.bpe_merges)
+    os.makedirs(folder, exist_ok=True)
+    _write_whole(Path(folder, "encoder.json"), json.dumps(encoder.encoder))
+    _write_whole(Path(folder, "vocab.bpe"), f"{_MERGES_HEADER}: 0.2\n{merges}")
+
+
+def _chunks(text: str) -> Iterator[str]:
+    """Cuts text where no word is cut, into parts of _CHUNK_CHARS or somewhat more."""
+    start = 0
+    while start < len(text):
+        cut = _SAFE_CUT.search(text, start + _CHUNK_CHARS)
+        end = cut.end() if cut else len(text)
+        yield text[start:end]
+        start = end
+
+
+def _checked(
+    encoder: dict[str, int], decoder: dict[int, str], bpe_merges: list[tuple[str, str]]
+) -> tuple[list[int], list[tuple[int, int, int]]]:
+    """The bytes' ids, and the merges as ids (left, right, made), if all of them are there."""
+    if len(decoder) < len(encoder):
+        token, token_id = next((t, i) for t, i in encoder.items() if decoder[i] != t)
+        raise ValueError(f"id {token_id} stands for {token!r} and for {decoder[token_id]!r}")
+    for byte, char in bytes_to_unicode().items():
+        if char not in encoder:
+            raise ValueError(f"byte {byte:#04x} ({char!r}) is not in the vocabulary")
+    byte_ids = [encoder[char] for char in bytes_to_unicode().values()]
+    try:
+        merges = [(encoder[a], encoder[b], encoder[a + b]) for a, b in bpe_merges]
+    except KeyError as error:
+        raise ValueError(f"a merge needs {error.args[0]!r}, not in the vocabulary") from None
+    return byte_ids, merges
+
+
+def _token_bytes(encoder: dict[str, int]) -> dict[int, bytes]:
+    """The bytes of each id; a token of other characters than those of bytes is its own text."""
+    to_latin_1 = {ord(char): byte for byte, char in bytes_to_unicode().items()}
+    known = frozenset(bytes_to_unicode().values())
+    return {
+        token_id: token.translate(to_latin_1).encode("latin-1")
+        if known.issuperset(token)
+        else token.encode("utf-8", "surrogatepass")
+        for token, token_id in encoder.items()
+    }
+
+
+def _read_text(path: Path) -> str:
+    """A text file's content; ValueError names it if it is empty, no UTF-8 or starts with a BOM."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    if not text:
+        raise ValueError(f"{path} is empty")
+    if text.startswith("\ufeff"):
+        raise ValueError(f"{path} starts with a byte order mark: save it as UTF-8 without one")
+    return text
+
+
+def _read_vocabulary(path: Path) -> dict[str, int]:
+    """encoder.json: a JSON object of tokens and ids."""
+    try:
+        encoder = json.loads(_read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(encoder, dict):
+        raise ValueError(f"{path} must hold an object of tokens and ids, not {type(encoder)}")
+    for token, token_id in encoder.items():
+        if type(token_id) is not int or token_id < 0:
+            raise ValueError(f"{path}: the id of {token!r} is {token_id!r}, not a whole number")
+    return encoder
+
+
+_MERGES_HEADER = "#version"
+
+
+def _read_merges(path: Path) -> list[tuple[str, str]]:
+    """vocab.bpe: a header, then two tokens a line."""
+    lines = _read_text(path).rstrip("\n").split("\n")
+    has_header = lines[0].startswith(_MERGES_HEADER)
+    merges = []
+    for number, line in enumerate(lines[has_header:], start=1 + has_header):
+        left, _, right = line.partition(" ")
+        if not left or not right or " " in right:
+            raise ValueError(f"{path}, line {number}: {line!r} is not two tokens and a space")
+        merges.append((left, right))
+    return merges
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Replaces a file by another of this content, so that no reader ever sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
