@@ -1,0 +1,641 @@
+"""Command line arguments in, calls of the public functions out, and an exit status.
+
+The tables below say what each command takes. Their defaults are shown by --help, and a test holds
+them to the functions' signatures; a flag that is not given is not passed on, so that the functions'
+own defaults act. Nothing here imports TensorFlow before there is a command to run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.metadata
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from .download import MODEL_NAMES
+from .report import complain, progress, say, verbosity
+
+PROGRAM = "gpt_2_simple"
+DEBUG_VARIABLE = "GPT2_DEBUG"
+EXIT_INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
+EXIT_CLOSED_PIPE = 141  # and for one whose reader went away, as in `... | head`
+
+Options = dict[str, Any]
+
+
+class Option(NamedTuple):
+    """A flag.
+
+    Attributes:
+        default: the function's; for --help alone, and for the type.
+        help: what it means; one sentence without a full stop.
+        kind: makes the value from the text; by default the type of the default, or str.
+        shown: the default in words, where repr(default) would not tell.
+    """
+
+    default: Any
+    help: str
+    kind: Callable[[str], Any] | None = None
+    shown: str | None = None
+
+
+class Command(NamedTuple):
+    """A subcommand.
+
+    Attributes:
+        run: takes the given options by name, returns the exit status.
+        summary: one sentence.
+        examples: command lines to paste.
+        groups: title to {name of a flag: Option}.
+        own_defaults: those that differ from the function's.
+        positional: the flag that may be given without its name.
+        required: whether it must be given.
+    """
+
+    run: Callable[[Options], int]
+    summary: str
+    examples: Sequence[str]
+    groups: dict[str, dict[str, Option]]
+    own_defaults: Options = {}
+    positional: str | None = None
+    required: bool = False
+
+    def options(self) -> dict[str, Option]:
+        """All groups in one."""
+        return {name: option for group in self.groups.values() for name, option in group.items()}
+
+
+# --- what the commands do -----------------------------------------------------------------------
+
+
+def _module(name: str) -> ModuleType:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its notes on CPU features help nobody here
+    return importlib.import_module(f".{name}", __package__)
+
+
+def _pass_to(module: str, function: str) -> Callable[[Options], int]:
+    def run(options: Options) -> int:
+        getattr(_module(module), function)(**options)
+        return 0
+
+    return run
+
+
+def _ensure_model(gpt2: ModuleType, options: Options, default: str | None = None) -> None:
+    """Downloads the model if it is one of OpenAI's; whoever needs another says that it is missing.
+
+    Args:
+        gpt2: the module of the public functions.
+        options: `model_name` and `model_dir`, if given.
+        default: the name if none is given; None is no model.
+    """
+    name = options.get("model_name", default)
+    folder = {"model_dir": options["model_dir"]} if "model_dir" in options else {}
+    if name in MODEL_NAMES and not gpt2.is_gpt2_downloaded(model_name=name, **folder):
+        gpt2.download_gpt2(model_name=name, **folder)
+
+
+def _finetune(options: Options) -> int:
+    gpt2 = _module("gpt_2")
+    _ensure_model(gpt2, options, default="124M")
+    with contextlib.closing(gpt2.start_tf_sess()) as sess:
+        result = gpt2.finetune(sess, **_FINETUNE.own_defaults | options)
+    return EXIT_INTERRUPTED if getattr(result, "interrupted", False) else 0
+
+
+def _generate(options: Options) -> int:
+    gpt2 = _module("gpt_2")
+    _ensure_model(gpt2, options)
+    options = _GENERATE.own_defaults | options
+    nfiles, folder = options.pop("nfiles"), options.pop("folder")
+    wanted = options.pop("destination_path", None)
+    if wanted is not None and nfiles > 1:
+        raise ValueError(f"--destination_path is one file, but --nfiles asks for {nfiles}")
+    if wanted is not None and os.path.lexists(wanted):
+        raise FileExistsError(f"{wanted} exists, and no file is replaced: give it another name")
+    load = {name: options.pop(name) for name in _LOAD if name in options}
+    verbose, seed = options.get("verbose", 1), options.get("seed")
+    with verbosity(verbose), contextlib.closing(gpt2.start_tf_sess()) as sess:
+        gpt2.load_gpt2(sess, **load, verbose=verbose)
+        for number in _counted(nfiles):
+            if seed is not None:
+                options["seed"] = seed + number
+            with _new_file(wanted, folder) as path:
+                gpt2.generate_to_file(sess, destination_path=path, **options)
+            say(f"Wrote {path}")
+    return 0
+
+
+def _counted(nfiles: int) -> Iterator[int]:
+    if nfiles == 1:
+        yield 0
+        return
+    with progress(total=nfiles, desc="Generating", unit="file") as bar:
+        for number in range(nfiles):
+            yield number
+            bar.update(1)
+
+
+@contextlib.contextmanager
+def _new_file(wanted: str | None, folder: str) -> Iterator[str]:
+    """Makes an empty file that nobody else has; if the block fails and it still is empty, it goes.
+
+    Args:
+        wanted: the file's path; None is a name of the present second in `folder`.
+        folder: made if need be.
+    """
+    if wanted is not None:
+        path = wanted
+        with open(path, "x"):
+            pass
+    else:
+        os.makedirs(folder, exist_ok=True)
+        path = _claim_free_name(folder)
+    try:
+        yield path
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if os.path.getsize(path) == 0:
+                os.remove(path)
+        raise
+
+
+def _claim_free_name(folder: str) -> str:
+    stem = os.path.join(folder, f"gpt2_gentext_{datetime.now(timezone.utc):%Y%m%d_%H%M%S}")
+    number = 1
+    while True:
+        path = f"{stem}.txt" if number == 1 else f"{stem}-{number}.txt"
+        with contextlib.suppress(FileExistsError), open(path, "x"):
+            return path
+        number += 1
+
+
+# --- what the commands take ---------------------------------------------------------------------
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return text.lower() == "true"
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
+# load_gpt2's; generate needs no names after it.
+_LOAD = ("checkpoint", "run_name", "checkpoint_dir", "model_name", "model_dir", "multi_gpu")
+
+_MULTI_GPU = Option(False, "Spread the model's layers over all GPUs, if there are several")
+_VERBOSE = Option(1, "0 prints nothing but errors")
+
+_FINETUNE = Command(
+    run=_finetune,
+    summary="Train a model on your text, downloading it first if need be. Ctrl-C saves and stops.",
+    examples=(
+        "gpt_2_simple finetune shakespeare.txt --steps 1000",
+        "gpt_2_simple finetune shakespeare.txt --run_name poems --restore_from fresh",
+        "gpt_2_simple --mode finetune --dataset shakespeare.txt --overwrite True",
+    ),
+    positional="dataset",
+    required=True,
+    # gpt-2-simple 0.8.1's command line has these defaults, which its finetune() has not.
+    own_defaults={
+        "sample_every": 1000000,
+        "save_every": 100,
+        "print_every": 10,
+        "multi_gpu": True,
+    },
+    groups={
+        "text, model and run": {
+            "dataset": Option(
+                None,
+                "Text to learn: files, a folder, a quoted glob, a .csv, or what 'encode' made",
+                shown="none; required",
+            ),
+            "model_name": Option("124M", "Model to start from: a folder in --model_dir"),
+            "model_dir": Option("models", "Folder that holds the models"),
+            "run_name": Option("run1", "Run to write: a folder in --checkpoint_dir"),
+            "checkpoint_dir": Option("checkpoint", "Folder that holds the runs"),
+            "restore_from": Option(
+                "latest",
+                "'latest' continues the run if there is one, 'fresh' starts from the model, "
+                "a path starts from that checkpoint",
+            ),
+            "overwrite": Option(
+                False, "When continuing, remove the run's earlier checkpoints and events"
+            ),
+            "combine": Option(50000, "Join small files until they hold this many characters"),
+            "encoding": Option(None, "Encoding of the text files", shown="UTF-8"),
+        },
+        "training": {
+            "steps": Option(-1, "Steps to train now; -1 goes on until Ctrl-C"),
+            "batch_size": Option(1, "Windows of text in a micro-batch"),
+            "accumulate_gradients": Option(5, "Micro-batches in a step"),
+            "sequence_length": Option(
+                None, "Tokens in a window; fewer need less memory", int, "the model's n_ctx"
+            ),
+            "learning_rate": Option(0.0001, "Size of the optimizer's step"),
+            "optimizer": Option("adam", "adam, adafactor or sgd"),
+            "only_train_transformer_layers": Option(
+                False, "Leave the embeddings as they are, which saves memory"
+            ),
+            "use_memory_saving_gradients": Option(
+                False, "Recompute activations instead of storing them: less memory, more time"
+            ),
+            "multi_gpu": _MULTI_GPU,
+            "seed": Option(None, "Whole number that makes a run repeatable", int, "random"),
+        },
+        "saving and printing": {
+            "save_every": Option(1000, "Steps between checkpoints"),
+            "max_checkpoints": Option(1, "Checkpoints to keep; 0 keeps all"),
+            "print_every": Option(1, "Steps between lines with the loss"),
+            "sample_every": Option(100, "Steps between sample texts; 0 for none"),
+            "sample_length": Option(1023, "Tokens in a sample text"),
+            "sample_num": Option(1, "Sample texts each time"),
+            "verbose": _VERBOSE,
+        },
+    },
+)
+
+_GENERATE = Command(
+    run=_generate,
+    summary="Write texts with a trained run, or with a model as it is, into new files.",
+    examples=(
+        "gpt_2_simple generate --nsamples 5 --length 200",
+        "gpt_2_simple generate --run_name poems --prefix 'Shall I' --top_k 40 --seed 1",
+        "gpt_2_simple generate --model_name 124M --nfiles 10 --folder texts",
+    ),
+    own_defaults={"nfiles": 1, "folder": "gen", "multi_gpu": True},
+    groups={
+        "model or run": {
+            "run_name": Option("run1", "Run to load: a folder in --checkpoint_dir"),
+            "checkpoint_dir": Option("checkpoint", "Folder that holds the runs"),
+            "checkpoint": Option("latest", "Checkpoint of the run to load, such as 'model-1000'"),
+            "model_name": Option(
+                None,
+                "Load this model from --model_dir in place of a run, downloading it if need be",
+                shown="none: the run is loaded",
+            ),
+            "model_dir": Option("models", "Folder that holds the models"),
+            "multi_gpu": _MULTI_GPU,
+        },
+        "text": {
+            "length": Option(1023, "Tokens to write, beside the prefix's"),
+            "prefix": Option(
+                None, "Text to go on from; write --prefix='-x' if it starts with '-'", shown="none"
+            ),
+            "include_prefix": Option(True, "Keep the prefix in the text"),
+            "truncate": Option(
+                None, "Cut the text where this first occurs after the prefix", shown="no cut"
+            ),
+            "temperature": Option(0.7, "Above 1 is wilder, below 1 tamer, 0 takes the likeliest"),
+            "top_k": Option(0, "Choose among the k likeliest tokens; 0 means all"),
+            "top_p": Option(
+                0.0,
+                "Choose among the likeliest tokens that make up this probability; 0 means all",
+            ),
+            "seed": Option(
+                None,
+                "Whole number that makes the texts repeatable; each further file adds 1 to it",
+                int,
+                "random",
+            ),
+        },
+        "files": {
+            "nfiles": Option(1, "Files to write", _count),
+            "nsamples": Option(1, "Texts in a file"),
+            "batch_size": Option(1, "Texts to write at once; must divide --nsamples"),
+            "sample_delim": Option("=" * 20 + "\n", "What separates the texts of a file"),
+            "folder": Option(
+                "gen",
+                "Folder for the files, gpt2_gentext_<date>_<time>.txt in UTC; made if missing, "
+                "and no file in it is ever replaced",
+            ),
+            "destination_path": Option(
+                None, "Write one file of this name instead; it must not exist", shown="none"
+            ),
+            "verbose": _VERBOSE,
+        },
+    },
+)
+
+_DOWNLOAD = Command(
+    run=_pass_to("download", "download_gpt2"),
+    summary="Download a model, or what is missing of it.",
+    examples=(
+        "gpt_2_simple download 355M",
+        "gpt_2_simple download --model_name 124M --base_url https://example.org/gpt-2",
+    ),
+    positional="model_name",
+    groups={
+        "model": {
+            "model_name": Option("124M", "One of " + ", ".join(MODEL_NAMES)),
+            "model_dir": Option("models", "Folder that holds the models"),
+            "base_url": Option(
+                None,
+                "Mirror that has models/<model_name>/",
+                shown="$GPT2_BASE_URL, or OpenAI's server",
+            ),
+        }
+    },
+)
+
+_CREATE = Command(
+    run=_pass_to("gpt_2", "create_gpt2"),
+    summary="Make a small model of your own that knows nothing yet, for finetune to start from.",
+    examples=(
+        "gpt_2_simple create shakespeare.txt --model_name nano",
+        "gpt_2_simple create shakespeare.txt --model_name mine --n_layer 6 --vocab_size 2000",
+    ),
+    positional="dataset",
+    groups={
+        "model": {
+            "dataset": Option(None, "Text for --vocab_size to train a vocabulary on", shown="none"),
+            "model_name": Option(
+                "nano", "New folder in --model_dir; nano, micro and mini name sizes too"
+            ),
+            "model_dir": Option("models", "Folder that holds the models"),
+        },
+        "size": {
+            "n_layer": Option(None, "Layers", int, "the named size's"),
+            "n_head": Option(None, "Attention heads in a layer", int, "the named size's"),
+            "n_embd": Option(None, "Width; a multiple of --n_head", int, "the named size's"),
+            "n_ctx": Option(None, "Tokens that it sees at once", int, "the named size's"),
+            "vocab_size": Option(
+                None, "Tokens in its vocabulary", int, "each byte and <|endoftext|>: 257"
+            ),
+            "seed": Option(None, "Whole number that makes the weights repeatable", int, "random"),
+            "overwrite": Option(False, "Replace a model of this name"),
+        },
+    },
+)
+
+_ENCODE = Command(
+    run=_pass_to("gpt_2", "encode_dataset"),
+    summary="Turn text into tokens once, so that each finetune starts sooner.",
+    examples=("gpt_2_simple encode shakespeare.txt --out_path shakespeare.npz",),
+    positional="file_path",
+    required=True,
+    groups={
+        "files": {
+            "file_path": Option(
+                None, "Text: a file, a folder or a quoted glob", shown="none; required"
+            ),
+            "out_path": Option("text_encoded.npz", "File to write"),
+            "model_name": Option("124M", "Model whose vocabulary is used"),
+            "model_dir": Option("models", "Folder that holds the models"),
+            "combine": Option(50000, "Join small files until they hold this many characters"),
+        }
+    },
+)
+
+_ENCODE_CSV = Command(
+    run=_pass_to("dataset", "encode_csv"),
+    summary="Turn a table into a text file in which tokens mark where each row starts and ends.",
+    examples=("gpt_2_simple encode_csv tweets.csv --out_path tweets.txt --column text",),
+    positional="csv_path",
+    required=True,
+    groups={
+        "files": {
+            "csv_path": Option(None, "Table: .csv, .tsv or .jsonl", shown="none; required"),
+            "out_path": Option("csv_encoded.txt", "Text file to write"),
+            "header": Option(True, "Whether the first row names the columns"),
+            "start_token": Option("<|startoftext|>", "Put before each row"),
+            "end_token": Option("<|endoftext|>", "Put after each row"),
+            "column": Option(None, "Column to take, by name", shown="the first"),
+            "template": Option(
+                None, "Several columns, as in '{title}: {body}'", shown="one column"
+            ),
+            "encoding": Option(None, "Encoding of the table", shown="UTF-8"),
+        }
+    },
+)
+
+COMMANDS = {
+    "finetune": _FINETUNE,
+    "generate": _GENERATE,
+    "download": _DOWNLOAD,
+    "create": _CREATE,
+    "encode": _ENCODE,
+    "encode_csv": _ENCODE_CSV,
+}
+
+_METAVARS: dict[Any, str] = {str: "TEXT", float: "X"}
+
+# gpt-2-simple 0.8.1 had one list of flags for both its modes.
+_SHARED_FLAGS = (
+    "dataset", "steps", "restore_from", "sample_every", "save_every", "print_every", "optimizer",
+    "overwrite", "nfiles", "nsamples", "folder", "length", "temperature", "top_k", "top_p",
+    "prefix", "truncate", "include_prefix", "sample_delim",
+)  # fmt: skip
+
+
+# --- from the command line to a call ------------------------------------------------------------
+
+
+def _command_first(argv: Sequence[str]) -> list[str]:
+    """Puts the command before the words and these before the flags, as argparse needs them.
+
+    It also turns gpt-2-simple 0.8.1's `--mode finetune` into the command.
+    """
+    command: list[str] = []
+    words: list[str] = []
+    flags: list[str] = []
+    rest = list(argv)
+    while rest:
+        token = rest.pop(0)
+        if not _is_flag(token):
+            words.append(token)
+            continue
+        name, equals, value = token.partition("=")
+        takes_value = not equals and name not in ("-h", "--help", "--version", "--debug")
+        values = [rest.pop(0)] if takes_value and rest and not _is_flag(rest[0]) else []
+        if name == "--mode":
+            command = [value] if equals else values
+        else:
+            flags += [token, *values]
+    return command + words + flags
+
+
+def _is_flag(token: str) -> bool:
+    return re.match(r"-[A-Za-z-]", token) is not None and " " not in token.partition("=")[0]
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version(PROGRAM)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _parser() -> argparse.ArgumentParser:
+    layout: dict[str, Any] = {
+        "add_help": False,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        usage=f"{PROGRAM} COMMAND [flags]",
+        description="Fine-tune GPT-2 on your own text and generate from it.",
+        epilog=_examples([command.examples[0] for command in COMMANDS.values()])
+        + f"\n\n'{PROGRAM} COMMAND --help' lists the flags of a command.\n"
+        "Exit status: 0 done, 1 error, 2 wrong usage, 130 stopped by Ctrl-C.",
+        **layout,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(
+            name,
+            help=command.summary,
+            description=command.summary,
+            epilog=_examples(command.examples),
+            prog=f"{PROGRAM} {name}",
+            usage=" ".join([PROGRAM, name, *_word_names(command), "[flags]"]),
+            **layout,
+        )
+        subparser.set_defaults(name=name, subparser=subparser)
+        _add_flags(subparser, command)
+        _add_general(subparser)
+    _add_general(parser).add_argument(
+        "--version", action="version", version=f"{PROGRAM} {_version()}", help="Show the version"
+    )
+    return parser
+
+
+def _add_general(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    group = parser.add_argument_group("general")
+    group.add_argument("-h", "--help", action="help", help="Show this help")
+    group.add_argument(
+        "--debug",
+        action="store_true",
+        help=f"Show an error's traceback; so does the variable {DEBUG_VARIABLE}=1",
+    )
+    return group
+
+
+def _examples(lines: Sequence[str]) -> str:
+    return "\n  ".join(["examples:", *lines])
+
+
+def _word_names(command: Command) -> list[str]:
+    if command.positional is None:
+        return []
+    name = command.positional.upper()
+    return [name if command.required else f"[{name}]"]
+
+
+def _add_flags(parser: argparse.ArgumentParser, command: Command) -> None:
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    for title, options in command.groups.items():
+        group = parser.add_argument_group(title)
+        for name, option in options.items():
+            _add_flag(group, name, option, command.own_defaults.get(name, option.default))
+    if command in (_FINETUNE, _GENERATE):
+        others = _FINETUNE.options() | _GENERATE.options()
+        for name in _SHARED_FLAGS:
+            if name not in command.options():
+                _add_flag(parser, name, others[name], None, hidden=True)
+
+
+def _add_flag(group: Any, name: str, option: Option, default: Any, hidden: bool = False) -> None:
+    shown = repr(default) if option.shown is None else option.shown
+    if default != option.default:
+        shown += f"; in Python {option.default!r}"
+    kind = option.kind or (str if option.default is None else type(option.default))
+    settings: dict[str, Any] = {"type": kind, "metavar": _METAVARS.get(kind, "N")}
+    if kind is bool:
+        settings = {"type": _boolean, "nargs": "?", "const": True, "metavar": "True|False"}
+    text = f"{option.help} (default: {shown})".replace("%", "%%")
+    group.add_argument(
+        f"--{name}",
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS if hidden else text,
+        **settings,
+    )
+
+
+def _read(argv: Sequence[str]) -> tuple[Command, Options]:
+    """The command, and what was given for it by name."""
+    given = vars(_parser().parse_args(_command_first(argv)))
+    name, parser, words = given.pop("name"), given.pop("subparser"), given.pop("words")
+    del given["debug"]
+    command = COMMANDS[name]
+    if words:
+        # gpt-2-simple 0.8.1 took a dataset for generate too, and ignored it.
+        _take_words(parser, "dataset" if name == "generate" else command.positional, words, given)
+    if command.required and command.positional not in given:
+        parser.error(f"{name} needs {command.positional.upper()}; see '{parser.prog} --help'")
+    for flag in [flag for flag in given if flag not in command.options()]:
+        complain(f"{PROGRAM}: note: {name} makes no use of {flag} {given.pop(flag)!r}")
+    return command, given
+
+
+def _take_words(
+    parser: argparse.ArgumentParser, name: str | None, words: list[str], given: Options
+) -> None:
+    """Gives the words that stand without a flag to the flag that they stand for."""
+    if name is None:
+        parser.error(f"unrecognized: {' '.join(words)!r}")
+    if name in given:
+        parser.error(f"--{name} {given[name]!r} was given, and {' '.join(words)!r} beside it")
+    if len(words) > 1 and name != "dataset":
+        parser.error(f"{' '.join(words[1:])!r} is more than one {name}")
+    given[name] = words if len(words) > 1 else words[0]
+
+
+# --- errors and exit statuses -------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command, as the console script `gpt_2_simple` does.
+
+    Args:
+        argv: the arguments after the program's name; None takes them from the process.
+
+    Returns:
+        The exit status: 0 done, 1 an error (told in one line on standard error), 2 wrong usage,
+        130 stopped by Ctrl-C, 141 standard output was closed by its reader.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        try:
+            with _one_line_warnings():
+                command, options = _read(argv)
+                return command.run(options)
+        finally:
+            sys.stdout.flush()  # a closed pipe shows here rather than after the end
+    except SystemExit as stop:  # argparse, after --help or wrong usage
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        complain(f"{PROGRAM}: interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The way of Python's own documentation: what is still buffered must go somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_CLOSED_PIPE
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if "--debug" in argv or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
+            raise
+        complain(f"{PROGRAM}: error: {' '.join(str(error).split()) or type(error).__name__}")
+        return 1
+
+
+@contextlib.contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    def show(message: Warning | str, *_: Any) -> None:
+        complain(f"{PROGRAM}: warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
