@@ -432,6 +432,31 @@ def prepare_run(run: str, model_: str) -> None:
             write_file(os.path.join(run, name), file.read())
 
 
+def starting_checkpoint(restore_from: str, run: str, model_: str) -> str:
+    """The checkpoint that training starts from.
+
+    Args:
+        restore_from: 'latest', 'fresh', a folder, or a checkpoint's prefix.
+        run: the run's folder.
+        model_: the folder of the model to start from.
+
+    Raises:
+        FileNotFoundError: `restore_from` names nothing that can be loaded.
+    """
+    if restore_from == "latest":
+        return latest_checkpoint(run) or restore_path(model_)
+    if restore_from == "fresh":
+        return restore_path(model_)
+    if os.path.isdir(restore_from):
+        return restore_path(restore_from)
+    if is_whole(restore_from):
+        return restore_from
+    raise FileNotFoundError(
+        f"restore_from={restore_from!r} is neither 'latest' nor 'fresh', nor a folder with a "
+        "checkpoint, nor a checkpoint such as 'checkpoint/run1/model-500'"
+    )
+
+
 def read_counter(run: str) -> int:
     """The last step that a run saved, 0 for a new run."""
     try:

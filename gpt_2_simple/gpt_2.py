@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from . import checkpoint as checkpoints
@@ -21,6 +21,7 @@ from . import (
     model,
     sample,
     session,
+    texts,
     train,
 )
 from .colab import (
@@ -33,9 +34,9 @@ from .colab import (
     mount_gdrive,
 )
 from .create import create_gpt2
-from .dataset import encode_csv
+from .dataset import encode_csv, load_dataset, save_npz, save_tokens
 from .download import download_gpt2, is_gpt2_downloaded
-from .report import progress, say, verbosity
+from .report import say, verbosity
 from .session import get_available_gpus, reset_session, start_tf_sess
 
 __all__ = [
@@ -159,14 +160,14 @@ def finetune(
         source = checkpoints.model_folder(model_dir, model_name)
         run = os.path.join(checkpoint_dir, run_name)
         checkpoints.prepare_run(run, source)
-        enc = _encoder_of(run)
-        start = _starting_checkpoint(restore_from, run, source)
-        _load(sess, run, start, "checkpoint", multi_gpu)
-        session.memory(sess).base = os.path.abspath(source)
+        start = checkpoints.starting_checkpoint(restore_from, run, source)
+        state = _load(sess, run, start, "checkpoint", multi_gpu)
+        state.base = os.path.abspath(source)
         say("Loading dataset...")
-        chunks = _chunks(enc, dataset, combine, encoding)
+        chunks = load_dataset(state.encoder, dataset, combine, encoding)
+        say("dataset has", sum(map(len, chunks)), "tokens")
         first = checkpoints.read_counter(run) if restore_from == "latest" else 0
-        return train.run(sess, enc, chunks, config, run, first, overwrite=overwrite)
+        return train.run(sess, state, chunks, config, run, first, overwrite)
 
 
 def load_gpt2(
@@ -304,25 +305,113 @@ def generate(
         RuntimeError: the session holds no model, or is closed.
         ValueError: an argument is out of range.
     """
-    settings = sample.Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     batch_size = 1 if batch_size is None else batch_size
     _require_positive(nsamples=nsamples, batch_size=batch_size, length=length)
     if nsamples % batch_size:
         raise ValueError(f"nsamples={nsamples} must be a multiple of batch_size={batch_size}")
+    settings = sample.Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    job = texts.Job(prefix or "", nsamples, batch_size, length, settings, seed)
+    cut = texts.Cut(job.prefix, truncate, include_prefix)
+    delimiter = "" if nsamples == 1 else sample_delim
+    generated = []
     with verbosity(verbose), contextlib.ExitStack() as stack:
         state = _loaded(sess, run_name, checkpoint_dir, model_name, model_dir)
-        write = _printer(not return_as_list)
+        write = None if return_as_list else texts.print_text
         if destination_path:
-            write = stack.enter_context(_file_writer(destination_path))
-        delimiter = "" if nsamples == 1 else sample_delim
-        cut = _Cut(prefix or "", truncate, include_prefix)
-        texts = []
-        for new_text in _sample_texts(
-            sess, state, prefix, nsamples, batch_size, length, settings, seed
-        ):
-            texts.append(cut.apply(new_text))
-            write(f"{texts[-1]}\n{delimiter}")
-    return texts if return_as_list else None
+            write = stack.enter_context(texts.file_writer(destination_path))
+        for text in texts.generate_texts(sess, state.encoder, job, cut):
+            generated.append(text)
+            if write:
+                write(f"{text}\n{delimiter}")
+    return generated if return_as_list else None
+
+
+def _require_positive(**values: Any) -> None:
+    for name, value in values.items():
+        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if not whole or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number above 0")
+
+
+def generate_to_file(
+    sess: tf.compat.v1.Session,
+    run_name: str = "run1",
+    checkpoint_dir: str = "checkpoint",
+    model_name: str | None = None,
+    model_dir: str = "models",
+    truncate: str | None = None,
+    destination_path: str = "gpt_2_gen_texts.txt",
+    sample_delim: str = "=" * 20 + "\n",
+    prefix: str | None = None,
+    seed: int | None = None,
+    nsamples: int = 1,
+    batch_size: int | None = 1,
+    length: int = 1023,
+    temperature: float = 0.7,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    include_prefix: bool = True,
+    *,
+    verbose: int = 1,
+) -> None:
+    """Generates texts into a file; the arguments are generate()'s.
+
+    The file appears whole when all texts are there, or when something ends the work early.
+    """
+    generate(
+        sess,
+        run_name=run_name,
+        checkpoint_dir=checkpoint_dir,
+        model_name=model_name,
+        model_dir=model_dir,
+        truncate=truncate,
+        destination_path=destination_path,
+        sample_delim=sample_delim,
+        prefix=prefix,
+        seed=seed,
+        nsamples=nsamples,
+        batch_size=batch_size,
+        length=length,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        include_prefix=include_prefix,
+        verbose=verbose,
+    )
+
+
+def encode_dataset(
+    file_path: str | Sequence[str],
+    model_dir: str = "models",
+    out_path: str = "text_encoded.npz",
+    model_name: str = "124M",
+    combine: int = 50000,
+    *,
+    encoding: str | None = None,
+    verbose: int = 1,
+) -> None:
+    """Encodes a dataset once, so that finetune() need not do it each time.
+
+    Args:
+        file_path: as finetune's `dataset`.
+        model_dir: where models are.
+        out_path: an .npz, which gpt-2-simple 0.8.1 reads too, or a .tokens file, which is read
+            without being loaded into memory.
+        model_name: the model whose vocabulary is used.
+        combine: small files are joined until this many characters are gathered.
+        encoding: of text files; None means UTF-8.
+        verbose: 0 prints nothing.
+    """
+    with verbosity(verbose):
+        folder = checkpoints.model_folder(model_dir, model_name)
+        enc = encoder.get_encoder(folder)
+        say("Reading files")
+        chunks = load_dataset(enc, file_path, combine, encoding)
+        say("Writing", out_path)
+        if out_path.endswith(".tokens"):
+            save_tokens(out_path, chunks, enc)
+        else:
+            save_npz(out_path, chunks)
 
 
 def cmd() -> None:

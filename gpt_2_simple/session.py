@@ -76,6 +76,11 @@ def build_model(sess: tf.compat.v1.Session, hparams: model.HParams, gpus: list[s
         return state
 
 
+def named_variables(state: Memory) -> dict[str, tf.Variable]:
+    """The model's variables by their names in a checkpoint, such as 'model/wte'."""
+    return {variable.op.name: variable for variable in model.flatten(state.weights)}
+
+
 def start_tf_sess(threads: int = -1, server: Any = None) -> tf.compat.v1.Session:
     """Starts a session with a graph of its own.
 
