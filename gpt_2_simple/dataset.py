@@ -247,7 +247,10 @@ def _read_encoded(enc: Any, path: str) -> Sequence[np.ndarray]:
 def _read_npz(path: str, n_vocab: int) -> list[np.ndarray]:
     chunks = []
     try:
-        with np.load(path, allow_pickle=False) as npz:
+        with open(path, "rb") as file:
+            npz = np.load(file, allow_pickle=False)
+            if not isinstance(npz, np.lib.npyio.NpzFile):
+                raise ValueError("it is a single array")
             for name in npz.files:
                 chunks.append(_checked_ids(npz[name], n_vocab, f"{path!r}, array {name!r}"))
     except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:

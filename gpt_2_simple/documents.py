@@ -234,7 +234,7 @@ def read_documents(
         raise ValueError(f"{file.path!r} is not a whole gzip file: {error}") from error
     if _undecoded.count:
         report.warnings.append(
-            f"{file.path!r}: {_undecoded.count:,} bytes are not {encoding} and were left out; "
+            f"{file.path!r}: {_undecoded.count:,} bytes are not {_shown(encoding)} and were left out; "
             "if it is in another encoding, name it, as in encoding='latin-1'"
         )
 
@@ -403,11 +403,15 @@ def _encoding_of(file: DataFile, encoding: str | None, report: ReadReport) -> st
         return encoding
     if file.named:
         raise ValueError(
-            f"{file.path!r} is not {encoding} text: if it is text, name its encoding, as in "
+            f"{file.path!r} is not {_shown(encoding)} text: if it is text, name its encoding, as in "
             f"encoding='utf-16' or 'cp1251'. A dataset is {SUPPORTED}"
         )
-    report.warnings.append(f"{file.path!r} is not {encoding} text and was left out")
+    report.warnings.append(f"{file.path!r} is not {_shown(encoding)} text and was left out")
     return None
+
+
+def _shown(encoding: str) -> str:
+    return "UTF-8" if encoding == "utf-8-sig" else encoding
 
 
 COUNT_AND_LEAVE_OUT = "gpt_2_simple.count_and_leave_out"

@@ -32,9 +32,11 @@ CACHED_WORDS = 1 << 18  # in all processes together: about 40 MB
 _WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _WORDS = re.compile(f"[{_WHITE}]*[^{_WHITE}]+|[{_WHITE}]+")
 _ASCII_WORDS = re.compile(r"\s*\S+|\s+", re.ASCII)  # twice as quick
-# Where a letter or digit run ends is as safe, and found in text without spaces too. Reversed, so
-# that the last place is the first that is found.
-_SAFE_CUT = regex.compile(r"(?r)(?<=\S)(?=\s)|(?<=\p{L})(?=\P{L})|(?<=\p{N})(?=\P{N})")
+# Where a run of letters or digits ends is as safe, and found in text without spaces too. Only
+# letters that every release of Unicode has: the encoder takes the newest for no letters.
+_LETTER = r"[A-Za-z\u0410-\u044f\u0e01-\u0e30\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3]"
+# (?r) searches from the end.
+_SAFE_CUT = regex.compile(rf"(?r)(?<=\S)(?=\s)|(?<={_LETTER})(?=\P{{L}})|(?<=[0-9])(?=\P{{N}})")
 
 
 class Block(NamedTuple):

@@ -104,9 +104,11 @@ def read_tokens(path: str) -> tuple[TokenChunks, dict[str, Any]]:
         file.seek(size - tail - length)
         footer = json.loads(file.read(length))
     dtype = np.dtype(footer["dtype"])
-    count = (size - tail - length - len(MAGIC)) // dtype.itemsize
+    count = footer["ends"][-1] if footer["ends"] else 0
+    if count * dtype.itemsize != size - tail - length - len(MAGIC):
+        raise ValueError(broken)
     if count == 0:
-        return TokenChunks(np.empty(0, dtype), footer["ends"]), footer
+        return TokenChunks(np.empty(0, dtype), []), footer
     tokens = np.memmap(path, dtype, mode="r", offset=len(MAGIC), shape=(count,))
     return TokenChunks(tokens, footer["ends"]), footer
 
@@ -161,7 +163,7 @@ def hash_json(value: Any) -> str:
 
 def hash_vocabulary(enc: Any) -> str:
     """A digest of an encoder's vocabulary: the same for the same encoder.json and vocab.bpe."""
-    return hash_json([sorted(enc.encoder.items()), [list(pair) for pair in enc.bpe_ranks]])
+    return hash_json([sorted(enc.encoder.items()), [list(pair) for pair in enc.bpe_merges]])
 
 
 def cache_folder() -> str:
