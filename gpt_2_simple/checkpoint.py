@@ -118,12 +118,12 @@ def latest_checkpoint(folder: str) -> str | None:
     Returns:
         A prefix such as 'checkpoint/run1/model-100', None if there is none.
     """
-    named = [os.path.join(folder, name) for name in reversed(_named_checkpoints(folder))]
+    named = [os.path.join(folder, name) for name in reversed(named_checkpoints(folder))]
     by_step = [os.path.join(folder, name) for name in reversed(_checkpoints_on_disk(folder))]
     return next((prefix for prefix in named + by_step if is_whole(prefix)), None)
 
 
-def _named_checkpoints(folder: str) -> list[str]:
+def named_checkpoints(folder: str) -> list[str]:
     """The base names that the file `checkpoint` lists, oldest first, its latest last.
 
     Paths are reduced to base names: a run that was copied from another machine keeps working.
@@ -457,17 +457,6 @@ def starting_checkpoint(restore_from: str, run: str, model_: str) -> str:
     )
 
 
-def read_counter(run: str) -> int:
-    """The last step that a run saved, 0 for a new run."""
-    try:
-        with open(os.path.join(run, COUNTER), encoding="utf-8") as file:
-            return int(file.read())
-    except FileNotFoundError:
-        return 0
-    except ValueError as error:
-        raise ValueError(f"{os.path.join(run, COUNTER)} should hold a step number") from error
-
-
 def step_of(prefix: str) -> int | None:
     """The step in a checkpoint's name, None if it has none."""
     match = re.fullmatch(r"model-(\d+)", os.path.basename(prefix))
@@ -480,26 +469,34 @@ def save_run(
     folder: str,
     step: int,
     hparams: model.HParams,
+    names: Sequence[str],
     max_checkpoints: int,
-) -> str:
+) -> tuple[str, list[str]]:
     """Saves `model-<step>` in a run, then lets go of the oldest beyond `max_checkpoints`.
 
-    Only checkpoints that the run's own file `checkpoint` lists are ever removed, and only once
-    the new one is whole.
+    Args:
+        sess: holds the variables.
+        ops: from build_save.
+        folder: the run's folder.
+        step: counted over the run's whole life.
+        hparams: the model's sizes.
+        names: base names of earlier checkpoints, oldest first; no others are ever removed, and
+            these only once the new one is whole.
+        max_checkpoints: how many to keep, 0 for all.
 
     Returns:
-        The new checkpoint's prefix.
+        The new checkpoint's prefix, and the base names of those that are there now.
     """
     base = f"{RUN_CHECKPOINT}-{step}"
     prefix = save_model(sess, ops, folder, base, hparams)
-    names = [name for name in _named_checkpoints(folder) if name != base] + [base]
+    names = [name for name in names if name != base] + [base]
     keep = names[-max_checkpoints:] if max_checkpoints else names
     write_state(folder, keep)
     write_file(os.path.join(folder, COUNTER), f"{step}\n")
     for name in names:
         if name not in keep:
             remove_checkpoint(os.path.join(folder, name))
-    return prefix
+    return prefix, keep
 
 
 def remove_checkpoint(prefix: str) -> None:

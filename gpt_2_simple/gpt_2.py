@@ -17,7 +17,6 @@ import tensorflow as tf
 from . import checkpoint as checkpoints
 from . import (
     encoder,
-    memory_saving_gradients,
     model,
     sample,
     session,
@@ -58,7 +57,6 @@ __all__ = [
     "is_gpt2_downloaded",
     "is_mounted",
     "load_gpt2",
-    "memory_saving_gradients",
     "model",
     "mount_gdrive",
     "reset_session",
@@ -166,8 +164,8 @@ def finetune(
         say("Loading dataset...")
         chunks = load_dataset(state.encoder, dataset, combine, encoding)
         say("dataset has", sum(map(len, chunks)), "tokens")
-        first = checkpoints.read_counter(run) if restore_from == "latest" else 0
-        return train.run(sess, state, chunks, config, run, first, overwrite)
+        resume = restore_from == "latest" and os.path.dirname(start) == run
+        return train.run(sess, state, chunks, config, run, start, resume, overwrite)
 
 
 def load_gpt2(

@@ -23,6 +23,7 @@ class Memory:
         lock: held while the graph grows.
         hparams: the model's sizes, None before there is a model.
         weights: the model's variables.
+        gpus: devices that the blocks are spread over, if any.
         folder: where the weights in the session came from, None before anything was loaded.
         base: the model's folder that the run in `folder` was started from, if that is known.
         encoder: the vocabulary of `folder`.
@@ -32,6 +33,7 @@ class Memory:
     lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
     hparams: model.HParams | None = None
     weights: model.Weights | None = None
+    gpus: list[str] = dataclasses.field(default_factory=list)
     folder: str | None = None
     base: str | None = None
     encoder: Any = None
@@ -67,7 +69,7 @@ def build_model(sess: tf.compat.v1.Session, hparams: model.HParams, gpus: list[s
         if state.weights is None:
             found = [v.op.name for v in tf.compat.v1.global_variables() if v.op.name == "model/wte"]
             state.weights = model.variables(hparams, gpus=gpus, reuse=bool(found))
-            state.hparams = dataclasses.replace(hparams)
+            state.hparams, state.gpus = dataclasses.replace(hparams), gpus
         elif state.hparams != hparams:
             raise ValueError(
                 f"this session holds a model of other sizes ({state.hparams}, not {hparams}); "
