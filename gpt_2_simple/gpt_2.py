@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from . import checkpoint as checkpoints
@@ -37,6 +35,7 @@ from .dataset import encode_csv, load_dataset, save_npz, save_tokens
 from .download import download_gpt2, is_gpt2_downloaded
 from .report import say, verbosity
 from .session import get_available_gpus, reset_session, start_tf_sess
+from .step import StepConfig, check_whole
 
 __all__ = [
     "cmd",
@@ -138,20 +137,22 @@ def finetune(
         ValueError: an argument is out of range, or the dataset holds no text.
     """
     config = train.Config(
+        step=StepConfig(
+            batch_size=batch_size,
+            accumulate_gradients=accumulate_gradients,
+            use_memory_saving_gradients=use_memory_saving_gradients,
+            only_train_transformer_layers=only_train_transformer_layers,
+            optimizer=optimizer,
+            sequence_length=sequence_length,
+        ),
         steps=steps,
-        batch_size=batch_size,
         learning_rate=learning_rate,
-        accumulate_gradients=accumulate_gradients,
         sample_every=sample_every,
         sample_length=sample_length,
         sample_num=sample_num,
         save_every=save_every,
         print_every=print_every,
         max_checkpoints=max_checkpoints,
-        use_memory_saving_gradients=use_memory_saving_gradients,
-        only_train_transformer_layers=only_train_transformer_layers,
-        optimizer=optimizer,
-        sequence_length=sequence_length,
         seed=seed,
     )
     with verbosity(verbose):
@@ -304,7 +305,9 @@ def generate(
         ValueError: an argument is out of range.
     """
     batch_size = 1 if batch_size is None else batch_size
-    _require_positive(nsamples=nsamples, batch_size=batch_size, length=length)
+    check_whole("nsamples", nsamples, 1)
+    check_whole("batch_size", batch_size, 1)
+    check_whole("length", length, 1)
     if nsamples % batch_size:
         raise ValueError(f"nsamples={nsamples} must be a multiple of batch_size={batch_size}")
     settings = sample.Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
@@ -322,13 +325,6 @@ def generate(
             if write:
                 write(f"{text}\n{delimiter}")
     return generated if return_as_list else None
-
-
-def _require_positive(**values: Any) -> None:
-    for name, value in values.items():
-        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-        if not whole or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number above 0")
 
 
 def generate_to_file(

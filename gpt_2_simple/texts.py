@@ -75,9 +75,7 @@ def start_ids(enc: Encoder, prefix: str) -> list[int]:
     return [enc.end_of_text]
 
 
-def generate_texts(
-    sess: tf.compat.v1.Session, enc: Encoder, job: Job, cut: Cut
-) -> Iterator[str]:
+def generate_texts(sess: tf.compat.v1.Session, enc: Encoder, job: Job, cut: Cut) -> Iterator[str]:
     """Generates a job's texts, a batch at a time.
 
     Yields:
@@ -128,6 +126,7 @@ def file_writer(path: str) -> Iterator[Callable[[str], None]]:
     """
     part = f"{path}.part"
     with open(part, "w", encoding="utf-8", errors="surrogatepass", newline="\n") as file:
+
         def write(text: str) -> None:
             file.write(text)
             file.flush()

@@ -1,4 +1,4 @@
-"""Batches in, trained variables and their checkpoints out: the loss, a step, the loop."""
+"""Token chunks and settings in, a trained run with its checkpoints and samples out: the loop."""
 
 from __future__ import annotations
 
@@ -16,66 +16,40 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from . import checkpoint, model, sample, session, texts
-from .optimizer import (
-    OPTIMIZERS,
-    AccumulatingOptimizer,
-    Gradient,
-    Optimizer,
-    dense,
-    make_optimizer,
-)
+from . import checkpoint, sample, session, texts
 from .report import say
 from .sampler import Sampler, window_length
-
-# Rows of logits that exist at once, with their gradient: 256 of 50,257 float32 are 51 MB.
-LOSS_ROWS = 256
+from .step import StepConfig, TrainOps, build, check_whole
 
 SAMPLES = "samples"
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """finetune()'s settings, checked; see there."""
+    """What the loop does around its steps; see finetune() for the meanings."""
 
+    step: StepConfig
     steps: int = -1
-    batch_size: int = 1
     learning_rate: float = 0.0001
-    accumulate_gradients: int = 5
     sample_every: int = 100
     sample_length: int = 1023
     sample_num: int = 1
     save_every: int = 1000
     print_every: int = 1
     max_checkpoints: int = 1
-    use_memory_saving_gradients: bool = False
-    only_train_transformer_layers: bool = False
-    optimizer: str = "adam"
-    sequence_length: int | None = None
     seed: int | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of its range."""
-        for name in ("batch_size", "accumulate_gradients", "save_every", "print_every"):
-            _check_whole(name, getattr(self, name), 1)
+        for name in ("save_every", "print_every", "sample_length"):
+            check_whole(name, getattr(self, name), 1)
         for name in ("sample_every", "sample_num", "max_checkpoints"):
-            _check_whole(name, getattr(self, name), 0)
-        _check_whole("sample_length", self.sample_length, 1)
+            check_whole(name, getattr(self, name), 0)
         if self.steps != -1:
-            _check_whole("steps", self.steps, 1, " (or -1: until Ctrl-C)")
-        if self.sequence_length is not None:
-            _check_whole("sequence_length", self.sequence_length, 2)
+            check_whole("steps", self.steps, 1, " (or -1: until Ctrl-C)")
         rate = self.learning_rate
         if not isinstance(rate, (int, float, np.number)) or not 0 < rate < math.inf:
             raise ValueError(f"learning_rate={rate!r} must be a number above 0")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer={self.optimizer!r} must be one of {list(OPTIMIZERS)}")
-
-
-def _check_whole(name: str, value: Any, least: int, but: str = "") -> None:
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number, {least} or above{but}")
 
 
 class Result(NamedTuple):
@@ -96,162 +70,6 @@ class Result(NamedTuple):
     checkpoint: str
     interrupted: bool
     history: list[tuple[int, float]]
-
-
-# --- graph --------------------------------------------------------------------------------------
-
-
-class Head(NamedTuple):
-    """The loss, and its gradient where the blocks end.
-
-    Attributes:
-        loss: sum of weights * cross-entropy, a scalar.
-        dh: its gradient by the hidden states, [rows, n_embd].
-        dwte: its gradient by the output projection, [n_vocab, n_embd]; None if not wanted.
-    """
-
-    loss: tf.Tensor
-    dh: tf.Tensor
-    dwte: tf.Tensor | None
-
-
-def output_head(
-    h: tf.Tensor, wte: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, with_dwte: bool = True
-) -> Head:
-    """Cross-entropy of wte's predictions and its gradient, LOSS_ROWS rows at a time.
-
-    Gradients are computed along with the loss, so that no more than one chunk's logits exist at
-    once and none are computed twice.
-
-    Args:
-        h: float hidden states [rows, n_embd]; rows is static.
-        wte: the output projection [n_vocab, n_embd].
-        labels: int32 next tokens [rows].
-        weights: float32 [rows]: each row's share in the loss.
-        with_dwte: whether wte is trained.
-
-    Returns:
-        Head. Fetching only the loss computes no gradient of the last chunk, but of the others.
-    """
-    losses, dhs, dwte = [], [], None
-    finished: list[tf.Tensor] = []
-    for start in range(0, h.shape[0], LOSS_ROWS):
-        rows = slice(start, min(start + LOSS_ROWS, h.shape[0]))
-        with tf.control_dependencies(finished):
-            x = tf.identity(h[rows])
-        logits = tf.matmul(x, wte, transpose_b=True)  # [rows, n_vocab]
-        loss, dlogits = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(
-            features=logits, labels=labels[rows]
-        )
-        dlogits *= weights[rows, tf.newaxis]
-        losses.append(tf.reduce_sum(loss * weights[rows]))
-        dhs.append(tf.matmul(dlogits, wte))
-        finished = [dhs[-1]]
-        if with_dwte:
-            part = tf.matmul(dlogits, x, transpose_a=True)
-            dwte = part if dwte is None else dwte + part
-            finished.append(dwte)
-    return Head(tf.add_n(losses), tf.concat(dhs, axis=0), dwte)
-
-
-class TrainOps(NamedTuple):
-    """What the loop feeds and runs.
-
-    Attributes:
-        tokens: int32 [batch, time]; each but the first is to be predicted.
-        weights: float32 [batch, time - 1]: each prediction's share in the micro-batch's loss.
-        learning_rate: a scalar.
-        reset: empties the accumulators; None without accumulation.
-        micro_step: adds a micro-batch's gradients; None without accumulation.
-        apply: takes the step and gives the loss.
-        initialize: empties the optimizer's state.
-        optimizer: holds the state.
-    """
-
-    tokens: tf.Tensor
-    weights: tf.Tensor
-    learning_rate: tf.Tensor
-    reset: tf.Operation | None
-    micro_step: tf.Operation | None
-    apply: tf.Tensor
-    initialize: tf.Operation
-    optimizer: Optimizer
-
-
-def build(
-    sess: tf.compat.v1.Session, state: session.Memory, config: Config, time_: int
-) -> TrainOps:
-    """The training operations for windows of `time_` tokens, built once in a session's graph."""
-    accumulate = config.accumulate_gradients > 1
-    key = (
-        "train",
-        config.batch_size,
-        time_,
-        accumulate,
-        config.optimizer,
-        config.only_train_transformer_layers,
-        config.use_memory_saving_gradients,
-    )
-    with state.lock, sess.graph.as_default():
-        if key not in state.built:
-            with tf.compat.v1.name_scope("train"):
-                state.built[key] = _build(state, config, time_, accumulate)
-        return state.built[key]
-
-
-def trained_variables(weights: model.Weights, only_layers: bool) -> list[tf.Variable]:
-    """The variables to train: all, or only those of the blocks."""
-    if only_layers:
-        return [leaf for block in weights.blocks for part in block for leaf in part]
-    return model.flatten(weights)
-
-
-def _build(state: session.Memory, config: Config, time_: int, accumulate: bool) -> TrainOps:
-    hparams, variables = state.hparams, state.weights
-    xs = trained_variables(variables, config.only_train_transformer_layers)
-    tokens = tf.compat.v1.placeholder(tf.int32, [config.batch_size, time_], "tokens")
-    weights = tf.compat.v1.placeholder(tf.float32, [config.batch_size, time_ - 1], "weights")
-    learning_rate = tf.compat.v1.placeholder(tf.float32, [], "learning_rate")
-
-    tensors = model.read(variables)
-    tf.compat.v1.get_default_graph().clear_collection(model.CHECKPOINTS)
-    h = model.hidden_states(tensors, hparams, tokens[:, :-1], gpus=state.gpus).h
-    h = tf.reshape(h, [config.batch_size * (time_ - 1), hparams.n_embd])
-    head = output_head(
-        h,
-        tensors.wte,
-        tf.reshape(tokens[:, 1:], [-1]),
-        tf.reshape(weights, [-1]),
-        with_dwte=not config.only_train_transformer_layers,
-    )
-
-    def gradients(_: tf.Tensor, xs: Sequence[tf.Variable]) -> list[Gradient | None]:
-        found = tf.gradients(h, xs, grad_ys=head.dh)
-        return [
-            g if head.dwte is None or x is not variables.wte else dense(g) + head.dwte
-            for g, x in zip(found, xs, strict=True)
-        ]
-
-    optimizer = make_optimizer(config.optimizer, learning_rate)
-    reset = micro_step = None
-    own = []
-    if accumulate:
-        accumulating = AccumulatingOptimizer(optimizer, xs, gradients)
-        reset = accumulating.reset()
-        micro_step = accumulating.compute_gradients(head.loss)
-        apply = accumulating.apply_gradients()
-        own = accumulating.variables()
-    else:
-        update = optimizer.apply_gradients(zip(gradients(head.loss, xs), xs, strict=True))
-        with tf.control_dependencies([update]):
-            apply = tf.identity(head.loss)
-    initialize = tf.compat.v1.variables_initializer([*optimizer.variables(), *own])
-    return TrainOps(
-        tokens, weights, learning_rate, reset, micro_step, apply, initialize, optimizer
-    )
-
-
-# --- loop ---------------------------------------------------------------------------------------
 
 
 class Progress:
@@ -330,11 +148,11 @@ def run(
     Returns:
         Result.
     """
-    window = min(config.sequence_length or state.hparams.n_ctx, state.hparams.n_ctx)
+    window = min(config.step.sequence_length or state.hparams.n_ctx, state.hparams.n_ctx)
     time_ = window_length(chunks, window)
     if time_ < window:
         say(f"the dataset is shorter than {window} tokens: training on windows of {time_}")
-    ops = build(sess, state, config, time_)
+    ops = build(sess, state, config.step, time_)
     sess.run(ops.initialize)
     sampler = Sampler(chunks, config.seed)
     saves = Saves(sess, state, folder, config.max_checkpoints, start if resume else None)
@@ -361,9 +179,7 @@ def run(
             say("interrupted")
         prefix = saves.save(step)
     final = watch.history[-1][1] if watch.history else math.nan
-    return Result(
-        step, final, watch.average, prefix, interruption.requested, watch.history
-    )
+    return Result(step, final, watch.average, prefix, interruption.requested, watch.history)
 
 
 def take_step(
@@ -389,7 +205,7 @@ def take_step(
     if ops.micro_step is None:
         return float(sess.run(ops.apply, {**feed(), **rate}))
     sess.run(ops.reset)
-    for _ in range(config.accumulate_gradients):
+    for _ in range(config.step.accumulate_gradients):
         sess.run(ops.micro_step, feed())
         if interruption.requested:
             return None
