@@ -197,7 +197,9 @@ def _count(text: str) -> int:
 _LOAD = ("checkpoint", "run_name", "checkpoint_dir", "model_name", "model_dir", "multi_gpu")
 
 _MULTI_GPU = Option(False, "Spread the model's layers over all GPUs, if there are several")
-_VERBOSE = Option(1, "0 prints nothing but errors")
+_COMBINE = Option(50000, "Join small files until they hold this many characters")
+_ENCODING = Option(None, "Encoding of the text files", shown="UTF-8")
+_VERBOSE = Option(1, "Print nothing but errors if this is 0")
 
 _FINETUNE = Command(
     run=_finetune,
@@ -229,14 +231,14 @@ _FINETUNE = Command(
             "checkpoint_dir": Option("checkpoint", "Folder that holds the runs"),
             "restore_from": Option(
                 "latest",
-                "'latest' continues the run if there is one, 'fresh' starts from the model, "
-                "a path starts from that checkpoint",
+                "Start from 'latest', which continues the run if there is one, from 'fresh', "
+                "which is the model, or from a checkpoint's path",
             ),
             "overwrite": Option(
                 False, "When continuing, remove the run's earlier checkpoints and events"
             ),
-            "combine": Option(50000, "Join small files until they hold this many characters"),
-            "encoding": Option(None, "Encoding of the text files", shown="UTF-8"),
+            "combine": _COMBINE,
+            "encoding": _ENCODING,
         },
         "training": {
             "steps": Option(-1, "Steps to train now; -1 goes on until Ctrl-C"),
@@ -246,7 +248,7 @@ _FINETUNE = Command(
                 None, "Tokens in a window; fewer need less memory", int, "the model's n_ctx"
             ),
             "learning_rate": Option(0.0001, "Size of the optimizer's step"),
-            "optimizer": Option("adam", "adam, adafactor or sgd"),
+            "optimizer": Option("adam", "Update rule: adam, adafactor or sgd"),
             "only_train_transformer_layers": Option(
                 False, "Leave the embeddings as they are, which saves memory"
             ),
@@ -392,10 +394,12 @@ _ENCODE = Command(
             "file_path": Option(
                 None, "Text: a file, a folder or a quoted glob", shown="none; required"
             ),
-            "out_path": Option("text_encoded.npz", "File to write"),
+            "out_path": Option("text_encoded.npz", "File to write: .npz, or .tokens for much text"),
             "model_name": Option("124M", "Model whose vocabulary is used"),
             "model_dir": Option("models", "Folder that holds the models"),
-            "combine": Option(50000, "Join small files until they hold this many characters"),
+            "combine": _COMBINE,
+            "encoding": _ENCODING,
+            "verbose": _VERBOSE,
         }
     },
 )

@@ -1,0 +1,716 @@
+"""Command lines in; which functions they call with what, what they print and how they end."""
+
+import functools
+import inspect
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+
+from gpt_2_simple import cli, dataset, download, gpt_2
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(cli.DEBUG_VARIABLE, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    return tmp_path
+
+
+class Calls(list):
+    """What the replaced functions were called with: (name, arguments by name)."""
+
+    def of(self, name):
+        return [arguments for called, arguments in self if called == name]
+
+    def one(self, name):
+        (arguments,) = self.of(name)
+        return arguments
+
+    def names(self):
+        return [name for name, _ in self]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Replaces each function that the command line calls; arguments must fit its signature."""
+    calls = Calls()
+    session = types.SimpleNamespace(close=lambda: calls.append(("close", {})))
+    calls.results = {"start_tf_sess": session, "is_gpt2_downloaded": True}
+    targets = [
+        (module, name)
+        for command in FUNCTIONS.values()
+        for module, names in command.items()
+        for name in names
+    ]
+    targets += [(gpt_2, name) for name in ("start_tf_sess", "is_gpt2_downloaded", "download_gpt2")]
+    for module, name in set(targets):
+        signature = inspect.signature(getattr(module, name))
+        monkeypatch.setattr(module, name, functools.partial(record, calls, name, signature))
+    return calls
+
+
+def record(calls, name, signature, *args, **kwargs):
+    arguments = dict(signature.bind(*args, **kwargs).arguments)
+    assert arguments.pop("sess", None) in (None, calls.results["start_tf_sess"])
+    calls.append((name, arguments))
+    if name == "generate_to_file":
+        Path(arguments["destination_path"]).write_text("a text")
+    result = calls.results.get(name)
+    if isinstance(result, BaseException):
+        raise result
+    return result
+
+
+FUNCTIONS = {
+    "finetune": {gpt_2: ["finetune"]},
+    "generate": {gpt_2: ["generate_to_file", "load_gpt2"]},
+    "download": {download: ["download_gpt2"]},
+    "create": {gpt_2: ["create_gpt2"]},
+    "encode": {gpt_2: ["encode_dataset"]},
+    "encode_csv": {dataset: ["encode_csv"]},
+}
+# What a shell has no use for.
+NOT_FLAGS = {"sess", "reuse", "on_step"}
+# What the command line adds to the functions.
+OWN_FLAGS = {"generate": {"nfiles", "folder"}}
+
+# The tables and the functions
+
+
+def parameters(command):
+    return {
+        name: parameter
+        for module, names in FUNCTIONS[command].items()
+        for function in names
+        for name, parameter in inspect.signature(getattr(module, function)).parameters.items()
+        if name not in NOT_FLAGS
+    }
+
+
+def test_every_command_is_compared_with_its_functions():
+    assert FUNCTIONS.keys() == cli.COMMANDS.keys()
+
+
+@pytest.mark.parametrize("command", FUNCTIONS)
+def test_every_argument_is_a_flag_and_every_flag_an_argument(command):
+    flags = cli.COMMANDS[command].options().keys()
+    assert flags == parameters(command).keys() | OWN_FLAGS.get(command, set())
+
+
+@pytest.mark.parametrize("command", FUNCTIONS)
+def test_the_defaults_in_the_help_are_the_functions(command):
+    options = cli.COMMANDS[command].options()
+    for name, parameter in parameters(command).items():
+        if parameter.default is not inspect.Parameter.empty and name != "destination_path":
+            assert options[name].default == parameter.default, name
+            assert type(options[name].default) is type(parameter.default), name
+
+
+@pytest.mark.parametrize("command", FUNCTIONS)
+def test_a_required_argument_is_the_one_that_has_no_default(command):
+    required = {n for n, p in parameters(command).items() if p.default is inspect.Parameter.empty}
+    spec = cli.COMMANDS[command]
+    assert required == ({spec.positional} if spec.required else set())
+
+
+@pytest.mark.parametrize("command", FUNCTIONS)
+def test_flags_without_a_default_have_the_functions_type(command):
+    kinds = {int: "int", float: "float", None: "str", str: "str"}
+    options = cli.COMMANDS[command].options()
+    for name, parameter in parameters(command).items():
+        if options[name].default is None:
+            assert kinds[options[name].kind] in str(parameter.annotation), name
+
+
+@pytest.mark.parametrize("command", FUNCTIONS)
+def test_every_flag_has_a_help_text_with_its_default(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    spec = cli.COMMANDS[command]
+    for name, option in spec.options().items():
+        assert option.help[0].isupper(), name
+        assert not option.help.endswith("."), name
+        default = spec.own_defaults.get(name, option.default)
+        shown = repr(default) if option.shown is None else option.shown
+        if default != option.default:
+            shown += f"; in Python {option.default!r}"
+        assert re.search(
+            rf"--{name} \S+ {re.escape(option.help)} \(default: {re.escape(shown)}\)", text
+        ), name
+    for example in spec.examples:
+        assert example in text
+
+
+def test_the_defaults_of_0_8_1s_command_line_stay():
+    assert cli.COMMANDS["finetune"].own_defaults == {
+        "sample_every": 1000000,
+        "save_every": 100,
+        "print_every": 10,
+        "multi_gpu": True,
+    }
+    assert cli.COMMANDS["generate"].own_defaults == {
+        "nfiles": 1,
+        "folder": "gen",
+        "multi_gpu": True,
+    }
+
+
+@pytest.mark.parametrize("command", FUNCTIONS)
+def test_the_examples_are_accepted(command, calls):
+    for example in cli.COMMANDS[command].examples:
+        calls.clear()
+        program, *argv = shlex.split(example)
+        assert program == "gpt_2_simple"
+        assert cli.main(argv) == 0
+        functions = next(iter(FUNCTIONS[command].values()))
+        assert functions[0] in calls.names()
+
+
+# Forms of a command line
+
+FINETUNE_DEFAULTS = {
+    "sample_every": 1000000,
+    "save_every": 100,
+    "print_every": 10,
+    "multi_gpu": True,
+}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "finetune a.txt --steps 10 --overwrite True",
+        "finetune --steps 10 a.txt --overwrite True",
+        "finetune --steps=10 --overwrite a.txt=b --overwrite=true a.txt",
+        "--steps 10 --overwrite true finetune a.txt",
+        "--steps 10 finetune --overwrite True a.txt",
+        "finetune a.txt --overwrite --steps 10",
+        "finetune --dataset a.txt --overwrite --steps 10",
+        "--mode finetune --dataset a.txt --steps 10 --overwrite True",
+        "--overwrite True --dataset a.txt --steps 10 --mode finetune",
+        "--dataset=a.txt --steps=10 --mode=finetune --overwrite=True",
+        "--mode finetune a.txt --steps 10 --overwrite",
+        "--dataset a.txt --steps 10 --overwrite True finetune",
+        "finetune a.txt --step 10 --overwri",
+    ],
+)
+def test_the_forms_of_finetune(calls, line):
+    if "a.txt=b" in line:  # a wrong value, then a right one
+        assert cli.main(line.split()) == 2
+        return
+    assert cli.main(line.split()) == 0
+    expected = FINETUNE_DEFAULTS | {"dataset": "a.txt", "steps": 10, "overwrite": True}
+    assert calls.one("finetune") == expected
+
+
+def test_only_what_is_given_is_passed_on(calls):
+    assert cli.main(["finetune", "a.txt"]) == 0
+    assert calls.one("finetune") == FINETUNE_DEFAULTS | {"dataset": "a.txt"}
+
+
+def test_several_files_are_a_list(calls):
+    assert cli.main(["finetune", "a.txt", "--steps", "-1", "b.txt"]) == 0
+    assert calls.one("finetune")["dataset"] == ["a.txt", "b.txt"]
+    assert calls.one("finetune")["steps"] == -1
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [(["--overwrite", "False"], False), (["--overwrite=FALSE"], False), (["--overwrite"], True)],
+)
+def test_booleans(calls, given, value):
+    assert cli.main(["finetune", "a.txt", *given]) == 0
+    assert calls.one("finetune")["overwrite"] is value
+
+
+def sample_value(name, option):
+    if option.kind in (int, cli._count) or isinstance(option.default, int):
+        return "3", 3
+    if isinstance(option.default, float):
+        return "0.5", 0.5
+    return f"some {name}", f"some {name}"
+
+
+@pytest.mark.parametrize("command", FUNCTIONS)
+def test_every_flag_reaches_its_function(command, calls):
+    for name, option in cli.COMMANDS[command].options().items():
+        if name in OWN_FLAGS.get(command, ()) or name == "destination_path":
+            continue
+        calls.clear()
+        text, value = sample_value(name, option)
+        if isinstance(option.default, bool):
+            text, value = str(not option.default), not option.default
+        spec = cli.COMMANDS[command]
+        needed = [f"--{spec.positional}", "x"] if spec.required and name != spec.positional else []
+        assert cli.main([command, *needed, f"--{name}", text]) == 0
+        functions = [function for names in FUNCTIONS[command].values() for function in names]
+        seen = [c[name] for function in functions for c in calls.of(function) if name in c]
+        assert seen
+        assert set(seen) == {value}
+
+
+def test_texts_that_look_like_something_else(calls):
+    line = ["generate", "--prefix", "finetune", "--truncate=--end", "--sample_delim", "- -\\n"]
+    assert cli.main(line) == 0
+    call = calls.one("generate_to_file")
+    assert call["prefix"] == "finetune"
+    assert call["truncate"] == "--end"
+    assert call["sample_delim"] == "- -\\n"
+    assert cli.main(["--prefix", "", "--temperature", "-1", "generate"]) == 0
+    assert calls.of("generate_to_file")[1]["prefix"] == ""
+    assert calls.of("generate_to_file")[1]["temperature"] == -1.0
+
+
+FLAGS_OF_0_8_1 = {
+    "run_name": "r", "checkpoint_dir": "c", "model_name": "124M", "model_dir": "m",
+    "dataset": "a.txt", "steps": "5", "restore_from": "fresh", "sample_every": "7",
+    "save_every": "8", "print_every": "9", "optimizer": "sgd", "overwrite": "True",
+    "nfiles": "1", "nsamples": "2", "folder": "g", "length": "20", "temperature": "0.5",
+    "top_k": "3", "top_p": "0.9", "batch_size": "2", "prefix": "p", "truncate": "t",
+    "include_prefix": "False", "sample_delim": "d", "multi_gpu": "False",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["finetune", "generate"])
+def test_each_mode_accepts_all_flags_of_0_8_1(calls, mode, capsys):
+    flags = [word for name, value in FLAGS_OF_0_8_1.items() for word in (f"--{name}", value)]
+    assert cli.main(["--mode", mode, *flags]) == 0
+    notes = set(re.findall(r"note: \w+ makes no use of (\w+)", capsys.readouterr().err))
+    options = cli.COMMANDS[mode].options().keys()
+    assert notes == FLAGS_OF_0_8_1.keys() - options
+    used = set().union(*(arguments for name, arguments in calls if name != "close"))
+    assert used >= (FLAGS_OF_0_8_1.keys() & options) - {"folder", "nfiles"}
+
+
+def test_generate_ignores_a_dataset_as_0_8_1_did_but_says_so(calls, capsys):
+    assert cli.main(["generate", "shakespeare.txt"]) == 0
+    assert "note: generate makes no use of dataset 'shakespeare.txt'" in capsys.readouterr().err
+
+
+# Wrong usage
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "COMMAND"),
+        ("frobnicate", "invalid choice: 'frobnicate'"),
+        ("--mode frobnicate", "invalid choice: 'frobnicate'"),
+        ("--mode", "COMMAND"),
+        ("finetune", "needs DATASET"),
+        ("--mode finetune", "needs DATASET"),
+        ("finetune a.txt --steps", "expected one argument"),
+        ("finetune a.txt --steps ten", "invalid int value: 'ten'"),
+        ("finetune a.txt --learning_rate fast", "invalid float value: 'fast'"),
+        ("finetune a.txt --overwrite maybe", "'maybe' is neither True nor False"),
+        ("finetune --overwrite a.txt", "'a.txt' is neither True nor False"),
+        ("generate --include_prefix=1", "'1' is neither True nor False"),
+        ("generate --nfiles 0", "'0' is not a number from 1 on"),
+        ("generate --nfiles -2", "'-2' is not a number from 1 on"),
+        ("finetune a.txt --frobnicate 3", "unrecognized arguments: --frobnicate 3"),
+        ("finetune a.txt --dataset b.txt", "--dataset 'b.txt' was given, and 'a.txt' beside it"),
+        ("download 124M 355M", "'355M' is more than one model_name"),
+        ("encode", "needs FILE_PATH"),
+        ("encode_csv", "needs CSV_PATH"),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_says_what_is_wrong(calls, capsys, line, message):
+    assert cli.main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("usage: gpt_2_simple")
+    assert message in error.splitlines()[-1]
+    assert calls == []
+
+
+@pytest.mark.parametrize("line", [["--help"], ["-h"], ["--mode", "generate", "-h"]])
+def test_help_ends_with_0(capsys, line):
+    assert cli.main(line) == 0
+    out, error = capsys.readouterr()
+    assert out.startswith("usage: gpt_2_simple")
+    assert error == ""
+
+
+def test_the_first_help_names_every_command_and_the_exit_statuses(capsys):
+    cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n    {name}" in text for name in cli.COMMANDS)
+    assert "130 stopped by Ctrl-C" in text
+
+
+def test_version(capsys, monkeypatch):
+    monkeypatch.setattr(cli.importlib.metadata, "version", lambda name: "1.2.3")
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == "gpt_2_simple 1.2.3\n"
+
+
+def test_version_of_a_folder_that_was_never_installed(capsys, monkeypatch):
+    def version(name):
+        raise cli.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(cli.importlib.metadata, "version", version)
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == "gpt_2_simple (not installed)\n"
+
+
+# Models
+
+
+@pytest.mark.parametrize("model", [[], ["--model_name", "355M", "--model_dir", "m"]])
+@pytest.mark.parametrize("there", [True, False])
+def test_finetune_downloads_a_missing_model_first(calls, model, there):
+    calls.results["is_gpt2_downloaded"] = there
+    assert cli.main(["finetune", "a.txt", *model]) == 0
+    fetch = ["is_gpt2_downloaded"] if there else ["is_gpt2_downloaded", "download_gpt2"]
+    assert calls.names() == [*fetch, "start_tf_sess", "finetune", "close"]
+    expected = {"model_name": "355M", "model_dir": "m"} if model else {"model_name": "124M"}
+    assert all(calls.one(name) == expected for name in fetch)
+
+
+def test_a_model_that_nobody_publishes_is_not_downloaded(calls):
+    calls.results["is_gpt2_downloaded"] = False
+    assert cli.main(["finetune", "a.txt", "--model_name", "mine"]) == 0
+    assert cli.main(["generate", "--model_name", "mine"]) == 0
+    assert "download_gpt2" not in calls.names()
+    assert calls.one("load_gpt2")["model_name"] == "mine"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_generate_loads_the_model_that_is_named(calls, there):
+    calls.results["is_gpt2_downloaded"] = there
+    assert cli.main(["generate", "--model_name", "124M", "--model_dir", "m"]) == 0
+    assert ("download_gpt2" in calls.names()) is not there
+    load = calls.one("load_gpt2")
+    assert (load["model_name"], load["model_dir"]) == ("124M", "m")
+
+
+def test_generate_loads_a_run_without_looking_for_a_model(calls):
+    assert cli.main(["generate", "--run_name", "r", "--checkpoint", "model-5"]) == 0
+    assert calls.names() == ["start_tf_sess", "load_gpt2", "generate_to_file", "close"]
+    load = calls.one("load_gpt2")
+    assert (load["run_name"], load["checkpoint"]) == ("r", "model-5")
+
+
+# Generated files
+
+
+def contents(folder):
+    return {path.name: path.read_text() for path in Path(folder).iterdir()}
+
+
+def test_files_have_0_8_1s_names_and_are_named_on_the_screen(calls, capsys):
+    assert cli.main(["generate"]) == 0
+    (name,) = contents("gen")
+    assert re.fullmatch(r"gpt2_gentext_\d{8}_\d{6}\.txt", name)
+    assert capsys.readouterr().out == f"Wrote {os.path.join('gen', name)}\n"
+
+
+@pytest.fixture
+def stopped_clock(monkeypatch):
+    class Clock(cli.datetime):
+        @classmethod
+        def now(cls, tz):
+            return cls(2024, 2, 3, 4, 5, 6, tzinfo=tz)
+
+    monkeypatch.setattr(cli, "datetime", Clock)
+    return "gpt2_gentext_20240203_040506"
+
+
+def test_files_of_the_same_second_stay_apart(calls, stopped_clock, workplace):
+    folder = workplace / "deep" / "gen"
+    folder.mkdir(parents=True)
+    (folder / "mine.txt").write_text("mine")
+    (folder / f"{stopped_clock}.txt").write_text("earlier")
+    assert cli.main(["generate", "--nfiles", "3", "--folder", "deep/gen"]) == 0
+    assert contents(folder) == {
+        "mine.txt": "mine",
+        f"{stopped_clock}.txt": "earlier",
+        f"{stopped_clock}-2.txt": "a text",
+        f"{stopped_clock}-3.txt": "a text",
+        f"{stopped_clock}-4.txt": "a text",
+    }
+
+
+def test_a_name_is_taken_before_the_text_is_generated(calls, stopped_clock, monkeypatch):
+    seen = []
+
+    def generate_to_file(sess, destination_path, **options):
+        seen.append(destination_path)
+        if len(seen) == 1:  # another process starts in the same second
+            assert cli.main(["generate"]) == 0
+
+    monkeypatch.setattr(gpt_2, "generate_to_file", generate_to_file)
+    assert cli.main(["generate"]) == 0
+    assert len(set(seen)) == 2
+
+
+def test_each_file_has_a_seed_of_its_own(calls):
+    assert cli.main(["generate", "--seed", "7", "--nfiles", "3"]) == 0
+    assert [call["seed"] for call in calls.of("generate_to_file")] == [7, 8, 9]
+    calls.clear()
+    assert cli.main(["generate", "--nfiles", "2"]) == 0
+    assert not any("seed" in call for call in calls.of("generate_to_file"))
+
+
+def test_one_file_of_a_given_name(calls, workplace, capsys):
+    assert cli.main(["generate", "--destination_path", "mine.txt"]) == 0
+    assert contents(workplace) == {"mine.txt": "a text"}
+    (workplace / "mine.txt").write_text("precious")
+    calls.clear()
+    assert cli.main(["generate", "--destination_path", "mine.txt"]) == 1
+    assert "mine.txt exists" in capsys.readouterr().err
+    assert contents(workplace) == {"mine.txt": "precious"}
+    assert calls == []
+
+
+def test_one_name_is_not_for_several_files(calls, capsys):
+    assert cli.main(["generate", "--destination_path", "a.txt", "--nfiles", "2"]) == 1
+    assert "--nfiles asks for 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "status"), [(ValueError("no"), 1), (KeyboardInterrupt(), 130)])
+def test_a_failed_text_leaves_no_empty_file(calls, monkeypatch, error, status):
+    def generate_to_file(sess, destination_path, **options):
+        raise error
+
+    monkeypatch.setattr(gpt_2, "generate_to_file", generate_to_file)
+    assert cli.main(["generate"]) == status
+    assert contents("gen") == {}
+    assert calls.names()[-1] == "close"
+
+
+def test_a_half_written_text_stays(calls, monkeypatch):
+    def generate_to_file(sess, destination_path, **options):
+        Path(destination_path).write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpt_2, "generate_to_file", generate_to_file)
+    assert cli.main(["generate"]) == 130
+    assert list(contents("gen").values()) == ["half"]
+
+
+def test_a_file_in_the_folders_place_is_an_error(calls, workplace, capsys):
+    (workplace / "gen").write_text("mine")
+    assert cli.main(["generate"]) == 1
+    assert "gen" in capsys.readouterr().err
+    assert (workplace / "gen").read_text() == "mine"
+
+
+def test_verbose_0_prints_nothing(calls, capsys):
+    assert cli.main(["generate", "--verbose", "0"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert calls.one("load_gpt2")["verbose"] == calls.one("generate_to_file")["verbose"] == 0
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("temperature=-1 must be\n  at least 0"),
+        FileNotFoundError("temperature=-1 must be\n  at least 0"),
+        RuntimeError("temperature=-1 must be\n  at least 0"),
+        ImportError("temperature=-1 must be\n  at least 0"),
+    ],
+)
+def test_an_error_is_one_line_and_1(calls, capsys, error):
+    calls.results["finetune"] = error
+    assert cli.main(["finetune", "a.txt"]) == 1
+    message = "gpt_2_simple: error: temperature=-1 must be at least 0\n"
+    assert capsys.readouterr() == ("", message)
+    assert calls.names()[-1] == "close"
+
+
+def test_an_error_without_words_has_its_name(calls, capsys):
+    calls.results["finetune"] = RuntimeError()
+    assert cli.main(["finetune", "a.txt"]) == 1
+    assert capsys.readouterr().err == "gpt_2_simple: error: RuntimeError\n"
+
+
+@pytest.mark.parametrize("how", ["--debug", "1", "0", ""])
+def test_a_traceback_on_request(calls, monkeypatch, how):
+    calls.results["finetune"] = ValueError("no")
+    line = ["finetune", "a.txt"]
+    if how == "--debug":
+        line.insert(0, how)
+    else:
+        monkeypatch.setenv(cli.DEBUG_VARIABLE, how)
+    if how in ("0", ""):
+        assert cli.main(line) == 1
+        return
+    with pytest.raises(ValueError, match="no"):
+        cli.main(line)
+
+
+def test_a_fault_of_the_library_is_not_hidden(calls):
+    calls.results["finetune"] = KeyError("wte")
+    with pytest.raises(KeyError):
+        cli.main(["finetune", "a.txt"])
+
+
+def test_a_warning_is_one_line(calls, capsys, monkeypatch):
+    def finetune(sess, **options):
+        warnings.warn("the text is short", stacklevel=2)
+
+    monkeypatch.setattr(gpt_2, "finetune", finetune)
+    show = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert cli.main(["finetune", "a.txt"]) == 0
+    assert capsys.readouterr().err == "gpt_2_simple: warning: the text is short\n"
+    assert warnings.showwarning is show
+
+
+def test_ctrl_c(calls, capsys):
+    calls.results["finetune"] = types.SimpleNamespace(interrupted=True)
+    assert cli.main(["finetune", "a.txt"]) == 130
+    calls.results["finetune"] = types.SimpleNamespace(interrupted=False)
+    assert cli.main(["finetune", "a.txt"]) == 0
+    assert capsys.readouterr().err == ""
+    calls.results["load_gpt2"] = KeyboardInterrupt()
+    assert cli.main(["generate"]) == 130
+    assert capsys.readouterr().err == "gpt_2_simple: interrupted\n"
+    assert calls.names()[-1] == "close"
+
+
+# In a process of its own
+
+
+# The package's folder without its __init__, which may import TensorFlow: this is about cli.py.
+ALONE = f"""
+import sys, types
+sys.modules["tensorflow"] = None
+package = types.ModuleType("gpt_2_simple")
+package.__path__ = [{str(ROOT / "gpt_2_simple")!r}]
+sys.modules["gpt_2_simple"] = package
+from gpt_2_simple.cli import main
+sys.exit(main())
+"""
+
+
+def run(*argv, **options):
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-c", ALONE, *argv]
+    return subprocess.run(command, text=True, timeout=60, env=environment, **options)
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [("--help", 0), ("finetune --help", 0), ("--version", 0), ("finetune", 2), ("generate x=1", 1)],
+)
+def test_no_tensorflow_before_there_is_work(line, status):
+    done = run(*line.split(), capture_output=True)
+    assert done.returncode == status
+    assert ("tensorflow" in done.stderr) is (status == 1)
+
+
+def test_a_download_needs_no_tensorflow():
+    done = run("download", "frobnicate", capture_output=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("gpt_2_simple: error: model_name='frobnicate'")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes break in other ways there")
+def test_a_reader_that_goes_away_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = run("--help", stdout=writer, stderr=subprocess.PIPE)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+# With a small model, from its making to its texts
+
+TINY = "--model_name tiny --n_layer 1 --n_head 2 --n_embd 16 --n_ctx 32 --seed 1".split()
+
+
+@pytest.fixture
+def tiny(workplace):
+    (workplace / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 50)
+    assert cli.main(["create", *TINY]) == 0
+    return workplace
+
+
+def test_from_a_new_model_to_texts(tiny, capsys):
+    assert cli.main(["encode", "text.txt", "--model_name", "tiny"]) == 0
+    train = "--mode finetune --dataset text_encoded.npz --model_name tiny --steps 3 --print_every 1"
+    assert cli.main(train.split() + ["--sample_length", "20"]) == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(r"\[\d \| \d+\.\d\d\] loss=\d+\.\d\d avg=\d+\.\d\d", out)) == 3
+    assert "Saving checkpoint/run1/model-3" in out
+    line = "generate --length 10 --nsamples 2 --nfiles 2 --seed 5 --prefix Jack".split()
+    assert cli.main(line) == 0
+    first = capsys.readouterr().out
+    texts = [Path(path).read_text() for path in re.findall(r"Wrote (\S+)", first)]
+    assert len(texts) == 2
+    assert all(text.count("=" * 20 + "\n") == 2 for text in texts)
+    samples = [sample for text in texts for sample in text.split("=" * 20 + "\n")[:2]]
+    assert all(sample.startswith("Jack") for sample in samples)
+    assert len(set(samples)) == 4
+    assert cli.main(line) == 0
+    again = re.findall(r"Wrote (\S+)", capsys.readouterr().out)
+    assert [Path(path).read_text() for path in again] == texts
+    assert len(contents("gen")) == 4
+
+
+def test_generating_from_a_model_as_it_is(tiny, capsys):
+    assert cli.main(["generate", "--model_name", "tiny", "--length", "5"]) == 0
+    assert "Loading pretrained model models/tiny/model.ckpt" in capsys.readouterr().out
+    assert len(contents("gen")) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("finetune text.txt --model_name huge", "huge"),
+        ("finetune nothing.txt --model_name tiny", "nothing.txt"),
+        ("finetune text.txt --model_name tiny --optimizer frobnicate", "frobnicate"),
+        ("finetune text.txt --model_name tiny --batch_size 0", "batch_size"),
+        ("generate --run_name poems", "poems"),
+        ("generate --model_name tiny --temperature -1", "temperature"),
+        ("generate --model_name tiny --nsamples 3 --batch_size 2", "multiple"),
+        ("create --model_name tiny", "tiny"),
+        ("encode nothing.txt --model_name tiny", "nothing.txt"),
+        ("encode_csv nothing.csv", "nothing.csv"),
+    ],
+)
+def test_errors_of_the_library_are_one_line(tiny, capsys, line, message):
+    capsys.readouterr()
+    assert cli.main(line.split()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("gpt_2_simple: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_ctrl_c_in_training_saves_and_ends_with_130(tiny):
+    line = "finetune text.txt --model_name tiny --print_every 1 --sample_every 0".split()
+    command = [sys.executable, "-m", "gpt_2_simple", *line]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path}
+    )
+    with process:
+        for printed in process.stdout:
+            if printed.startswith("[2 |"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stdout.read()
+        assert process.wait(timeout=60) == 130
+    assert "interrupted" in rest
+    saved = re.search(r"Saving checkpoint/run1/(model-\d+)", rest)[1]
+    assert (tiny / "checkpoint" / "run1" / f"{saved}.index").exists()
