@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, NamedTuple
 import regex
 
 BLOCK_CHARACTERS = 1 << 20
-MOST_PROCESSES = 8
+MOST_PROCESSES = 4  # each takes about 100 MB
 CACHED_WORDS = 1 << 18  # in all processes together: about 40 MB
 
 # White space as the regex package's \s has it; Python's re adds \x1c-\x1f.
