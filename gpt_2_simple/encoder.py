@@ -10,6 +10,7 @@ that the "surrogatepass" error handler gives them, and `Encoder.decode` restores
 from __future__ import annotations
 
 import codecs
+import contextlib
 import functools
 import heapq
 import itertools
@@ -66,8 +67,8 @@ _CHUNK_CHARS = 8192
 # UTF-8 never holds these bytes: they are a surrogate written by "surrogatepass".
 _SURROGATE = re.compile(rb"(\xed[\xa0-\xbf][\x80-\xbf])")
 
-# What a vocabulary's words cost in memory: at most this many are remembered (some 300 bytes each,
-# so about 20 MB), none longer than this; when full, the memory starts afresh.
+# What a text's words cost in memory: beside the vocabulary's own words at most this many are
+# remembered (some 300 bytes each, about 20 MB), none longer than this; when full, it starts afresh.
 _REMEMBERED_WORDS = 65_536
 _REMEMBERED_CHARS = 32
 
@@ -97,37 +98,46 @@ class _Merges:
     that has a rank.
     """
 
-    def __init__(self, byte_ids: list[int], merges: list[tuple[int, int, int]]) -> None:
+    def __init__(
+        self, byte_ids: list[int], merges: list[tuple[int, int, int]], n_vocab: int
+    ) -> None:
         """Takes each byte's id, and each merge in order of rank as the ids (left, right, made)."""
         self.byte_ids = byte_ids
         self.made = [made for _, _, made in merges]
-        self.ranks = {(left, right): rank for rank, (left, right, _) in enumerate(merges)}
         self.no_rank = len(merges)
+        # left id -> right id -> rank; most ids are no left half, and the last entry is for id -1.
+        nothing: dict[int, int] = {}
+        self.ranks = [nothing] * (n_vocab + 1)
+        for rank, (left, right, _) in enumerate(merges):
+            if self.ranks[left] is nothing:
+                self.ranks[left] = {}
+            self.ranks[left][right] = rank
 
     def apply(self, word: bytes) -> list[int]:
         """Merges a word of at least one byte."""
         parts = [*map(self.byte_ids.__getitem__, word), -1]  # -1: no token, merges with nothing
         if len(parts) > _LONG_WORD_BYTES:
             return self._apply_to_long(parts)
-        rank_of, made, no_rank = self.ranks.get, self.made, self.no_rank
-        ranks = list(map(rank_of, itertools.pairwise(parts), itertools.repeat(no_rank)))
+        rank_of, made, no_rank = self.ranks, self.made, self.no_rank
+        ranks = [rank_of[left].get(right, no_rank) for left, right in itertools.pairwise(parts)]
         while (rank := min(ranks)) != no_rank:
             i = ranks.index(rank)
             parts[i] = token = made[rank]
             del parts[i + 1], ranks[i]
             # At the left end i - 1 is -1: the entry of the closing -1, which never has a rank.
-            ranks[i - 1] = rank_of((parts[i - 1], token), no_rank)
-            ranks[i] = rank_of((token, parts[i + 1]), no_rank)
+            ranks[i - 1] = rank_of[parts[i - 1]].get(token, no_rank)
+            ranks[i] = rank_of[token].get(parts[i + 1], no_rank)
         parts.pop()
         return parts
 
     def _apply_to_long(self, parts: list[int]) -> list[int]:
         """The same for a word of n bytes in O(n log n); `parts` ends with -1."""
-        rank_of, no_rank = self.ranks.get, self.no_rank
+        rank_of, no_rank = self.ranks, self.no_rank
         size = len(parts)
         after = array("q", [*range(1, size), size - 1])
         before = array("q", range(-1, size - 1))
-        ranks = array("q", map(rank_of, itertools.pairwise(parts), itertools.repeat(no_rank)))
+        pairs = itertools.pairwise(parts)
+        ranks = array("q", (rank_of[left].get(right, no_rank) for left, right in pairs))
         ranks.append(no_rank)
         heap = [rank * size + i for i, rank in enumerate(ranks) if rank != no_rank]
         heapq.heapify(heap)
@@ -140,7 +150,7 @@ class _Merges:
             after[i] = after[gone]
             before[after[i]] = i
             for left in (before[i], i):
-                ranks[left] = rank = rank_of((parts[left], parts[after[left]]), no_rank)
+                ranks[left] = rank = rank_of[parts[left]].get(parts[after[left]], no_rank)
                 if rank != no_rank:
                     heapq.heappush(heap, rank * size + left)
         return [token for token in parts if token >= 0]
@@ -188,15 +198,15 @@ def _whole_tokens(
 class _WordIds(dict[str, Sequence[int]]):
     """The ids of each word met so far; a new word's are made when it is looked up."""
 
-    def __init__(self, merges: _Merges, whole: dict[bytes, int]) -> None:
-        self._apply, self._whole = merges.apply, whole
+    def __init__(self, merges: _Merges, known: dict[str, Sequence[int]]) -> None:
+        super().__init__(known)
+        self._merge = merges.apply
+        self._most = len(known) + _REMEMBERED_WORDS
 
     def __missing__(self, word: str) -> Sequence[int]:
-        raw = word.encode("utf-8", "surrogatepass")
-        token = self._whole.get(raw)
-        ids = self._apply(raw) if token is None else (token,)
+        ids = self._merge(word.encode("utf-8", "surrogatepass"))
         if len(word) <= _REMEMBERED_CHARS:
-            if len(self) >= _REMEMBERED_WORDS:
+            if len(self) >= self._most:
                 self.clear()
             self[word] = ids
         return ids
@@ -238,10 +248,11 @@ class Encoder:
         self.n_vocab = max(self.decoder) + 1
         self.end_of_text = encoder.get(END_OF_TEXT)
         self._bytes = _token_bytes(encoder)
-        whole = np.flatnonzero(_whole_tokens(byte_ids, merges, self.n_vocab)).tolist()
-        self._ids_of_word = _WordIds(
-            _Merges(byte_ids, merges), {self._bytes[token_id]: token_id for token_id in whole}
-        )
+        known = {}
+        for token_id in np.flatnonzero(_whole_tokens(byte_ids, merges, self.n_vocab)).tolist():
+            with contextlib.suppress(UnicodeDecodeError):  # a part of a character is no word
+                known[self._bytes[token_id].decode()] = (token_id,)
+        self._ids_of_word = _WordIds(_Merges(byte_ids, merges, self.n_vocab), known)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Turns text into token ids.
