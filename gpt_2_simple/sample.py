@@ -1,0 +1,807 @@
+"""Token ids in, token ids out: the cached decode loop, and what the model thinks of given tokens.
+
+A call keeps its keys and values in the session, under a key of its own, between one chunk of
+tokens and the next. They lie in one tensor, `cache` [2 * n_layer, rows, n_head, columns, width],
+to which the loop writes in place. Rows of unequal length are padded on the left: a row sees the
+columns from its `pads` on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import random
+import time
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from . import model, session
+
+# Columns by which a full cache grows: each time costs a copy of it, each unused column some work.
+GROWTH = 64
+
+# Tokens of a prefix that go through the model at once, over all rows: bounds memory and the time
+# for which a run cannot be interrupted.
+PREFILL_TOKENS = 4096
+
+# A chunk of new tokens should take about this long, so that Ctrl-C and streams wait no longer.
+CHUNK_SECONDS = 0.4
+LONGEST_CHUNK = 64
+
+# top_p alone first looks for its nucleus among this many of the likeliest tokens, then among all.
+NUCLEUS = 1024
+
+_STORE = "gpt_2_simple"
+
+_HEALTHY, _BROKEN, _NOTHING_LEFT = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from the logits.
+
+    Attributes:
+        temperature: divides the logits; 0 always takes the likeliest token.
+        top_k: choose among this many of the likeliest tokens; 0, or more than there are, among all.
+        top_p: choose among the likeliest tokens that together have this probability (Holtzman et
+            al. 2019); 0 and 1 are off. With top_k, the probabilities are those after top_k.
+        repetition_penalty: divides positive and multiplies negative logits of tokens that the text
+            holds already (Keskar et al. 2019); 1 is off.
+        no_repeat_ngram_size: no run of this many tokens appears twice; 0 is off.
+        min_length: new tokens before stop_token may come.
+        bad_words: sequences of token ids that must not appear.
+        stop_token: a row ends with this token; None for no such token.
+    """
+
+    temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 0.0
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    min_length: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    stop_token: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value out of its range."""
+        _check_number("temperature", self.temperature, "0 (greedy) or above", 0)
+        _check_number("top_p", self.top_p, "between 0 and 1; both are off", 0, 1)
+        _check_number("repetition_penalty", self.repetition_penalty, "above 0; 1 is off", 0)
+        if not self.repetition_penalty:
+            raise ValueError("repetition_penalty=0 must be above 0; 1 is off")
+        for name in ["top_k", "no_repeat_ngram_size", "min_length"]:
+            _check_whole(name, getattr(self, name))
+        if self.stop_token is not None:
+            _check_whole("stop_token", self.stop_token)
+        if self.min_length and self.stop_token is None:
+            raise ValueError(f"min_length={self.min_length} needs a stop_token to hold back")
+        words = tuple(tuple(map(int, word)) for word in self.bad_words)
+        if not all(words):
+            raise ValueError(f"bad_words={self.bad_words!r} holds an empty word; leave it out")
+        object.__setattr__(self, "bad_words", words)
+
+    @property
+    def controlled(self) -> bool:
+        """Whether the logits must be changed before choosing."""
+        return bool(
+            self.repetition_penalty != 1
+            or self.no_repeat_ngram_size
+            or self.bad_words
+            or self.min_length
+        )
+
+
+def _check_number(name: str, value: Any, remedy: str, least: float, most: float = math.inf) -> None:
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not number or not least <= value <= most or math.isinf(value):
+        raise ValueError(f"{name}={value!r} must be {remedy}")
+
+
+def _check_whole(name: str, value: Any, least: int = 0) -> None:
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number, {least} or above")
+
+
+# --- The graph ---------------------------------------------------------------------------------
+
+
+class Controls(NamedTuple):
+    """Sampling, as placeholders: scalars, but for bad_words [words, longest], -1 on the left."""
+
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    repetition_penalty: Any
+    no_repeat_ngram_size: Any
+    min_length: Any
+    bad_words: Any
+    stop_token: Any
+    controlled: Any
+
+
+class Begin(NamedTuple):
+    """Leaves an empty cache of so many rows and columns in the session."""
+
+    rows: Any
+    columns: Any
+    run: Any
+
+
+class Extend(NamedTuple):
+    """Writes the keys and values of `tokens` [rows, time] to the cache, from column `used` on."""
+
+    tokens: Any
+    pads: Any
+    used: Any
+    run: Any
+
+
+class Merge(NamedTuple):
+    """Of each of two caches takes `columns` up to `used`, and leaves the named rows of both."""
+
+    other: Any
+    used: Any
+    columns: Any
+    rows: Any
+    run: Any
+
+
+class Decode(NamedTuple):
+    """Writes new tokens, one column each; what goes in, then what comes out.
+
+    Attributes:
+        last: the texts' last tokens [rows], not in the cache yet.
+        pads: columns that a row does not see [rows].
+        used: columns of the cache that hold something.
+        grow: columns to add to the cache.
+        uniform: a number in [0, 1) for each new token [steps, rows].
+        history: the texts [rows, time], padded with -1 on the left, and on the right by `steps`;
+            without columns where nothing asks for it.
+        ended: rows that need no more tokens [rows].
+        written: new tokens before this chunk.
+        controls: how to choose.
+        tokens: the new tokens [rows, steps], -1 after a row's end; fewer steps if all rows end.
+        status: whether the logits made sense [rows].
+        run: keeps the cache for the next chunk.
+    """
+
+    last: Any
+    pads: Any
+    used: Any
+    grow: Any
+    uniform: Any
+    history: Any
+    ended: Any
+    written: Any
+    controls: Controls
+    tokens: Any
+    status: Any
+    run: Any
+
+
+class Engine(NamedTuple):
+    """The parts of a session's graph that generate."""
+
+    key: Any
+    begin: Begin
+    extend: Extend
+    merge: Merge
+    decode: Decode
+    free: Any
+    held: Any
+
+
+def engine(sess: tf.compat.v1.Session) -> Engine:
+    """The session's engine, built by the first call.
+
+    Raises:
+        RuntimeError: the session is closed, or holds no model.
+    """
+    return _built(sess, "engine", _build_engine)
+
+
+def _built(sess: tf.compat.v1.Session, name: str, build: Callable[..., Any]) -> Any:
+    state = session.memory(sess)
+    with state.lock:
+        if state.weights is None:
+            raise RuntimeError("this session holds no model; call load_gpt2() or finetune() first")
+        with sess.graph.as_default(), tf.compat.v1.name_scope("sample"), tf.device(None):
+            if "weights" not in state.built:
+                state.built["weights"] = model.read(state.weights)
+            if name not in state.built:
+                state.built[name] = build(state.built["weights"], state.hparams)
+        return state.built[name]
+
+
+def _placeholder(dtype: tf.DType, *shape: int | None) -> tf.Tensor:
+    return tf.compat.v1.placeholder(dtype, shape)
+
+
+def _build_engine(weights: model.Weights, hparams: model.HParams) -> Engine:
+    key, rows, columns = _placeholder(tf.int64), _placeholder(tf.int32), _placeholder(tf.int32)
+    shape = [2 * hparams.n_layer, None, hparams.n_head, None, hparams.n_embd // hparams.n_head]
+    empty = tf.zeros([shape[0], rows, shape[2], columns, shape[4]])
+    nothing = _stage(key, tf.zeros([shape[0], 0, shape[2], 0, shape[4]]))
+    with tf.control_dependencies([nothing]):  # taking what is not there would wait for ever
+        free = _take(key, shape)
+    return Engine(
+        key=key,
+        begin=Begin(rows, columns, _stage(key, empty)),
+        extend=_build_extend(weights, hparams, key, shape),
+        merge=_build_merge(key, shape),
+        decode=_build_decode(weights, hparams, key, shape),
+        free=free.op,
+        held=tf.raw_ops.MapSize(dtypes=[tf.float32], shared_name=_STORE),
+    )
+
+
+def _stage(key: tf.Tensor, cache: tf.Tensor) -> tf.Operation:
+    """Leaves the cache in the session; under a key that is taken it does nothing."""
+    return tf.raw_ops.MapStage(
+        key=key, indices=[0], values=[cache], dtypes=[tf.float32], shared_name=_STORE
+    )
+
+
+def _take(key: tf.Tensor, shape: list[int | None]) -> tf.Tensor:
+    """Removes the cache from the session, so that its memory is freed after its last use."""
+    (cache,) = tf.raw_ops.MapUnstage(
+        key=key, indices=[0], dtypes=[tf.float32], shared_name=_STORE
+    )
+    return tf.ensure_shape(cache, shape)
+
+
+def _build_merge(key: tf.Tensor, shape: list[int | None]) -> Merge:
+    other, rows = _placeholder(tf.int64), _placeholder(tf.int32, None)
+    used, columns = _placeholder(tf.int32, 2), _placeholder(tf.int32, 2)
+
+    def part(i: int) -> tf.Tensor:
+        cache = _take((key, other)[i], shape)[:, :, :, used[i] - columns[i] : used[i]]
+        left = tf.reduce_max(columns) - columns[i]
+        return tf.pad(cache, [[0, 0], [0, 0], [0, 0], [left, 0], [0, 0]])
+
+    merged = tf.gather(tf.concat([part(0), part(1)], axis=1), rows, axis=1)
+    return Merge(other, used, columns, rows, _stage(key, merged))
+
+
+def _block(x: tf.Tensor, block: model.Block, attend: Callable[..., tf.Tensor]) -> tf.Tensor:
+    """One transformer block; x [rows, embd], attend: q, k and v in [rows, 3 * embd] -> as x."""
+    qkv = _affine(model.layer_norm(x, block.ln_1), block.c_attn)
+    x = x + _affine(attend(qkv), block.c_proj)
+    hidden = model.gelu(_affine(model.layer_norm(x, block.ln_2), block.mlp_c_fc))
+    return x + _affine(hidden, block.mlp_c_proj)
+
+
+def _affine(x: tf.Tensor, layer: model.Affine) -> tf.Tensor:
+    return tf.matmul(x, layer.w) + layer.b
+
+
+def _masked(visible: tf.Tensor) -> tf.Tensor:
+    return tf.where(visible, 0.0, model.MASKED_SCORE)
+
+
+def _build_extend(
+    weights: model.Weights, hparams: model.HParams, key: tf.Tensor, shape: list[int | None]
+) -> Extend:
+    tokens, pads = _placeholder(tf.int32, None, None), _placeholder(tf.int32, None)
+    used = _placeholder(tf.int32)
+    cache = _take(key, shape)
+    forward = _build_forward(weights, hparams, tf.shape(cache), pads, tf.shape(tokens)[1])
+    _, flat = forward(tf.reshape(cache, [-1, shape[-1]]), tokens, used)
+    return Extend(tokens, pads, used, _stage(key, tf.reshape(flat, tf.shape(cache))))
+
+
+def _controls() -> Controls:
+    return Controls(
+        temperature=_placeholder(tf.float32),
+        top_k=_placeholder(tf.int32),
+        top_p=_placeholder(tf.float32),
+        repetition_penalty=_placeholder(tf.float32),
+        no_repeat_ngram_size=_placeholder(tf.int32),
+        min_length=_placeholder(tf.int32),
+        bad_words=_placeholder(tf.int32, None, None),
+        stop_token=_placeholder(tf.int32),
+        controlled=_placeholder(tf.bool),
+    )
+
+
+def _build_decode(
+    weights: model.Weights, hparams: model.HParams, key: tf.Tensor, shape: list[int | None]
+) -> Decode:
+    controls = _controls()
+    last, pads = _placeholder(tf.int32, None), _placeholder(tf.int32, None)
+    used, grow, written = (_placeholder(tf.int32) for _ in range(3))
+    uniform, texts = _placeholder(tf.float64, None, None), _placeholder(tf.int32, None, None)
+    ended = _placeholder(tf.bool, None)
+    steps = tf.shape(uniform)[0]
+    cache = _grown(_take(key, shape), grow)
+    forward = _build_forward(weights, hparams, tf.shape(cache), pads, 1)
+
+    def body(step: Any, flat: Any, last: Any, history: Any, ended: Any, status: Any, out: Any):
+        h, flat = forward(flat, last[:, tf.newaxis], used + step)  # [rows, embd]
+        logits = tf.matmul(h, weights.wte, transpose_b=True)
+        end = tf.shape(history)[1] - steps + step
+        token, fault = _next_token(logits, uniform[step], history, end, written + step, controls)
+        here = tf.equal(tf.range(tf.shape(history)[1]), end)
+        return (
+            step + 1,
+            flat,
+            token,
+            tf.where(here, token[:, tf.newaxis], history),
+            ended | tf.equal(token, controls.stop_token),
+            tf.maximum(status, tf.where(ended, _HEALTHY, fault)),
+            out.write(step, tf.where(ended, -1, token)),
+        )
+
+    def more(step: Any, _flat: Any, _last: Any, _texts: Any, ended: Any, *_: Any) -> tf.Tensor:
+        return (step < steps) & ~tf.reduce_all(ended)
+
+    start = [
+        tf.constant(0), tf.reshape(cache, [-1, shape[-1]]), last, texts, ended,
+        tf.fill(tf.shape(last), _HEALTHY), tf.TensorArray(tf.int32, steps, element_shape=[None]),
+    ]  # fmt: skip
+    done = tf.while_loop(more, body, start, parallel_iterations=1)
+    tokens = tf.transpose(done[-1].gather(tf.range(done[0])))  # [rows, steps]
+    run = _stage(key, tf.reshape(done[1], tf.shape(cache)))
+    return Decode(
+        last, pads, used, grow, uniform, texts, ended, written, controls, tokens, done[-2], run
+    )
+
+
+def _grown(cache: tf.Tensor, columns: tf.Tensor) -> tf.Tensor:
+    shape = tf.concat([tf.shape(cache)[:3], [columns], tf.shape(cache)[4:]], axis=0)
+    return tf.cond(
+        columns > 0, lambda: tf.concat([cache, tf.zeros(shape)], axis=3), lambda: cache
+    )
+
+
+def _build_forward(
+    weights: model.Weights,
+    hparams: model.HParams,
+    cache_shape: tf.Tensor,
+    pads: tf.Tensor,
+    time_: Any,
+) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
+    """What is the same for each step of a loop, computed before it.
+
+    Args:
+        weights: tensors.
+        hparams: sizes.
+        cache_shape: [2 * n_layer, rows, n_head, columns, width].
+        pads: [rows].
+        time_: tokens in a step; 1 saves transposes.
+
+    Returns:
+        A function (flat cache [..., width], tokens [rows, time], column of the first of them) ->
+        (hidden states [rows * time, embd], the flat cache with the tokens' keys and values).
+    """
+    heads, width = hparams.n_head, hparams.n_embd // hparams.n_head
+    rows, columns = cache_shape[1], cache_shape[3]
+    axes = [tf.range(rows), tf.range(time_), tf.range(2), tf.range(heads)]  # as in qkv
+    row, time_of, kind, head = tf.meshgrid(*axes, indexing="ij")
+    places = tf.reshape(((kind * rows + row) * heads + head) * columns + time_of, [-1])
+    half = rows * heads * columns  # flat rows of a layer's keys, or of its values
+    places += 2 * half * tf.range(hparams.n_layer)[:, tf.newaxis]
+    keys_shape = tf.stack([rows * heads, columns, width])
+    key_column = tf.range(columns)
+    left = key_column < pads[:, tf.newaxis, tf.newaxis]
+
+    def heads_first(q: tf.Tensor) -> tf.Tensor:
+        if time_ == 1:
+            return tf.reshape(q, tf.stack([rows * heads, 1, width]))
+        q = tf.transpose(tf.reshape(q, [rows, time_, heads, width]), [0, 2, 1, 3])
+        return tf.reshape(q, [rows * heads, time_, width])
+
+    def heads_last(x: tf.Tensor) -> tf.Tensor:
+        if time_ != 1:
+            x = tf.transpose(tf.reshape(x, [rows, heads, time_, width]), [0, 2, 1, 3])
+        return tf.reshape(x, [-1, hparams.n_embd])
+
+    def forward(flat: tf.Tensor, tokens: tf.Tensor, at: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        column = at + tf.range(time_)
+        mask = _masked(~left & (key_column <= column[:, tf.newaxis]))  # [rows, query, key]
+        mask = tf.repeat(mask, heads, axis=0)
+        here = tf.unstack(places + at, hparams.n_layer)
+
+        def attend(layer: int, qkv: tf.Tensor) -> tf.Tensor:
+            nonlocal flat
+            q, kv = tf.split(qkv, [hparams.n_embd, 2 * hparams.n_embd], axis=1)
+            kv = tf.reshape(kv, [-1, width])
+            flat = tf.raw_ops.InplaceUpdate(x=flat, i=here[layer], v=kv)
+            middle = (2 * layer + 1) * half
+            k = tf.reshape(flat[middle - half : middle], keys_shape)
+            v = tf.reshape(flat[middle : middle + half], keys_shape)
+            return heads_last(model.attend_rows(heads_first(q * width**-0.5), k, v, mask))
+
+        # A row that has ended may run on past the last position; nobody looks at it.
+        position = tf.clip_by_value(column - pads[:, tf.newaxis], 0, hparams.n_ctx - 1)
+        x = tf.gather(weights.wte, tokens) + tf.gather(weights.wpe, position)
+        x = tf.reshape(x, [-1, hparams.n_embd])
+        for layer, block in enumerate(weights.blocks):
+            x = _block(x, block, functools.partial(attend, layer))
+        return model.layer_norm(x, weights.ln_f), flat
+
+    return forward
+
+
+def _next_token(
+    logits: tf.Tensor,
+    uniform: tf.Tensor,
+    history: tf.Tensor,
+    end: tf.Tensor,
+    count: tf.Tensor,
+    controls: Controls,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Logits [rows, n_vocab] -> tokens [rows] and what is wrong with the logits [rows]."""
+    broken = ~tf.math.is_finite(tf.reduce_sum(logits, axis=1))
+    logits = tf.cond(
+        controls.controlled,
+        lambda: _control(logits, history, end, count, controls),
+        lambda: logits,
+    )
+    token = _choose(logits, uniform, controls)
+    chosen = tf.math.is_finite(tf.gather(logits, token, batch_dims=1))
+    fault = tf.where(broken, _BROKEN, tf.where(chosen, _HEALTHY, _NOTHING_LEFT))
+    return token, fault
+
+
+def _control(
+    logits: tf.Tensor, history: tf.Tensor, end: tf.Tensor, count: tf.Tensor, controls: Controls
+) -> tf.Tensor:
+    """Logits after the penalties.
+
+    Args:
+        logits: [rows, n_vocab].
+        history: the text's tokens [rows, time], -1 where there is none.
+        end: the column where the text ends.
+        count: new tokens so far.
+        controls: what to do.
+    """
+    rows, size = tf.unstack(tf.shape(logits))
+
+    def count_tokens(tokens: tf.Tensor, counts: tf.Tensor) -> tf.Tensor:
+        row = tf.broadcast_to(tf.range(rows)[:, tf.newaxis], tf.shape(tokens))
+        where = tf.stack([row, tf.maximum(tokens, 0)], axis=2)
+        return tf.scatter_nd(where, tf.cast(counts & (tokens >= 0), tf.int32), [rows, size])
+
+    history = history[:, :end]
+    penalty = controls.repetition_penalty
+    penalised = tf.where(logits < 0, logits * penalty, logits / penalty)
+    logits = tf.where(count_tokens(history, history >= 0) > 0, penalised, logits)
+    banned = count_tokens(*_repeats(history, controls.no_repeat_ngram_size))
+    banned += count_tokens(*_completions(history, controls.bad_words))
+    stop = tf.equal(tf.range(size), controls.stop_token) & (count < controls.min_length)
+    return tf.where((banned > 0) | stop, -math.inf, logits)
+
+
+def _repeats(history: tf.Tensor, n: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Tokens [rows, windows] that followed an n-gram's start before, and where the text ends so."""
+    end = tf.shape(history)[1]
+    before = tf.maximum(n - 1, 0)
+    windows = tf.where(n > 0, tf.maximum(end - before, 0), 0)
+    tail = history[:, end - tf.minimum(before, end) :]
+    seen = tf.gather(history, tf.range(windows)[:, tf.newaxis] + tf.range(before), axis=1)
+    same = tf.equal(seen, tail[:, tf.newaxis]) & (seen >= 0)
+    return history[:, before : before + windows], tf.reduce_all(same, axis=2)
+
+
+def _completions(history: tf.Tensor, words: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Last tokens of the words [rows, words], and where the text ends with the others."""
+    rows, end = tf.unstack(tf.shape(history))
+    start, last = words[:, :-1], words[:, -1]
+    tail = history[:, end - tf.shape(start)[1] :][:, tf.newaxis]
+    same = tf.reduce_all(tf.equal(tail, start) | (start < 0), axis=2)
+    return tf.tile(last[tf.newaxis], [rows, 1]), same
+
+
+def _choose(logits: tf.Tensor, uniform: tf.Tensor, controls: Controls) -> tf.Tensor:
+    """Next tokens [rows], from logits [rows, n_vocab] and one number in [0, 1) a row."""
+    size = tf.shape(logits)[1]
+    nucleus = (controls.top_p > 0) & (controls.top_p < 1)
+
+    def pick(values: tf.Tensor) -> tf.Tensor:
+        return _pick(values / controls.temperature, uniform, controls.top_p, nucleus)
+
+    def among(k: tf.Tensor) -> tf.Tensor:
+        values, tokens = tf.math.top_k(logits, k)
+        return tf.gather(tokens, pick(values - values[:, :1]), batch_dims=1)
+
+    def likeliest() -> tf.Tensor:
+        return tf.argmax(logits, axis=1, output_type=tf.int32)
+
+    def everything() -> tf.Tensor:
+        return pick(logits - tf.reduce_max(logits, axis=1, keepdims=True))
+
+    def sample() -> tf.Tensor:
+        k = tf.minimum(tf.where(controls.top_k > 0, controls.top_k, size), size)
+        return tf.cond((k < size) | nucleus, lambda: among(k), everything)
+
+    return tf.cond(controls.temperature > 0, sample, likeliest)
+
+
+def _pick(
+    values: tf.Tensor, uniform: tf.Tensor, top_p: tf.Tensor, nucleus: tf.Tensor
+) -> tf.Tensor:
+    """Draws an index [rows] from the softmax of values [rows, n]; for a nucleus they are sorted."""
+    reached = tf.cumsum(tf.cast(tf.exp(values), tf.float64), axis=1)
+
+    def within() -> tf.Tensor:
+        mass = tf.cast(top_p, tf.float64) * reached[:, -1:]
+        inside = tf.reduce_sum(tf.cast(reached < mass, tf.int32), axis=1)  # the last one's index
+        inside = tf.minimum(inside, tf.shape(values)[1] - 1)
+        return tf.gather(reached, inside, batch_dims=1)
+
+    total = tf.cond(nucleus, within, lambda: reached[:, -1])
+    before = reached <= (uniform * total)[:, tf.newaxis]
+    index = tf.reduce_sum(tf.cast(before, tf.int32), axis=1)
+    return tf.minimum(index, tf.shape(values)[1] - 1)
+
+
+# --- Writing -----------------------------------------------------------------------------------
+
+
+def generate_tokens(
+    sess: tf.compat.v1.Session,
+    prefixes: Sequence[Sequence[int]],
+    length: int,
+    sampling: Sampling | None = None,
+    seed: int | None = None,
+    row_ids: Sequence[int] | None = None,
+    chunk: int | None = None,
+) -> Generator[np.ndarray, Any, None]:
+    """Continues token sequences.
+
+    A row whose context is full goes on from its last n_ctx // 2 tokens. A row's tokens depend on
+    its own prefix, the seed and its id, not on its neighbours (but for rounding, where two tokens
+    are equally likely to seven digits).
+
+    Args:
+        sess: a session that holds a model.
+        prefixes: token ids, at least one a row; the rows may differ in length.
+        length: new tokens a row.
+        sampling: how to choose; None for the defaults.
+        seed: a whole number; None draws one.
+        row_ids: whole numbers that tell rows with the same seed apart; None counts from 0.
+        chunk: most tokens in one piece; None for pieces of about half a second.
+
+    Returns:
+        A generator of int32 [rows, time] pieces, `length` columns in all, or fewer when all rows
+        end. After a row's end its tokens are -1. `send` a bool [rows] to end rows. Closing the
+        generator frees what it holds in the session.
+
+    Raises:
+        ValueError: an argument out of range.
+        RuntimeError: the session is closed or holds no model; while writing, weights that are not
+            numbers, or nothing left to choose from.
+    """
+    engine(sess)
+    hparams = session.memory(sess).hparams
+    _check_whole("length", length, 1)
+    if chunk is not None:
+        _check_whole("chunk", chunk, 1)
+    if seed is not None:
+        _check_whole("seed", seed, -(2**63))
+    texts = [_checked_tokens(prefix, hparams.n_vocab) for prefix in prefixes]
+    if not texts:
+        raise ValueError("prefixes=[] must hold at least one prefix")
+    ids = range(len(texts)) if row_ids is None else row_ids
+    if len(ids) != len(texts):
+        raise ValueError(f"{len(ids)} row_ids for {len(texts)} prefixes; give one each")
+    sampling = sampling or Sampling()
+    if sampling.stop_token is not None and sampling.stop_token >= hparams.n_vocab:
+        raise ValueError(f"stop_token={sampling.stop_token} must be below {hparams.n_vocab}")
+    texts = _cut(texts, hparams.n_ctx - min(length, hparams.n_ctx // 2))
+    rows = [_Row(text, stream) for text, stream in zip(texts, _noise(seed, ids), strict=True)]
+    return _Call(sess, rows, sampling).write(length, chunk)
+
+
+def _checked_tokens(tokens: Sequence[int], n_vocab: int) -> list[int]:
+    tokens = [int(token) for token in tokens]
+    if not tokens:
+        raise ValueError("an empty prefix has nothing to continue; begin with <|endoftext|>")
+    for token in tokens:
+        if not 0 <= token < n_vocab:
+            raise ValueError(f"token {token} is not in the vocabulary of {n_vocab} tokens")
+    return tokens
+
+
+def _cut(texts: list[list[int]], most: int) -> list[list[int]]:
+    cut = sum(max(0, len(text) - most) for text in texts)
+    if cut:
+        warnings.warn(
+            f"the context is full: the first {cut} tokens of the prefix are not read", stacklevel=3
+        )
+    return [text[-most:] for text in texts]
+
+
+def _noise(seed: int | None, ids: Sequence[int]) -> list[np.random.Philox]:
+    """One stream of random numbers a row; the n-th number belongs to the n-th new token."""
+    seed = random.SystemRandom().getrandbits(64) if seed is None else int(seed)
+    return [np.random.Philox(key=[seed % 2**64, int(row) % 2**64]) for row in ids]
+
+
+@dataclasses.dataclass(eq=False)
+class _Row:
+    """A text on its way: all its tokens, of which the model sees those from `start` on."""
+
+    text: list[int]
+    noise: np.random.Philox
+    start: int = 0
+    ended: bool = False
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        """What the cache holds: all that the model sees but the last token."""
+        return tuple(self.text[self.start : -1])
+
+    @property
+    def cached(self) -> int:
+        """Length of the context."""
+        return len(self.text) - 1 - self.start
+
+
+class _Call:
+    """One call's rows, and its cache in the session under a key of its own."""
+
+    def __init__(self, sess: tf.compat.v1.Session, rows: list[_Row], sampling: Sampling) -> None:
+        self.sess = sess
+        self.engine = engine(sess)
+        self.n_ctx = session.memory(sess).hparams.n_ctx
+        self.sampling = sampling
+        self.rows = rows
+        self.live: list[_Row] = []  # those in the cache, in its order
+        self.keys: list[int] = []
+        self.key = self.new_key()
+        self.used = self.columns = 0
+
+    def write(self, length: int, chunk: int | None) -> Generator[np.ndarray, Any, None]:
+        """Yields the new tokens; see generate_tokens."""
+        written, steps = 0, 4
+        try:
+            self.fill(self.key, [])
+            self.prime(self.rows)
+            while written < length and not all(row.ended for row in self.rows):
+                self.make_room()
+                began = time.monotonic()
+                limit = min(length - written, *map(self.room, self.live))
+                tokens = self.decode(min(chunk or steps, limit), written, length)
+                written += tokens.shape[1]
+                pace = (time.monotonic() - began) / tokens.shape[1]
+                steps = max(1, min(LONGEST_CHUNK, 2 * steps, int(CHUNK_SECONDS / pace)))
+                ended = yield tokens
+                if ended is not None:
+                    for row, end in zip(self.rows, ended, strict=True):
+                        row.ended = row.ended or bool(end)
+        finally:
+            self.free()
+
+    def room(self, row: _Row) -> int:
+        """New tokens before the row's context is full."""
+        return self.n_ctx if row.ended else self.n_ctx - row.cached
+
+    def make_room(self) -> None:
+        """Shortens contexts that are full; drops ended rows once they are many."""
+        full = [row for row in self.live if self.room(row) < 1]
+        for row in full:
+            row.start = len(row.text) - max(1, self.n_ctx // 2)
+        if full or 4 * sum(row.ended for row in self.live) > len(self.live):
+            self.prime(full)
+
+    def prime(self, rows: list[_Row]) -> None:
+        """Puts the contexts of `rows` in the cache, beside those of the other unended rows."""
+        contexts = list(dict.fromkeys(row.context for row in rows))
+        key = self.new_key()
+        longest = self.fill(key, contexts)
+        kept = [row for row in self.live if not row.ended and row not in rows]
+        columns = max((row.cached for row in kept), default=0)
+        if kept or len(contexts) < len(rows):
+            merge = self.engine.merge
+            places = [self.live.index(row) for row in kept]
+            places += [len(self.live) + contexts.index(row.context) for row in rows]
+            feeds = {
+                merge.other: key,
+                merge.used: [self.used, longest],
+                merge.columns: [columns, longest],
+                merge.rows: places,
+            }
+            self.run(merge.run, feeds)
+        else:
+            self.run(self.engine.free, {})
+            self.key = key
+        self.live = [*kept, *rows]
+        self.used = self.columns = max(columns, longest)
+
+    def fill(self, key: int, contexts: list[tuple[int, ...]]) -> int:
+        """Makes a cache of these contexts, as wide as the longest; returns its width."""
+        begin, extend = self.engine.begin, self.engine.extend
+        longest = max(map(len, contexts), default=0)
+        self.run(begin.run, {begin.rows: len(contexts), begin.columns: longest}, key)
+        pads = [longest - len(context) for context in contexts]
+        tokens = np.array([[0] * pad + [*c] for pad, c in zip(pads, contexts, strict=True)])
+        block = PREFILL_TOKENS // max(1, len(contexts)) + 1
+        for at in range(0, longest, block):
+            feeds = {extend.tokens: tokens[:, at : at + block], extend.pads: pads, extend.used: at}
+            self.run(extend.run, feeds, key)
+        return longest
+
+    def decode(self, steps: int, written: int, length: int) -> np.ndarray:
+        """Writes up to `steps` tokens, int32 [rows, time]."""
+        decode = self.engine.decode
+        missing = max(0, self.used + steps - self.columns)
+        grow = min(max(missing, GROWTH), length - written) if missing else 0
+        raw = np.array([row.noise.random_raw(steps) for row in self.live]).T
+        feeds = {
+            decode.last: [row.text[-1] for row in self.live],
+            decode.pads: [self.used - row.cached for row in self.live],
+            decode.used: self.used,
+            decode.grow: grow,
+            decode.uniform: (raw >> np.uint64(11)) * 2.0**-53,
+            decode.history: self.history(steps),
+            decode.ended: [row.ended for row in self.live],
+            decode.written: written,
+            **self.controls(),
+        }
+        new, status, _ = self.run([decode.tokens, decode.status, decode.run], feeds)
+        _check_status(status)
+        self.columns += grow
+        self.used += new.shape[1]
+        tokens = np.full([len(self.rows), new.shape[1]], -1, np.int32)
+        for row, more in zip(self.live, new, strict=True):
+            tokens[self.rows.index(row)] = more
+            row.text.extend(more[more >= 0].tolist())
+            row.ended = row.ended or row.text[-1] == self.sampling.stop_token
+        return tokens
+
+    def history(self, steps: int) -> np.ndarray:
+        """The texts [rows, time] as Decode.history wants them."""
+        if not self.sampling.controlled:
+            return np.zeros([len(self.live), 0], np.int32)
+        words = [len(word) for word in self.sampling.bad_words]
+        width = max(self.sampling.no_repeat_ngram_size, *words, *(len(r.text) for r in self.live))
+        history = np.full([len(self.live), width + steps], -1, np.int32)
+        for row, line in zip(self.live, history, strict=True):
+            line[width - len(row.text) : width] = row.text
+        return history
+
+    def controls(self) -> dict[Any, Any]:
+        """What to feed for the sampling."""
+        words = self.sampling.bad_words
+        longest = max(map(len, words), default=1)
+        values = {
+            **dataclasses.asdict(self.sampling),
+            "bad_words": np.reshape([(-1,) * (longest - len(w)) + w for w in words], [-1, longest]),
+            "stop_token": -1 if self.sampling.stop_token is None else self.sampling.stop_token,
+            "controlled": self.sampling.controlled,
+        }
+        return {getattr(self.engine.decode.controls, name): values[name] for name in values}
+
+    def run(self, fetches: Any, feeds: dict[Any, Any], key: int | None = None) -> Any:
+        return self.sess.run(fetches, {self.engine.key: self.key if key is None else key, **feeds})
+
+    def new_key(self) -> int:
+        """A key that no other call uses; what is under it goes in the end."""
+        self.keys.append(random.SystemRandom().getrandbits(62))
+        return self.keys[-1]
+
+    def free(self) -> None:
+        """Removes from the session what this call left there."""
+        if not getattr(self.sess, "_closed", False):
+            for key in self.keys:
+                self.run(self.engine.free, {}, key)
+
+
+def _check_status(status: np.ndarray) -> None:
+    if _BROKEN in status:
+        raise RuntimeError(
+            "the model's weights are broken: they give logits that are not finite numbers; "
+            "load another checkpoint"
+        )
+    if _NOTHING_LEFT in status:
+        raise ValueError(
+            "bad_words, no_repeat_ngram_size and min_length leave no token to choose; allow more"
+        )
