@@ -112,8 +112,6 @@ def _finetune(options: Options) -> int:
 
 
 def _generate(options: Options) -> int:
-    gpt2 = _module("gpt_2")
-    _ensure_model(gpt2, options)
     options = _GENERATE.own_defaults | options
     nfiles, folder = options.pop("nfiles"), options.pop("folder")
     wanted = options.pop("destination_path", None)
@@ -121,6 +119,8 @@ def _generate(options: Options) -> int:
         raise ValueError(f"--destination_path is one file, but --nfiles asks for {nfiles}")
     if wanted is not None and os.path.lexists(wanted):
         raise FileExistsError(f"{wanted} exists, and no file is replaced: give it another name")
+    gpt2 = _module("gpt_2")
+    _ensure_model(gpt2, options)
     load = {name: options.pop(name) for name in _LOAD if name in options}
     verbose, seed = options.get("verbose", 1), options.get("seed")
     with verbosity(verbose), contextlib.closing(gpt2.start_tf_sess()) as sess:
@@ -560,7 +560,7 @@ def _add_flag(group: Any, name: str, option: Option, default: Any, hidden: bool 
     settings: dict[str, Any] = {"type": kind, "metavar": _METAVARS.get(kind, "N")}
     if kind is bool:
         settings = {"type": _boolean, "nargs": "?", "const": True, "metavar": "True|False"}
-    text = f"{option.help} (default: {shown})".replace("%", "%%")
+    text = f"{option.help} (default: {shown})"
     group.add_argument(
         f"--{name}",
         default=argparse.SUPPRESS,

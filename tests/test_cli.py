@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,8 +137,10 @@ def test_flags_without_a_default_have_the_functions_type(command):
 @pytest.mark.parametrize("command", FUNCTIONS)
 def test_every_flag_has_a_help_text_with_its_default(command, capsys):
     assert cli.main([command, "--help"]) == 0
-    text = " ".join(capsys.readouterr().out.split())
+    lines = capsys.readouterr().out
+    text = " ".join(lines.split())
     spec = cli.COMMANDS[command]
+    assert set(re.findall(r"^  --(\w+)", lines, re.M)) == {*spec.options(), "debug"}
     for name, option in spec.options().items():
         assert option.help[0].isupper(), name
         assert not option.help.endswith("."), name
@@ -261,12 +264,12 @@ def test_every_flag_reaches_its_function(command, calls):
 
 
 def test_texts_that_look_like_something_else(calls):
-    line = ["generate", "--prefix", "finetune", "--truncate=--end", "--sample_delim", "- -\\n"]
+    line = ["generate", "--prefix", "finetune", "--truncate=--end", "--sample_delim", "-- end --"]
     assert cli.main(line) == 0
     call = calls.one("generate_to_file")
     assert call["prefix"] == "finetune"
     assert call["truncate"] == "--end"
-    assert call["sample_delim"] == "- -\\n"
+    assert call["sample_delim"] == "-- end --"
     assert cli.main(["--prefix", "", "--temperature", "-1", "generate"]) == 0
     assert calls.of("generate_to_file")[1]["prefix"] == ""
     assert calls.of("generate_to_file")[1]["temperature"] == -1.0
@@ -564,12 +567,12 @@ def test_a_warning_is_one_line(calls, capsys, monkeypatch):
         warnings.warn("the text is short", stacklevel=2)
 
     monkeypatch.setattr(gpt_2, "finetune", finetune)
-    show = warnings.showwarning
     with warnings.catch_warnings():
         warnings.simplefilter("always")
+        show = warnings.showwarning
         assert cli.main(["finetune", "a.txt"]) == 0
+        assert warnings.showwarning is show
     assert capsys.readouterr().err == "gpt_2_simple: warning: the text is short\n"
-    assert warnings.showwarning is show
 
 
 def test_ctrl_c(calls, capsys):
@@ -635,17 +638,27 @@ def test_a_reader_that_goes_away_is_no_error():
 
 # With a small model, from its making to its texts
 
-TINY = "--model_name tiny --n_layer 1 --n_head 2 --n_embd 16 --n_ctx 32 --seed 1".split()
+TINY = {"model_name": "tiny", "n_layer": 1, "n_head": 2, "n_embd": 16, "n_ctx": 32, "seed": 1}
+TEXT = "All work and no play makes Jack a dull boy.\n" * 50
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return gpt_2.create_gpt2(model_dir=str(folder), **TINY)
 
 
 @pytest.fixture
-def tiny(workplace):
-    (workplace / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 50)
-    assert cli.main(["create", *TINY]) == 0
+def tiny(workplace, tiny_model):
+    shutil.copytree(tiny_model, workplace / "models" / "tiny")
+    (workplace / "text.txt").write_text(TEXT)
     return workplace
 
 
-def test_from_a_new_model_to_texts(tiny, capsys):
+def test_from_a_new_model_to_texts(workplace, capsys):
+    (workplace / "text.txt").write_text(TEXT)
+    flags = [word for name, value in TINY.items() for word in (f"--{name}", str(value))]
+    assert cli.main(["create", *flags]) == 0
     assert cli.main(["encode", "text.txt", "--model_name", "tiny"]) == 0
     train = "--mode finetune --dataset text_encoded.npz --model_name tiny --steps 3 --print_every 1"
     assert cli.main(train.split() + ["--sample_length", "20"]) == 0
@@ -689,7 +702,6 @@ def test_generating_from_a_model_as_it_is(tiny, capsys):
     ],
 )
 def test_errors_of_the_library_are_one_line(tiny, capsys, line, message):
-    capsys.readouterr()
     assert cli.main(line.split()) == 1
     error = capsys.readouterr().err
     assert error.startswith("gpt_2_simple: error: ")
@@ -697,20 +709,27 @@ def test_errors_of_the_library_are_one_line(tiny, capsys, line, message):
     assert error.count("\n") == 1
 
 
+# Python leaves SIGINT alone where it is ignored, as it is in a shell's background jobs.
+INTERRUPTIBLE = f"""
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.path.insert(0, {str(ROOT)!r})
+from gpt_2_simple.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no such signal to send there")
 def test_ctrl_c_in_training_saves_and_ends_with_130(tiny):
-    line = "finetune text.txt --model_name tiny --print_every 1 --sample_every 0".split()
-    command = [sys.executable, "-m", "gpt_2_simple", *line]
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": path}
-    )
-    with process:
+    line = "finetune text.txt --model_name tiny --steps 5000 --print_every 1".split()
+    command = [sys.executable, "-c", INTERRUPTIBLE, *line]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as process:
         for printed in process.stdout:
             if printed.startswith("[2 |"):
                 process.send_signal(signal.SIGINT)
                 break
         rest = process.stdout.read()
-        assert process.wait(timeout=60) == 130
+    assert process.returncode == 130
     assert "interrupted" in rest
-    saved = re.search(r"Saving checkpoint/run1/(model-\d+)", rest)[1]
+    saved = re.search(r"Saving checkpoint/run1/(model-\d+)\n$", rest)[1]
     assert (tiny / "checkpoint" / "run1" / f"{saved}.index").exists()
