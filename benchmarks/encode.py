@@ -1,7 +1,7 @@
 """How fast a text is encoded: ours, tiktoken and gpt-2-simple 0.8.1 side by side, one thread each.
 
     python benchmarks/encode.py models/124M some_text.txt
-    python benchmarks/encode.py models/124M some_text.txt --old site-packages/gpt_2_simple/src/encoder.py
+    python benchmarks/encode.py models/124M some_text.txt --old .../gpt_2_simple/src/encoder.py
 
 Each round times all of them in turn, so that a busy machine slows all alike; the ratio is the
 median of the rounds' ratios.
