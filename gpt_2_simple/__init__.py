@@ -11,10 +11,54 @@ In a later session, `gpt2.load_gpt2(sess)` loads the run again. Without a downlo
 `gpt2.create_gpt2()` makes a small model to train from nothing.
 """
 
-import os
+from __future__ import annotations
 
-# On CPUs without AMX or AVX512-VNNI, TensorFlow leaves oneDNN off; it halves a training step.
+import importlib
+import os
+from typing import TYPE_CHECKING, Any
+
+# On many CPUs TensorFlow leaves oneDNN off, though it halves a training step there. TensorFlow reads
+# this when it is first imported.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
-from .gpt_2 import *  # noqa: E402, F403
-from .gpt_2 import __all__ as __all__  # noqa: E402
+if TYPE_CHECKING:
+    from .gpt_2 import *  # noqa: F403
+
+__all__ = [
+    "cmd",
+    "copy_checkpoint_from_gdrive",
+    "copy_checkpoint_to_gdrive",
+    "copy_file_from_gdrive",
+    "copy_file_to_gdrive",
+    "create_gpt2",
+    "download_gpt2",
+    "encode_csv",
+    "encode_dataset",
+    "encoder",
+    "finetune",
+    "generate",
+    "generate_to_file",
+    "get_available_gpus",
+    "get_tarfile_name",
+    "is_gpt2_downloaded",
+    "is_mounted",
+    "load_gpt2",
+    "memory_saving_gradients",
+    "model",
+    "mount_gdrive",
+    "reset_session",
+    "sample",
+    "start_tf_sess",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the public functions, and TensorFlow with them, when one is first asked for."""
+    if name in __all__:
+        return getattr(importlib.import_module(".gpt_2", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Lists the public names."""
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,42 @@
+"""What several test files share: a tiny model on disk, and sessions that are closed again."""
+
+import os
+import shutil
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
+import pytest
+
+TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_ctx": 32}
+
+TEXT = "".join(f"{n} green bottles, hanging on the wall.\n" for n in range(200))
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory):
+    """A models folder that holds `tiny`; not to be changed."""
+    import gpt_2_simple as gpt2
+
+    folder = tmp_path_factory.mktemp("models")
+    gpt2.create_gpt2(model_name="tiny", model_dir=str(folder), seed=7, **TINY)
+    return folder
+
+
+@pytest.fixture
+def workplace(tiny_source, tmp_path, monkeypatch):
+    """A current folder with models/tiny/ and text.txt, as a user would have it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_source, tmp_path / "models")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return tmp_path
+
+
+@pytest.fixture
+def sess():
+    """A session of its own, closed after the test."""
+    import gpt_2_simple as gpt2
+
+    session = gpt2.start_tf_sess()
+    yield session
+    session.close()

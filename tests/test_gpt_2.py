@@ -1,0 +1,445 @@
+"""What a user's script sees: the public functions on a tiny model."""
+
+import json
+import os
+import re
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import gpt_2_simple as gpt2
+from gpt_2_simple import checkpoint
+
+RUN = {"model_name": "tiny", "sample_every": 0, "learning_rate": 0.01, "batch_size": 4}
+
+
+def finetune(sess, dataset="text.txt", **changes):
+    return gpt2.finetune(sess, dataset, **{**RUN, "steps": 3, "seed": 1, **changes})
+
+
+def texts(sess, **changes):
+    return gpt2.generate(sess, return_as_list=True, **{"length": 12, "seed": 5, **changes})
+
+
+@pytest.fixture
+def loaded(workplace, sess):
+    """A session that holds models/tiny."""
+    gpt2.load_gpt2(sess, model_name="tiny", verbose=0)
+    return sess
+
+
+def test_the_whole_way(workplace, sess, capsys):
+    result = gpt2.finetune(
+        sess, "text.txt", model_name="tiny", steps=30, batch_size=8, accumulate_gradients=2,
+        learning_rate=0.01, sample_every=20, sample_length=10, save_every=20, print_every=10, seed=2,
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert "Loading checkpoint models/tiny/model.ckpt\n" in out
+    size = os.path.getsize("text.txt") + len("<|endoftext|>")  # bytes are tokens here
+    assert f"Loading dataset...\ndataset has {size} tokens\n" in out
+    assert "Training...\n" in out
+    assert re.search(r"^\[10 \| \d+\.\d\d\] loss=\d\.\d\d avg=\d\.\d\d$", out, re.MULTILINE)
+    assert "======== SAMPLE 1 ========\n" in out
+    assert "Saving checkpoint/run1/model-20\n" in out
+    assert "Saving checkpoint/run1/model-30\n" in out
+    assert os.listdir("samples/run1") == ["samples-21"]
+    assert result.step == 30
+    assert result.loss < 4 < 5.5 < result.history[0].loss
+    assert result.checkpoint == "checkpoint/run1/model-30"
+
+    gpt2.generate(sess, length=20, seed=1)
+    first = capsys.readouterr().out
+    with gpt2.start_tf_sess() as another:
+        gpt2.load_gpt2(another)
+        assert capsys.readouterr().out == "Loading checkpoint checkpoint/run1/model-30\n"
+        gpt2.generate(another, length=20, seed=1)
+    assert capsys.readouterr().out == first
+    assert len(first) > 10
+
+
+def test_a_run_holds_the_files_that_others_look_for(workplace, sess):
+    finetune(sess, run_name="mine")
+    files = set(os.listdir("checkpoint/mine"))
+    assert {
+        "checkpoint", "counter", "encoder.json", "hparams.json", "vocab.bpe",
+        "model-3.data-00000-of-00001", "model-3.index", "model-3.meta",
+    } <= files  # fmt: skip
+    assert any(name.startswith("events.out.tfevents") for name in files)
+    assert tf.train.latest_checkpoint("checkpoint/mine") == "checkpoint/mine/model-3"
+    names = dict(tf.train.list_variables("checkpoint/mine"))
+    assert all(name.startswith("model/") for name in names)
+    assert names["model/h1/attn/c_attn/w"] == [1, 16, 48]
+
+
+def test_accumulation_takes_the_step_of_one_large_batch(workplace):
+    def weights(**changes):
+        with gpt2.start_tf_sess(threads=1) as sess:
+            result = finetune(sess, steps=4, run_name="a", restore_from="fresh", **changes)
+            reader = tf.train.load_checkpoint(result.checkpoint)
+        return [h.loss for h in result.history], reader.get_tensor("model/h0/mlp/c_fc/w")
+
+    losses, large = weights(batch_size=6, accumulate_gradients=1)
+    small_losses, small = weights(batch_size=2, accumulate_gradients=3)
+    np.testing.assert_allclose(losses, small_losses, rtol=1e-5)
+    np.testing.assert_allclose(large, small, rtol=1e-3, atol=2e-5)
+
+
+def test_only_the_layers_are_trained(workplace, sess):
+    before = tf.train.load_checkpoint("models/tiny")
+    result = finetune(sess, only_train_transformer_layers=True)
+    after = tf.train.load_checkpoint(result.checkpoint)
+    for name in before.get_variable_to_shape_map():
+        same = np.array_equal(before.get_tensor(name), after.get_tensor(name))
+        assert same is not name.startswith("model/h"), name
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "adafactor"])
+def test_every_optimizer_lowers_the_loss(workplace, sess, optimizer):
+    result = finetune(sess, steps=15, optimizer=optimizer, accumulate_gradients=1,
+                      learning_rate=0.5 if optimizer == "sgd" else 0.02)  # fmt: skip
+    assert result.history[-1].loss < result.history[0].loss - 0.5
+
+
+def test_finetuning_twice_in_a_session_builds_nothing_the_second_time(workplace, sess):
+    finetune(sess)
+    count = len(sess.graph.get_operations())
+    finetune(sess)
+    assert len(sess.graph.get_operations()) == count
+
+
+def test_two_threads_generate_from_one_session(loaded):
+    expected = {seed: texts(loaded, seed=seed) for seed in (1, 2)}
+    found = {}
+
+    def work(seed):
+        found[seed] = [texts(loaded, seed=seed) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=[seed]) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {seed: [text] * 3 for seed, text in expected.items()}
+
+
+def test_a_hundred_calls_add_no_operations(loaded):
+    texts(loaded)
+    count = len(loaded.graph.get_operations())
+    for call in range(100):
+        settings = {"temperature": 0.1 + call / 50, "top_k": call % 7, "top_p": call % 3 / 3}
+        texts(loaded, seed=call, length=2 + call % 10, **settings)
+    assert len(loaded.graph.get_operations()) == count
+
+
+def test_the_same_seed_gives_the_same_text(loaded):
+    first = texts(loaded, nsamples=4, batch_size=2)
+    assert texts(loaded, nsamples=4, batch_size=2) == first
+    assert texts(loaded, nsamples=4, batch_size=4) == first
+    assert len(set(first)) > 1
+    assert texts(loaded, seed=None) != texts(loaded, seed=None)
+
+
+@pytest.mark.parametrize("prefix", ["Once", "\n\nHello", "naïve ✓ 日本", "<|startoftext|>", " "])
+def test_a_prefix_is_there_as_given_or_not_at_all(loaded, prefix):
+    (with_it,) = texts(loaded, prefix=prefix)
+    (without,) = texts(loaded, prefix=prefix, include_prefix=False)
+    assert with_it.startswith(prefix)
+    assert with_it[len(prefix) :].lstrip("\n") == without
+
+
+def test_no_prefix_and_an_empty_one_are_the_same(loaded):
+    assert texts(loaded, prefix="") == texts(loaded)
+
+
+def test_truncate_cuts_at_its_first_place_after_the_prefix(loaded):
+    (whole,) = texts(loaded, prefix="ab", temperature=0, length=20)
+    end = whole[8]
+    (cut,) = texts(loaded, prefix="ab", temperature=0, length=20, truncate=end)
+    assert cut == "ab" + whole[2:].split(end)[0]
+    (bare,) = texts(
+        loaded, prefix="ab", temperature=0, length=20, truncate=end, include_prefix=False
+    )
+    assert bare == whole[2:].split(end)[0].lstrip("\n")
+    # A prefix that holds the end itself is not cut.
+    (kept,) = texts(loaded, prefix="a.b.c", truncate=".", length=5)
+    assert kept.startswith("a.b.c")
+
+
+def test_texts_are_printed_with_a_delimiter_between_them(loaded, capsys):
+    gpt2.generate(loaded, nsamples=2, batch_size=2, length=5, seed=1, sample_delim="---\n")
+    assert capsys.readouterr().out.count("---\n") == 2
+    gpt2.generate(loaded, length=5, seed=1, sample_delim="---\n")
+    assert "---" not in capsys.readouterr().out
+
+
+def test_texts_go_to_a_file_and_nowhere_else(loaded, capsys):
+    expected = texts(loaded, nsamples=2, batch_size=2)
+    gpt2.generate_to_file(
+        loaded, destination_path="out.txt", nsamples=2, batch_size=2, length=12, seed=5
+    )
+    assert capsys.readouterr().out == ""
+    delimiter = "=" * 20 + "\n"
+    with open("out.txt", encoding="utf-8") as file:
+        assert file.read() == "".join(f"{text}\n{delimiter}" for text in expected)
+    assert not os.path.exists("out.txt.part")
+
+
+def test_generate_uses_what_the_session_holds_unless_told(workplace, sess, capsys):
+    finetune(sess, run_name="a", verbose=0)
+    finetune(sess, run_name="b", restore_from="checkpoint/a", learning_rate=0.1, verbose=0)
+    from_b = texts(sess, temperature=0)
+    assert texts(sess, temperature=0, run_name="b") == from_b
+    # The run was made from this model: scripts name it here and mean the run.
+    assert texts(sess, temperature=0, model_name="tiny") == from_b
+    capsys.readouterr()
+    from_a = texts(sess, temperature=0, run_name="a")
+    assert capsys.readouterr().out == "Loading checkpoint checkpoint/a/model-3\n"
+    assert from_a != from_b
+
+
+def test_encode_dataset_is_read_back(workplace, sess):
+    gpt2.encode_dataset("text.txt", out_path="text.npz", model_name="tiny")
+    plain = finetune(sess, restore_from="fresh")
+    encoded = finetune(sess, "text.npz", restore_from="fresh")
+    assert [h.loss for h in plain.history] == [h.loss for h in encoded.history]
+
+
+def test_a_script_for_the_old_library_runs(workplace, sess, capsys):
+    """Arguments by position, in 0.8.1's order."""
+    gpt2.finetune(
+        sess, "text.txt", 2, "tiny", "models", 50000, 1, 0.0001, 5, "latest", "run1", "checkpoint",
+        100, 31, 1, False, 1000, 1, 1, False, False, "adam", False, False,
+    )  # fmt: skip
+    gpt2.load_gpt2(sess, "latest", "run1", "checkpoint", None, "models", False, True)
+    found = gpt2.generate(
+        sess, "run1", "checkpoint", None, "models", "samples", True, "z", None, "=\n", "The", 1, 2,
+        2, 9, 0.7, 3, 0.9, False,
+    )  # fmt: skip
+    assert len(found) == 2
+    assert gpt2.encoder.get_encoder("checkpoint/run1").encode("hi") == [104, 105] or found
+    assert gpt2.model.default_hparams().n_ctx == 1024
+
+
+# --- what people get wrong ------------------------------------------------------------------------
+
+
+def test_a_missing_model_names_the_download(workplace, sess):
+    with pytest.raises(FileNotFoundError, match=r"models there: tiny.*download_gpt2"):
+        gpt2.finetune(sess, "text.txt", model_name="124M", steps=1)
+    with pytest.raises(FileNotFoundError, match="download_gpt2"):
+        gpt2.load_gpt2(sess, model_name="355M")
+    assert not os.path.exists("checkpoint")
+
+
+def test_a_missing_run_lists_the_runs(workplace, sess):
+    finetune(sess, run_name="good")
+    with pytest.raises(FileNotFoundError, match="runs there: good"):
+        gpt2.load_gpt2(sess, run_name="bad")
+    with pytest.raises(FileNotFoundError, match="model-3"):
+        gpt2.load_gpt2(sess, run_name="good", checkpoint="model-99")
+
+
+def test_generating_before_loading_says_so(sess):
+    with pytest.raises(RuntimeError, match="load_gpt2"):
+        gpt2.generate(sess)
+
+
+def test_a_closed_session_says_so(workplace):
+    sess = gpt2.start_tf_sess()
+    sess.close()
+    with pytest.raises(RuntimeError, match="start_tf_sess"):
+        gpt2.generate(sess)
+    with pytest.raises(RuntimeError, match="start_tf_sess"):
+        gpt2.load_gpt2(sess, model_name="tiny")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nsamples": 10, "batch_size": 3}, "nsamples=10 must be a multiple of batch_size=3"),
+        ({"nsamples": 0}, "nsamples=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"length": 0}, "length=0"),
+        ({"length": -5}, "length=-5"),
+        ({"temperature": -1}, "temperature=-1"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"top_p": -0.1}, "top_p=-0.1"),
+        ({"seed": "x"}, "seed"),
+    ],
+)
+def test_values_out_of_range_are_refused(loaded, changes, message):
+    with pytest.raises(ValueError, match=message):
+        texts(loaded, **changes)
+
+
+def test_temperature_zero_is_greedy_and_a_large_top_k_is_none(loaded):
+    assert texts(loaded, temperature=0, seed=1) == texts(loaded, temperature=0, seed=2)
+    assert texts(loaded, top_k=100000) == texts(loaded, top_k=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": "adamw"}, "optimizer='adamw' must be one of"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": -1}, "batch_size=-1"),
+        ({"accumulate_gradients": 0}, "accumulate_gradients=0"),
+        ({"learning_rate": 0}, "learning_rate=0"),
+        ({"learning_rate": -0.1}, "learning_rate=-0.1"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"steps": 0}, "steps=0"),
+        ({"steps": -2}, "steps=-2"),
+        ({"steps": "ten"}, "steps='ten'"),
+        ({"save_every": 0}, "save_every=0"),
+        ({"print_every": 0}, "print_every=0"),
+        ({"sample_length": 0}, "sample_length=0"),
+        ({"sample_num": -1}, "sample_num=-1"),
+        ({"max_checkpoints": -1}, "max_checkpoints=-1"),
+        ({"sequence_length": 1}, "sequence_length=1"),
+    ],
+)
+def test_training_settings_out_of_range_are_refused_before_any_work(
+    workplace, sess, changes, message
+):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        finetune(sess, **changes)
+    assert not os.path.exists("checkpoint")
+
+
+def test_an_empty_dataset_is_refused(workplace, sess):
+    (workplace / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match="empty"):
+        finetune(sess, "empty.txt")
+    with pytest.raises(FileNotFoundError, match=r"nothing\.txt"):
+        finetune(sess, "nothing.txt")
+
+
+def test_a_short_dataset_trains_on_short_windows(workplace, sess, capsys):
+    (workplace / "short.txt").write_text("just this")
+    result = finetune(sess, "short.txt")
+    assert "training on windows of 22" in capsys.readouterr().out
+    assert np.isfinite(result.loss)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: h.pop("n_ctx"), r"hparams.json lacks n_ctx"),
+        (lambda h: h.update(n_positions=3), r"hparams.json: unknown.*n_positions"),
+        (lambda h: h.update(n_vocab=300), r"encoder.json.*257.*300|300.*257"),
+        (lambda h: h.update(n_embd=18), r"wpe has shape \[32, 16\], \[32, 18\]|18"),
+        (lambda h: h.update(n_layer=3), r"model/h2/\S+ is missing"),
+        (lambda h: h.update(n_ctx=16), r"wpe has shape"),
+    ],
+)
+def test_hparams_that_do_not_fit_are_named(workplace, sess, change, message):
+    path = workplace / "models/tiny/hparams.json"
+    hparams = json.loads(path.read_text())
+    change(hparams)
+    path.write_text(json.dumps(hparams))
+    with pytest.raises(ValueError, match=message):
+        gpt2.load_gpt2(sess, model_name="tiny")
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"n_vocab": 2', "null"])
+def test_hparams_that_are_no_object_are_named(workplace, sess, content):
+    (workplace / "models/tiny/hparams.json").write_text(content)
+    with pytest.raises(ValueError, match=r"hparams\.json"):
+        gpt2.load_gpt2(sess, model_name="tiny")
+
+
+def test_a_damaged_checkpoint_is_named(workplace, sess):
+    path = workplace / "models/tiny/model.ckpt.data-00000-of-00001"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"model\.ckpt is damaged"):
+        gpt2.load_gpt2(sess, model_name="tiny")
+    path.write_bytes(data[:-50])
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
+        gpt2.load_gpt2(sess, model_name="tiny")
+
+
+def test_a_model_of_other_sizes_needs_a_reset(workplace, loaded):
+    gpt2.create_gpt2(model_name="other", n_layer=1, n_head=2, n_embd=8, n_ctx=16)
+    with pytest.raises(ValueError, match="reset_session"):
+        gpt2.load_gpt2(loaded, model_name="other")
+    fresh = gpt2.reset_session(loaded)
+    gpt2.load_gpt2(fresh, model_name="other")
+    assert texts(fresh)
+    fresh.close()
+
+
+def test_a_run_of_another_model_is_not_continued(workplace, sess):
+    finetune(sess)
+    gpt2.create_gpt2(model_name="other", n_layer=1, n_head=2, n_embd=8, n_ctx=16)
+    with gpt2.start_tf_sess() as another, pytest.raises(ValueError, match="other sizes"):
+        finetune(another, model_name="other")
+
+
+def test_nan_weights_are_an_error_not_a_text(workplace, loaded):
+    state = gpt2.session.memory(loaded) if hasattr(gpt2, "session") else None
+    from gpt_2_simple import session
+
+    state = state or session.memory(loaded)
+    variable = state.weights.ln_f.g
+    value = np.full(variable.shape, np.nan, np.float32)
+    loaded.run(variable.initializer, {variable.initializer.inputs[1]: value})
+    with pytest.raises((RuntimeError, ValueError), match="(?i)nan|finite|broken"):
+        texts(loaded)
+
+
+# --- creating models ------------------------------------------------------------------------------
+
+
+def test_a_created_model_has_the_seven_files(workplace):
+    assert gpt2.is_gpt2_downloaded(model_name="tiny")
+    os.remove("models/tiny/vocab.bpe")
+    assert not gpt2.is_gpt2_downloaded(model_name="tiny")
+
+
+def test_creating_never_replaces_unasked(workplace):
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        gpt2.create_gpt2(model_name="tiny")
+    gpt2.create_gpt2(model_name="tiny", n_layer=1, n_head=1, n_embd=4, n_ctx=8, overwrite=True)
+    assert checkpoint.read_hparams("models/tiny").n_layer == 1
+    assert os.listdir("models") == ["tiny"]
+
+
+def test_the_same_seed_creates_the_same_weights(workplace):
+    values = []
+    for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
+        gpt2.create_gpt2(model_name=name, n_layer=1, n_head=1, n_embd=4, n_ctx=8, seed=seed)
+        values.append(tf.train.load_checkpoint(f"models/{name}").get_tensor("model/wte"))
+    assert np.array_equal(values[0], values[1])
+    assert not np.array_equal(values[0], values[2])
+
+
+def test_a_trained_vocabulary_comes_with_the_model(workplace, sess):
+    pytest.importorskip("tokenizers")
+    gpt2.create_gpt2("text.txt", "words", n_layer=1, n_head=2, n_embd=16, n_ctx=32, vocab_size=300)
+    hparams = checkpoint.read_hparams("models/words")
+    assert 257 < hparams.n_vocab <= 300
+    finetune(sess, model_name="words")
+    assert texts(sess)
+    with pytest.raises(ValueError, match="needs a dataset"):
+        gpt2.create_gpt2(model_name="x", vocab_size=300)
+    with pytest.raises(ValueError, match="at least 257"):
+        gpt2.create_gpt2("text.txt", "x", vocab_size=100)
+
+
+def test_a_whole_disk_is_left_as_it_was(workplace, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_model", fail)
+    with pytest.raises(OSError, match="space"):
+        gpt2.create_gpt2(model_name="tiny", overwrite=True)
+    assert gpt2.is_gpt2_downloaded(model_name="tiny")
+    assert os.listdir("models") == ["tiny"]
+    shutil.rmtree("models")

@@ -1,0 +1,115 @@
+import gc
+import threading
+import weakref
+
+import pytest
+import tensorflow as tf
+
+import gpt_2_simple as gpt2
+from gpt_2_simple import model, session
+
+HPARAMS = model.HParams(n_vocab=11, n_ctx=8, n_embd=8, n_head=2, n_layer=1)
+OTHER = model.HParams(n_vocab=11, n_ctx=8, n_embd=16, n_head=2, n_layer=1)
+
+
+def test_a_session_has_a_graph_of_its_own():
+    a, b = gpt2.start_tf_sess(), gpt2.start_tf_sess()
+    assert len({a.graph, b.graph, tf.compat.v1.get_default_graph()}) == 3
+    a.close()
+    b.close()
+
+
+def test_two_sessions_hold_two_models():
+    with gpt2.start_tf_sess() as a, gpt2.start_tf_sess() as b:
+        session.build_model(a, HPARAMS, [])
+        session.build_model(b, OTHER, [])
+        assert session.memory(a).hparams == HPARAMS
+        assert session.memory(b).hparams == OTHER
+
+
+def test_a_model_is_built_once_and_another_is_refused(sess):
+    first = session.build_model(sess, HPARAMS, [])
+    count = len(sess.graph.get_operations())
+    assert session.build_model(sess, HPARAMS, []) is first
+    assert len(sess.graph.get_operations()) == count
+    with pytest.raises(ValueError, match="reset_session"):
+        session.build_model(sess, OTHER, [])
+
+
+def test_threads_asking_at_once_get_one_model(sess):
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(session.build_model(sess, HPARAMS, [])))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert len({id(state) for state in found}) == 1
+
+
+def test_reset_gives_room_for_another_model():
+    sess = gpt2.start_tf_sess()
+    session.build_model(sess, HPARAMS, [])
+    with gpt2.reset_session(sess) as fresh:
+        session.build_model(fresh, OTHER, [])
+        with pytest.raises(RuntimeError, match="start_tf_sess"):
+            session.memory(sess)
+
+
+def test_closing_twice_is_harmless():
+    sess = gpt2.start_tf_sess()
+    sess.close()
+    sess.close()
+    gpt2.reset_session(sess).close()
+
+
+def test_a_closed_session_lets_go_of_its_graph():
+    sess = gpt2.start_tf_sess()
+    session.build_model(sess, HPARAMS, [])
+    graph = weakref.ref(sess.graph)
+    sess.close()
+    del sess
+    gc.collect()
+    assert graph() is None
+
+
+def test_a_users_own_session_holds_a_model():
+    with tf.Graph().as_default(), tf.compat.v1.Session() as own:
+        state = session.build_model(own, HPARAMS, [])
+        assert state.weights.wte.graph is own.graph
+
+
+def test_resetting_the_default_graph_leaves_sessions_alone(sess):
+    session.build_model(sess, HPARAMS, [])
+    tf.compat.v1.reset_default_graph()
+    assert session.memory(sess).hparams == HPARAMS
+
+
+def test_threads_are_limited():
+    with gpt2.start_tf_sess(threads=1) as sess:
+        config = sess._config
+    assert config.intra_op_parallelism_threads == 1
+    assert config.inter_op_parallelism_threads == 1
+    assert config.gpu_options.allow_growth
+
+
+def test_a_server_runs_the_session():
+    server = tf.distribute.Server.create_local_server()
+    with gpt2.start_tf_sess(server=server) as sess, sess.graph.as_default():
+        assert sess.run(tf.constant(3)) == 3
+
+
+def test_gpus_are_named_as_devices(monkeypatch):
+    class Gpu:
+        name = "/physical_device:GPU:1"
+
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [Gpu()])
+    assert gpt2.get_available_gpus() == ["/device:GPU:1"]
+
+
+def test_exporting_the_graph_says_nothing_about_what_it_remembers(sess):
+    session.build_model(sess, HPARAMS, [])
+    assert "gpt_2_simple" not in str(sess.graph.get_all_collection_keys())
