@@ -223,12 +223,12 @@ def _write_plan(plan: _Plan, path: str) -> None:
 
 
 def _packed(plan: _Plan, report: ReadReport, processes: int) -> Iterator[Any]:
-    typecode = id_dtype(plan.enc.n_vocab).char
+    dtype = id_dtype(plan.enc.n_vocab)
     with progress(
         total=plan.bytes_on_disk, desc="Encoding", unit="B", unit_scale=True, leave=False
     ) as bar:
         blocks = cut_into_blocks(_chunk_parts(plan, report, bar.update))
-        yield from pack_blocks(blocks, plan.enc, typecode, plan.allow_special, processes)
+        yield from pack_blocks(blocks, plan.enc, dtype, plan.allow_special, processes)
 
 
 def _read_encoded(enc: Any, path: str) -> Sequence[np.ndarray]:

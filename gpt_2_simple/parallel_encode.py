@@ -3,12 +3,13 @@
 A text may be cut wherever a run of white space begins: GPT-2's pattern never joins white space to
 what stands before it, and no piece before the cut looks further ahead than to it. So the ids of
 the parts, one after the other, are the ids of the whole. This module is what the helper processes
-import: it needs neither TensorFlow nor numpy.
+import: it does not need TensorFlow.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pickle
 import queue
@@ -16,12 +17,13 @@ import re
 import signal
 import subprocess
 import sys
-from array import array
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import regex
 
 BLOCK_CHARACTERS = 1 << 20
@@ -30,6 +32,7 @@ CACHED_WORDS = 1 << 18  # in all processes together: about 40 MB
 
 # White space as the regex package's \s has it; Python's re adds \x1c-\x1f.
 _WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+WHITE = frozenset(re.findall(f"[{_WHITE}]", "".join(map(chr, range(0x3001)))))
 _WORDS = re.compile(f"[{_WHITE}]*[^{_WHITE}]+|[{_WHITE}]+")
 _ASCII_WORDS = re.compile(r"\s*\S+|\s+", re.ASCII)  # twice as quick
 # Where a run of letters or digits ends is as safe, and found in text without spaces too. Only
@@ -105,35 +108,55 @@ def split_safely(text: str) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-class Packer(dict[str, bytes]):
-    """Words with the white space before them -> their ids, packed; it fills itself.
+class Packer:
+    """Encodes texts, and remembers the ids of the words it met.
 
     Args:
         enc: the encoder.
-        typecode: the ids' type, as the `array` module names it.
+        dtype: the ids' type.
         allow_special: whether special tokens in the text are encoded as such.
-        most: how many words are kept.
+        most: how many words are remembered, roughly.
     """
 
-    def __init__(self, enc: Any, typecode: str, allow_special: bool, most: int = CACHED_WORDS):
-        super().__init__()
-        self.encode = enc.encode
-        self.options = {"allow_special": True} if allow_special else {}
-        self.typecode = typecode
+    def __init__(
+        self, enc: Any, dtype: np.dtype, allow_special: bool = False, most: int = CACHED_WORDS
+    ):
+        self.encode = functools.partial(enc.encode, allow_special=allow_special)
+        self.dtype = np.dtype(dtype)
         self.most = most
-
-    def __missing__(self, word: str) -> bytes:
-        packed = array(self.typecode, self.encode(word, **self.options)).tobytes()
-        if len(self) >= self.most:
-            self.clear()
-        self[word] = packed
-        return packed
+        self.packed: dict[str, bytes] = {}
+        # How many bytes of text each id stands for; ids that stand for nothing are never made.
+        known = set(enc.encoder.values())
+        self.id_widths = np.array(
+            [len(enc.decode_bytes([i])) if i in known else 0 for i in range(enc.n_vocab)]
+        )
 
     def pack(self, texts: list[str]) -> tuple[bytes, list[int]]:
         """Encodes texts: all their ids as bytes, and how many ids each has."""
-        packed = [b"".join(map(self.__getitem__, split_words(text))) for text in texts]
-        width = array(self.typecode).itemsize
-        return b"".join(packed), [len(ids) // width for ids in packed]
+        split = [split_words(text) for text in texts]
+        words = set().union(*split)
+        new = words - self.packed.keys()
+        if len(self.packed) + len(new) > self.most:
+            self.packed.clear()
+            new = words
+        self._learn(new)
+        packed = [b"".join(map(self.packed.__getitem__, words)) for words in split]
+        return b"".join(packed), [len(ids) // self.dtype.itemsize for ids in packed]
+
+    def _learn(self, words: set[str]) -> None:
+        """Encodes words all at once: what begins with white space and ends without stands alone."""
+        together = [word for word in words if word[0] in WHITE and word[-1] not in WHITE]
+        for word in words.difference(together):
+            self.packed[word] = np.array(self.encode(word), self.dtype).tobytes()
+        ids = np.array(self.encode("".join(together)), self.dtype)
+        word_ends = np.cumsum([len(word.encode("utf-8", "surrogatepass")) for word in together])
+        id_ends = np.cumsum(self.id_widths[ids])
+        ends = (np.searchsorted(id_ends, word_ends) + 1) * self.dtype.itemsize
+        packed = ids.tobytes()
+        start = 0
+        for word, end in zip(together, ends.tolist(), strict=True):
+            self.packed[word] = packed[start:end]
+            start = end
 
 
 def split_words(text: str) -> list[str]:
@@ -149,26 +172,34 @@ def core_count() -> int:
 
 
 def pack_blocks(
-    blocks: Iterable[Block], enc: Any, typecode: str, allow_special: bool, processes: int
+    blocks: Iterable[Block], enc: Any, dtype: np.dtype, allow_special: bool, processes: int
 ) -> Iterator[PackedBlock]:
     """Encodes blocks in order, in helper processes if that is asked for and possible.
 
     Args:
         blocks: what to encode; read only as far ahead as keeps the processes busy.
         enc: the encoder; it must be picklable for helper processes.
-        typecode: the ids' type, as the `array` module names it.
+        dtype: the ids' type.
         allow_special: whether special tokens in the text are encoded as such.
         processes: how many processes encode; 1 is this one.
 
     Yields:
         The packed blocks.
     """
-    local = Packer(enc, typecode, allow_special)
-    helpers = _start_helpers(local, enc, processes) if processes > 1 else []
-    if not helpers:
+    local = Packer(enc, dtype, allow_special)
+    share = local.most // processes
+    helpers = _start_helpers((enc, dtype, allow_special, share), processes)
+    if helpers:
+        yield from _pack_in_helpers(blocks, helpers, local)
+    else:
         for block in blocks:
             yield PackedBlock(*local.pack(block.texts), block.ends)
-        return
+
+
+def _pack_in_helpers(
+    blocks: Iterable[Block], helpers: list[_Helper], local: Packer
+) -> Iterator[PackedBlock]:
+    one_at_a_time = threading.Lock()
     idle: queue.SimpleQueue[_Helper] = queue.SimpleQueue()
     for helper in helpers:
         idle.put(helper)
@@ -179,7 +210,8 @@ def pack_blocks(
             return PackedBlock(*helper.pack(block.texts), block.ends)
         except (EOFError, OSError, pickle.UnpicklingError):
             # The helper died, of a lack of memory perhaps: its share is done here.
-            return PackedBlock(*Packer(enc, typecode, allow_special).pack(block.texts), block.ends)
+            with one_at_a_time:
+                return PackedBlock(*local.pack(block.texts), block.ends)
         finally:
             idle.put(helper)
 
@@ -214,8 +246,7 @@ serve(sys.stdin.buffer, sys.stdout.buffer)
 class _Helper:
     """A process that packs texts: pickles go in and come out through its pipes."""
 
-    def __init__(self, *packer_arguments: Any):
-        arguments = pickle.dumps(packer_arguments)
+    def __init__(self, arguments: bytes):
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-c", _BOOTSTRAP],
             stdin=subprocess.PIPE,
@@ -246,13 +277,15 @@ class _Helper:
         self.process.wait()
 
 
-def _start_helpers(local: Packer, enc: Any, processes: int) -> list[_Helper]:
-    """Starts the processes, or none at all if any of them fails to."""
+def _start_helpers(packer_arguments: tuple[Any, ...], processes: int) -> list[_Helper]:
+    """Starts processes, or none at all if one is enough or any of them fails to start."""
     helpers: list[_Helper] = []
-    share = local.most // processes
+    if processes < 2:
+        return helpers
     try:
+        arguments = pickle.dumps(packer_arguments)
         for _ in range(processes):
-            helpers.append(_Helper(enc, local.typecode, bool(local.options), share))
+            helpers.append(_Helper(arguments))
         for helper in helpers:
             helper.receive()
     except Exception:  # Whatever the reason, the work can be done in this process.

@@ -31,15 +31,15 @@ SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 GPT2_WORDS = regex.compile(
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 )
-END_OF_WORD, END_OF_TEXT = 256, 257
+END_OF_TEXT = 512
 
 
 class WordEncoder:
-    """A word's bytes, then 256: its ids tell where GPT-2's pattern splits."""
+    """Bytes, each word's first with 256 added: its ids tell where GPT-2's pattern splits."""
 
-    n_vocab = 258
+    n_vocab = 513
     end_of_text = END_OF_TEXT
-    encoder = {str(number): number for number in range(258)}  # noqa: RUF012
+    encoder = {str(number): number for number in range(513)}  # noqa: RUF012
     bpe_merges: list = []  # noqa: RUF012
 
     def encode(self, text, allow_special=False):
@@ -48,12 +48,15 @@ class WordEncoder:
         for number, piece in enumerate(pieces):
             ids += [END_OF_TEXT] * (number > 0)
             for word in GPT2_WORDS.findall(piece):
-                ids += [*word.encode("utf-8", "surrogatepass"), END_OF_WORD]
+                first, *rest = word.encode("utf-8", "surrogatepass")
+                ids += [256 + first, *rest]
         return ids
 
+    def decode_bytes(self, ids):
+        return b"".join(b"<|endoftext|>" if i == END_OF_TEXT else bytes([i % 256]) for i in ids)
+
     def decode(self, ids):
-        text = bytes(i for i in ids if i < 256).decode("utf-8", "surrogatepass")
-        return text
+        return self.decode_bytes(ids).decode("utf-8", "surrogatepass")
 
 
 ENC = WordEncoder()
@@ -139,7 +142,7 @@ def test_shakespeare_has_338025_tokens():
 
 def test_end_tokens_are_one_id_if_asked_for(tmp_path):
     path = write(tmp_path / "a.txt", "x")
-    assert load_dataset(ENC, path, allow_special=True)[0].tolist() == [120, 256, END_OF_TEXT]
+    assert load_dataset(ENC, path, allow_special=True)[0].tolist() == [256 + ord("x"), END_OF_TEXT]
 
 
 # Finding files.
@@ -451,7 +454,7 @@ def test_npz_round_trip(tmp_path):
 @pytest.mark.parametrize(
     "array",
     [
-        np.array([258]),
+        np.array([513]),
         np.array([-1, 3]),
         np.array([0.5]),
         np.zeros((2, 2), int),
@@ -725,7 +728,7 @@ def test_blocks_hold_the_same_chunks(parts, size):
             expected.append(text)
             text = ""
     blocks = list(parallel_encode.cut_into_blocks(iter(parts), size))
-    packer = parallel_encode.Packer(ENC, "H", False)
+    packer = parallel_encode.Packer(ENC, np.uint16)
     packed = (parallel_encode.PackedBlock(*packer.pack(b.texts), b.ends) for b in blocks)
     chunks = token_file.gather_tokens(packed, np.dtype(np.uint16))
     assert [chunk.tolist() for chunk in chunks] == [ENC.encode(text) for text in expected if text]
@@ -738,12 +741,13 @@ def test_text_without_any_white_space_is_cut_too():
 
 
 def test_the_words_that_are_kept_are_bounded():
-    packer = parallel_encode.Packer(ENC, "H", False, most=5)
-    text = " ".join(map(str, range(1000)))
-    ids, (count,) = packer.pack([text])
-    assert np.frombuffer(ids, np.uint16).tolist() == ENC.encode(text)
-    assert count == len(ENC.encode(text))
-    assert len(packer) <= 5
+    packer = parallel_encode.Packer(ENC, np.uint16, most=30)
+    for start in range(0, 1000, 10):
+        text = " ".join(map(str, range(start, start + 10)))
+        ids, (count,) = packer.pack([text])
+        assert np.frombuffer(ids, np.uint16).tolist() == ENC.encode(text)
+        assert count == len(ENC.encode(text))
+        assert len(packer.packed) <= 30
 
 
 def test_a_large_vocabulary_takes_four_bytes():
@@ -833,13 +837,14 @@ def test_many_documents_in_a_file(tmp_path, large):
 def test_helper_processes_import_no_tensorflow(monkeypatch):
     text = some_text(5000)
     blocks = [parallel_encode.Block([text, "two"], [True, False])] * 20
-    started = parallel_encode._start_helpers(parallel_encode.Packer(ENC, "H", False), ENC, 1)
-    assert len(started) == 1
+    started = parallel_encode._start_helpers((ENC, np.uint16, False, 1000), 2)
+    assert len(started) == 2
     modules = Path(f"/proc/{started[0].process.pid}/maps")
     if modules.exists():
         assert "tensorflow" not in modules.read_text()
-    started[0].close()
-    packed = list(parallel_encode.pack_blocks(iter(blocks), ENC, "H", False, 2))
+    for helper in started:
+        helper.close()
+    packed = list(parallel_encode.pack_blocks(iter(blocks), ENC, np.uint16, False, 2))
     assert len(packed) == 20
     assert all(np.frombuffer(p.ids, np.uint16).tolist() == ENC.encode(text) + ENC.encode("two")
                for p in packed)
@@ -873,7 +878,7 @@ class Refuses(WordEncoder):
 def test_helpers_that_fail_are_done_without(enc):
     texts = ["some text", "it may die here"] * 10
     blocks = [parallel_encode.Block([text], [True]) for text in texts]
-    packed = parallel_encode.pack_blocks(iter(blocks), enc, "H", False, 2)
+    packed = parallel_encode.pack_blocks(iter(blocks), enc, np.uint16, False, 2)
     assert [np.frombuffer(p.ids, np.uint16).tolist() for p in packed] == [
         WordEncoder().encode(text) for text in texts
     ]
@@ -882,7 +887,7 @@ def test_helpers_that_fail_are_done_without(enc):
 def test_no_interpreter_for_helpers(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     blocks = [parallel_encode.Block(["text"], [True])]
-    (packed,) = parallel_encode.pack_blocks(iter(blocks), ENC, "H", False, 2)
+    (packed,) = parallel_encode.pack_blocks(iter(blocks), ENC, np.uint16, False, 2)
     assert packed.counts == [len(ENC.encode("text"))]
 
 
