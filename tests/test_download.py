@@ -194,6 +194,24 @@ def ignore_if_range(handler, body):
     with_headers(ETag='"version 2"')(handler, bytes(len(body)))
 
 
+def wrong_start(handler, body):
+    """Answers any range with the bytes from 7 on, and says so."""
+    headers = {"Content-Range": f"bytes 7-{len(body) - 1}/{len(body)}"}
+    handler.reply(206, headers | {"Content-Length": str(len(body) - 7)}, body[7:])
+
+
+def other_total(handler, body):
+    """Answers a range from a longer file, without a validator to tell it by."""
+    rest = bytes(len(body) - CUT)
+    headers = {"Content-Range": f"bytes {CUT}-{len(body) - 1}/{len(body) + 1}"}
+    handler.reply(206, headers | {"Content-Length": str(len(rest))}, rest)
+
+
+def chunked_page(handler, body):
+    headers = {"Transfer-Encoding": "chunked", "Content-Type": "text/html; charset=utf-8"}
+    handler.reply(200, headers, b"%x\r\n%b\r\n0\r\n\r\n" % (len(PAGE), PAGE))
+
+
 def zip_it(handler, body):
     body = gzip.compress(body)
     headers = {"Content-Encoding": "gzip", "Content-Length": str(len(body)), "ETag": '"zipped"'}
@@ -376,8 +394,8 @@ RECOVERIES = {
     "cut, then ignores Range": [cut, ignore_range],
     "cut, then 416": [cut, answer(416, Content_Range="bytes */50")],
     "cut, then a bare 416": [cut, answer(416)],
-    "cut, then the wrong range": [cut, with_headers(Content_Range="bytes 7-204799/204800")],
-    "cut, then another total": [cut, with_headers(Content_Range="bytes 98304-300000/300001")],
+    "cut, then the wrong range": [cut, wrong_start],
+    "cut, then another total": [cut, other_total],
     "cut, then no Content-Range": [cut, with_headers(Content_Range="")],
     "cut, then another version": [cut, ignore_if_range],
     "cut, then a gzip range": [cut, with_headers(Content_Encoding="gzip")],
@@ -410,8 +428,9 @@ def test_a_cut_costs_no_byte_twice(fetch, server):
     }
 
 
-def test_a_web_page_in_the_middle_does_not_cost_what_came_before(fetch, server):
-    server.script[DATA] = [cut, answer(200, PAGE, Content_Type="text/html")]
+@pytest.mark.parametrize("page", [answer(200, PAGE, Content_Type="text/html"), chunked_page])
+def test_a_web_page_in_the_middle_does_not_cost_what_came_before(fetch, server, page):
+    server.script[DATA] = [cut, page]
     fetch()
     assert server.ranges() == [None, f"bytes={CUT}-", f"bytes={CUT}-"]
 
