@@ -27,6 +27,11 @@ VOCABULARY_FILES = ("encoder.json", "vocab.bpe")
 MODEL_CHECKPOINT = "model.ckpt"
 RUN_CHECKPOINT = "model"
 COUNTER = "counter"
+BEST = "best"
+
+# Folders inside a model's or run's: what is being written, and what only has to be moved.
+UNFINISHED = ".saving-"
+FINISHED = ".saved-"
 
 
 # --- folders ------------------------------------------------------------------------------------
@@ -174,7 +179,7 @@ def restore_path(folder: str, checkpoint: str = "latest") -> str:
 
     Args:
         folder: a model or run folder.
-        checkpoint: 'latest', or a base name such as 'model-100'.
+        checkpoint: 'latest', or a base name such as 'model-100' or 'best'.
 
     Raises:
         FileNotFoundError: there is no such checkpoint, or it is not whole.
@@ -186,7 +191,8 @@ def restore_path(folder: str, checkpoint: str = "latest") -> str:
         return prefix
     prefix = os.path.join(folder, checkpoint)
     if not is_whole(prefix):
-        there = ", ".join(_checkpoints_on_disk(folder)) or "none"
+        best = [BEST] if is_whole(os.path.join(folder, BEST)) else []
+        there = ", ".join(_checkpoints_on_disk(folder) + best) or "none"
         raise FileNotFoundError(f"no whole checkpoint {prefix}; checkpoints there: {there}")
     return prefix
 
@@ -299,11 +305,21 @@ def save_model(
     folder: str,
     base: str,
     hparams: model.HParams,
+    more: Mapping[str, SaveOps | str] | None = None,
 ) -> str:
-    """Writes `<folder>/<base>.data-..., .index and .meta`, all of them or none.
+    """Writes `<folder>/<base>.data-..., .index and .meta`, and more, all of it or nothing.
 
-    Each file is written under another name and flushed to disk; then they are renamed, the index
-    last: a checkpoint that has an index is whole.
+    All is written into a folder of its own, `.saving-...`, and flushed to disk. It counts from when
+    that is renamed to `.saved-<base>`; then its files are moved to their places. What a killed
+    process leaves of either folder is dealt with by recover().
+
+    Args:
+        sess: holds the variables.
+        ops: from build_save, for the model's variables.
+        folder: a model or run folder.
+        base: the checkpoint's name in it.
+        hparams: the model's sizes.
+        more: what belongs to it, by name: operations for other variables, or a file's text.
 
     Returns:
         The checkpoint's prefix, `<folder>/<base>`.
@@ -312,53 +328,76 @@ def save_model(
         OSError: the disk is full, or the folder cannot be written.
     """
     prefix = os.path.join(folder, base)
-    with _temporary_folder(folder) as temporary:
-        unfinished = os.path.join(temporary, base)
-        with _file_errors(prefix):
-            sess.run(ops.done, {ops.prefix: unfinished})
-        with open(f"{unfinished}.meta", "wb") as file:
-            file.write(_meta_graph(dataclasses.astuple(hparams)))
-        names = sorted(os.listdir(temporary), key=lambda name: name.endswith(".index"))
-        for name in names:
-            sync(os.path.join(temporary, name))
-        with contextlib.suppress(FileNotFoundError):
-            # A save over an older checkpoint of the same step: never its index with our data.
-            os.remove(f"{prefix}.index")
-        for name in names:
-            os.replace(os.path.join(temporary, name), os.path.join(folder, name))
-    sync(folder)
+    with _file_errors(prefix):
+        recover(folder)
+        unfinished = tempfile.mkdtemp(prefix=UNFINISHED, dir=folder)
+        try:
+            for name, content in {base: ops, **(more or {})}.items():
+                path = os.path.join(unfinished, name)
+                if isinstance(content, SaveOps):
+                    sess.run(content.done, {content.prefix: path})
+                else:
+                    with open(path, "w", encoding="utf-8", newline="\n") as file:
+                        file.write(content)
+            with open(os.path.join(unfinished, f"{base}.meta"), "wb") as file:
+                file.write(_meta_graph(dataclasses.astuple(hparams)))
+            for name in os.listdir(unfinished):
+                sync(os.path.join(unfinished, name))
+            sync(unfinished)
+            os.rename(unfinished, os.path.join(folder, FINISHED + base))
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        sync(folder)
+        _publish(folder, base)
     return prefix
 
 
-@contextlib.contextmanager
-def _temporary_folder(folder: str) -> Iterator[str]:
-    """A folder inside `folder`, gone afterwards; those that a killed process left go first."""
+def _publish(folder: str, base: str) -> None:
+    """Moves the files of a finished save to their places.
+
+    The model's index comes after all that belongs to it, since a checkpoint that has an index is
+    whole; then the file that names it.
+    """
+    finished = os.path.join(folder, FINISHED + base)
+    order = [f"{base}.index", COUNTER, "checkpoint"]
+    names = sorted(os.listdir(finished), key=lambda name: name in order and order.index(name) + 1)
+    if order[0] in names:
+        with contextlib.suppress(FileNotFoundError):
+            # A save over an older checkpoint of this name: never its index with our data.
+            os.remove(os.path.join(folder, order[0]))
+    for name in names:
+        os.replace(os.path.join(finished, name), os.path.join(folder, name))
+    sync(folder)
+    os.rmdir(finished)
+
+
+def recover(folder: str) -> None:
+    """Completes the saves that a killed process had written whole, and removes unfinished ones.
+
+    Nobody else may be saving in this folder meanwhile.
+    """
     for name in os.listdir(folder):
-        if name.startswith(".saving-"):
-            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
-    temporary = tempfile.mkdtemp(prefix=".saving-", dir=folder)
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        path = os.path.join(folder, name)
+        if name.startswith(FINISHED):
+            _publish(folder, name.removeprefix(FINISHED))
+        elif name.startswith(UNFINISHED):
+            if os.path.isdir(path):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    os.remove(path)
 
 
 @contextlib.contextmanager
 def _file_errors(prefix: str) -> Iterator[None]:
-    """TensorFlow's errors about files, as OSError."""
+    """TensorFlow's and Python's errors about files, as one OSError that says what to do."""
     try:
         yield
-    except (
-        tf.errors.ResourceExhaustedError,
-        tf.errors.PermissionDeniedError,
-        tf.errors.NotFoundError,
-        tf.errors.UnknownError,
-        tf.errors.InternalError,
-        tf.errors.DataLossError,
-        tf.errors.FailedPreconditionError,
-    ) as error:
+    except (tf.errors.OpError, OSError) as error:
+        reason = error.message if isinstance(error, tf.errors.OpError) else error
         raise OSError(
-            f"could not save {prefix}: {error.message}. Earlier checkpoints are untouched; "
+            f"could not save {prefix}: {reason}. Earlier checkpoints are untouched; "
             "free some space on the disk or give another checkpoint_dir"
         ) from error
 
@@ -377,7 +416,7 @@ def sync(path: str) -> None:
 def write_file(path: str, text: str) -> None:
     """Writes a text file whole: other name, flush, rename."""
     descriptor, temporary = tempfile.mkstemp(
-        dir=os.path.dirname(path) or ".", prefix=".saving-", suffix=os.path.basename(path)
+        dir=os.path.dirname(path) or ".", prefix=UNFINISHED, suffix=os.path.basename(path)
     )
     try:
         with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
@@ -395,117 +434,16 @@ def write_file(path: str, text: str) -> None:
         raise
 
 
-def write_state(folder: str, names: Sequence[str]) -> None:
-    """Writes the file `checkpoint`: the checkpoints of a folder, oldest first."""
+def state_text(names: Sequence[str]) -> str:
+    """What the file `checkpoint` says: the base names of a folder's checkpoints, oldest first."""
     lines = [f'model_checkpoint_path: "{names[-1]}"']
     lines += [f'all_model_checkpoint_paths: "{name}"' for name in names]
-    write_file(os.path.join(folder, "checkpoint"), "\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
-# --- runs ---------------------------------------------------------------------------------------
-
-
-def prepare_run(run: str, model_: str) -> None:
-    """Makes a run's folder with the vocabulary and hyper-parameters of the model it starts from.
-
-    Args:
-        run: the run's folder.
-        model_: the model's folder.
-
-    Raises:
-        NotADirectoryError: `run` is a file.
-        ValueError: the run was made from a model of other sizes.
-    """
-    if os.path.exists(run) and not os.path.isdir(run):
-        raise NotADirectoryError(f"{run} is a file; give another run_name or checkpoint_dir")
-    os.makedirs(run, exist_ok=True)
-    path = os.path.join(run, "hparams.json")
-    if os.path.isfile(path) and latest_checkpoint(run) is not None:
-        ours, theirs = read_hparams(run), read_hparams(model_)
-        if ours != theirs:
-            raise ValueError(
-                f"{run} was made from a model of other sizes ({ours}) than {model_} ({theirs}); "
-                "give another run_name, or the model_name it was made from"
-            )
-    for name in ("hparams.json", *VOCABULARY_FILES):
-        with open(os.path.join(model_, name), encoding="utf-8", newline="") as file:
-            write_file(os.path.join(run, name), file.read())
-
-
-def starting_checkpoint(restore_from: str, run: str, model_: str) -> str:
-    """The checkpoint that training starts from.
-
-    Args:
-        restore_from: 'latest', 'fresh', a folder, or a checkpoint's prefix.
-        run: the run's folder.
-        model_: the folder of the model to start from.
-
-    Raises:
-        FileNotFoundError: `restore_from` names nothing that can be loaded.
-    """
-    if restore_from == "latest":
-        return latest_checkpoint(run) or restore_path(model_)
-    if restore_from == "fresh":
-        return restore_path(model_)
-    if os.path.isdir(restore_from):
-        return restore_path(restore_from)
-    if is_whole(restore_from):
-        return restore_from
-    raise FileNotFoundError(
-        f"restore_from={restore_from!r} is neither 'latest' nor 'fresh', nor a folder with a "
-        "checkpoint, nor a checkpoint such as 'checkpoint/run1/model-500'"
-    )
-
-
-def step_of(prefix: str) -> int | None:
-    """The step in a checkpoint's name, None if it has none."""
-    match = re.fullmatch(r"model-(\d+)", os.path.basename(prefix))
-    return int(match[1]) if match else None
-
-
-def save_run(
-    sess: tf.compat.v1.Session,
-    ops: SaveOps,
-    folder: str,
-    step: int,
-    hparams: model.HParams,
-    names: Sequence[str],
-    max_checkpoints: int,
-) -> tuple[str, list[str]]:
-    """Saves `model-<step>` in a run, then lets go of the oldest beyond `max_checkpoints`.
-
-    Args:
-        sess: holds the variables.
-        ops: from build_save.
-        folder: the run's folder.
-        step: counted over the run's whole life.
-        hparams: the model's sizes.
-        names: base names of earlier checkpoints, oldest first; no others are ever removed, and
-            these only once the new one is whole.
-        max_checkpoints: how many to keep, 0 for all.
-
-    Returns:
-        The new checkpoint's prefix, and the base names of those that are there now.
-    """
-    base = f"{RUN_CHECKPOINT}-{step}"
-    prefix = save_model(sess, ops, folder, base, hparams)
-    names = [name for name in names if name != base] + [base]
-    keep = names[-max_checkpoints:] if max_checkpoints else names
-    write_state(folder, keep)
-    write_file(os.path.join(folder, COUNTER), f"{step}\n")
-    for name in names:
-        if name not in keep:
-            remove_checkpoint(os.path.join(folder, name))
-    return prefix, keep
-
-
-def remove_checkpoint(prefix: str) -> None:
-    """Removes a checkpoint's files, the index first: what is left is then no checkpoint."""
-    folder, base = os.path.split(prefix)
-    parts = [name for name in os.listdir(folder) if name.startswith(f"{base}.")]
-    for name in sorted(parts, key=lambda name: not name.endswith(".index")):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(folder, name))
+def write_state(folder: str, names: Sequence[str]) -> None:
+    """Writes the file `checkpoint`, see state_text()."""
+    write_file(os.path.join(folder, "checkpoint"), state_text(names))
 
 
 # --- new models ---------------------------------------------------------------------------------

@@ -9,13 +9,16 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
 from . import checkpoint as checkpoints
 from . import (
     encoder,
+    history,
     model,
+    runs,
     sample,
     session,
     texts,
@@ -34,6 +37,8 @@ from .create import create_gpt2
 from .dataset import encode_csv, load_dataset, save_npz, save_tokens
 from .download import download_gpt2, is_gpt2_downloaded
 from .report import say, verbosity
+from .sampler import split_dataset
+from .schedule import Schedule
 from .session import get_available_gpus, reset_session, start_tf_sess
 from .step import StepConfig, check_whole
 
@@ -58,6 +63,7 @@ __all__ = [
     "load_gpt2",
     "model",
     "mount_gdrive",
+    "plot_history",
     "reset_session",
     "sample",
     "start_tf_sess",
@@ -92,7 +98,21 @@ def finetune(
     *,
     sequence_length: int | None = None,
     seed: int | None = None,
+    epochs: float | None = None,
+    sampling: str = "random",
+    pad_documents: bool = False,
     encoding: str | None = None,
+    column: str | int | None = None,
+    template: str | None = None,
+    val_dataset: str | Sequence[str] | None = None,
+    val_split: float = 0.0,
+    val_every: int = 100,
+    val_batch_count: int = 40,
+    patience: int = 0,
+    warmup_steps: int = 0,
+    lr_schedule: str = "constant",
+    min_learning_rate: float = 0.0,
+    on_step: train.OnStep | None = None,
     verbose: int = 1,
 ) -> train.Result:
     """Trains a model on a text.
@@ -125,8 +145,25 @@ def finetune(
         overwrite: with restore_from='latest', remove the run's older checkpoints and events.
         reuse: accepted for old scripts; a session's model is always reused.
         sequence_length: tokens in a window; None means n_ctx.
-        seed: draws the windows and the samples; None draws another each time.
+        seed: draws the windows and the samples; None draws another each time. A run that is
+            resumed goes on with its own.
+        epochs: how often this call goes through the dataset, instead of `steps`.
+        sampling: 'random' windows, or 'epoch', in which each token comes once an epoch.
+        pad_documents: windows never reach from one document (a file, a row) into the next.
         encoding: of text files; None means UTF-8.
+        column: of a table, by name or by number from 0; None for the first.
+        template: several columns of a table, as in '{title}: {body}', in place of `column`.
+        val_dataset: like `dataset`, to measure the validation loss on.
+        val_split: the share of the dataset's end to do that on, such as 0.05, if there is none.
+        val_every: steps between validations; there is one after the last step, too.
+        val_batch_count: batches in the fixed set of windows that is validated on, at most.
+        patience: validations in a row without a better loss that end the training; 0 for never.
+            The best weights are kept: load_gpt2(sess, 'best').
+        warmup_steps: the run's first steps, over which the learning rate rises to its full size.
+        lr_schedule: 'constant', or 'linear' or 'cosine', which fall until the last step.
+        min_learning_rate: where they fall to.
+        on_step: called after each step with a history.Entry (step, seconds, loss, learning_rate,
+            tokens_per_second, validation_loss); returning False ends the training.
         verbose: 0 prints nothing.
 
     Returns:
@@ -134,8 +171,14 @@ def finetune(
 
     Raises:
         FileNotFoundError: no such model, run or dataset.
+        OSError: the run's folder cannot be written, or the disk is full; earlier checkpoints are
+            as they were.
+        RuntimeError: another process trains this run; or, a train.Diverged, the loss is infinite
+            or no number.
         ValueError: an argument is out of range, or the dataset holds no text.
     """
+    if val_dataset is not None and val_split:
+        raise ValueError(f"give val_dataset={val_dataset!r} or val_split={val_split}, not both")
     config = train.Config(
         step=StepConfig(
             batch_size=batch_size,
@@ -145,8 +188,14 @@ def finetune(
             optimizer=optimizer,
             sequence_length=sequence_length,
         ),
+        schedule=Schedule(learning_rate, warmup_steps, lr_schedule, min_learning_rate),
         steps=steps,
-        learning_rate=learning_rate,
+        epochs=epochs,
+        sampling=sampling,
+        pad_documents=pad_documents,
+        val_every=val_every,
+        val_batch_count=val_batch_count,
+        patience=patience,
         sample_every=sample_every,
         sample_length=sample_length,
         sample_num=sample_num,
@@ -155,18 +204,79 @@ def finetune(
         max_checkpoints=max_checkpoints,
         seed=seed,
     )
-    with verbosity(verbose):
-        source = checkpoints.model_folder(model_dir, model_name)
-        run = os.path.join(checkpoint_dir, run_name)
-        checkpoints.prepare_run(run, source)
-        start = checkpoints.starting_checkpoint(restore_from, run, source)
+    sources = {
+        "dataset": dataset,
+        "val_dataset": val_dataset,
+        "val_split": val_split,
+        "combine": combine,
+        "encoding": encoding,
+        "column": column,
+        "template": template,
+    }
+    source = checkpoints.model_folder(model_dir, model_name)
+    run = os.path.join(checkpoint_dir, run_name)
+    with verbosity(verbose), runs.lock(run):
+        runs.prepare(run, source)
+        start = runs.starting_checkpoint(restore_from, run, source)
         state = _load(sess, run, start, "checkpoint", multi_gpu)
         state.base = os.path.abspath(source)
-        say("Loading dataset...")
-        chunks = load_dataset(state.encoder, dataset, combine, encoding)
-        say("dataset has", sum(map(len, chunks)), "tokens")
+        data = _load_data(state.encoder, pad_documents, **sources)
         resume = restore_from == "latest" and os.path.dirname(start) == run
-        return train.run(sess, state, chunks, config, run, start, resume, overwrite)
+        settings = {"model_name": model_name, **sources, **config.named()}
+        runs.note_settings(run, settings, resume)
+        trainer = train.Trainer(sess, state, data, config, run, start, resume, on_step)
+        if overwrite and resume:
+            trainer.saves.overwrite()
+        return trainer.train()
+
+
+def _load_data(
+    enc: encoder.Encoder,
+    pad_documents: bool,
+    dataset: str | Sequence[str],
+    val_dataset: str | Sequence[str] | None,
+    val_split: float,
+    combine: int,
+    **options: Any,
+) -> train.Data:
+    """What to train on, and to validate on."""
+    say("Loading dataset...")
+    options = {**options, "pad_documents": pad_documents}
+    chunks = load_dataset(enc, dataset, combine, **options)
+    say("dataset has", sum(map(len, chunks)), "tokens")
+    if val_dataset is not None:
+        return train.Data(chunks, load_dataset(enc, val_dataset, combine, **options))
+    if val_split:
+        return train.Data(*split_dataset(chunks, val_split))
+    return train.Data(chunks)
+
+
+def plot_history(
+    run_name: str = "run1", checkpoint_dir: str = "checkpoint", path: str | None = None
+) -> str:
+    """Draws a run's losses and learning rates into a PNG file, and shows it in a notebook.
+
+    Args:
+        run_name: the run, a folder in `checkpoint_dir`.
+        checkpoint_dir: where runs are.
+        path: the file to write; None means history.png in the run's folder.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        FileNotFoundError: no such run, or it has no history.
+        ImportError: matplotlib is not there: `pip install "gpt_2_simple[plot]"`.
+        ValueError: the history is empty.
+    """
+    folder = checkpoints.run_folder(checkpoint_dir, run_name)
+    entries = history.read_history(folder)
+    if not entries:
+        raise ValueError(f"the history in {folder} is empty: nothing was logged yet")
+    path = os.path.join(folder, history.PLOT) if path is None else path
+    history.plot(entries, path, run_name)
+    history.show(path)
+    return path
 
 
 def load_gpt2(
@@ -185,7 +295,7 @@ def load_gpt2(
 
     Args:
         sess: a session, from start_tf_sess().
-        checkpoint: 'latest', or a checkpoint's name such as 'model-500'.
+        checkpoint: 'latest', 'best', or a checkpoint's name such as 'model-500'.
         run_name: the run to load, a folder in `checkpoint_dir`.
         checkpoint_dir: where runs are.
         model_name: load this model, not a run; a folder in `model_dir`.
@@ -203,6 +313,7 @@ def load_gpt2(
             folder = checkpoints.model_folder(model_dir, model_name)
         else:
             folder = checkpoints.run_folder(checkpoint_dir, run_name)
+            runs.recover(folder)
         kind = "pretrained model" if model_name else "checkpoint"
         _load(sess, folder, checkpoints.restore_path(folder, checkpoint), kind, multi_gpu)
 

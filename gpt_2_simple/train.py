@@ -6,22 +6,24 @@ import contextlib
 import dataclasses
 import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Sequence
-from types import FrameType
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from . import checkpoint, sample, session, texts
+from . import checkpoint, evaluate, history, runs, sample, session, texts
+from .interruption import Interruption
 from .report import say
-from .sampler import Sampler, window_length
-from .step import StepConfig, TrainOps, build, check_whole
+from .sampler import SAMPLING, Sampler, fixed_windows, window_length
+from .schedule import Schedule, steps_of_epochs
+from .step import StepConfig, build, check_whole
+from .watch import Watch
 
 SAMPLES = "samples"
+
+OnStep = Callable[[history.Entry], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +31,14 @@ class Config:
     """What the loop does around its steps; see finetune() for the meanings."""
 
     step: StepConfig
+    schedule: Schedule = Schedule()
     steps: int = -1
-    learning_rate: float = 0.0001
+    epochs: float | None = None
+    sampling: str = "random"
+    pad_documents: bool = False
+    val_every: int = 100
+    val_batch_count: int = 40
+    patience: int = 0
     sample_every: int = 100
     sample_length: int = 1023
     sample_num: int = 1
@@ -41,15 +49,34 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of its range."""
-        for name in ("save_every", "print_every", "sample_length"):
+        for name in ("save_every", "print_every", "sample_length", "val_every", "val_batch_count"):
             check_whole(name, getattr(self, name), 1)
-        for name in ("sample_every", "sample_num", "max_checkpoints"):
+        for name in ("sample_every", "sample_num", "max_checkpoints", "patience"):
             check_whole(name, getattr(self, name), 0)
+        check_whole("warmup_steps", self.schedule.warmup_steps, 0)
+        if self.sampling not in SAMPLING:
+            raise ValueError(f"sampling={self.sampling!r} must be one of {', '.join(SAMPLING)}")
         if self.steps != -1:
             check_whole("steps", self.steps, 1, " (or -1: until Ctrl-C)")
-        rate = self.learning_rate
-        if not isinstance(rate, (int, float, np.number)) or not 0 < rate < math.inf:
-            raise ValueError(f"learning_rate={rate!r} must be a number above 0")
+        if self.epochs is not None:
+            if self.steps != -1:
+                raise ValueError(f"give steps={self.steps} or epochs={self.epochs}, not both")
+            if not 0 < self.epochs < math.inf:
+                raise ValueError(f"epochs={self.epochs} must be a number above 0")
+        elif self.steps == -1:
+            self.schedule.check_end(None)
+
+    def named(self) -> dict[str, Any]:
+        """All settings by the names that finetune() knows them by."""
+        values = dataclasses.asdict(self)
+        return {**values.pop("step"), **values.pop("schedule"), **values}
+
+
+class Data(NamedTuple):
+    """Chunks of tokens, to train on and to validate on, if at all."""
+
+    chunks: Sequence[np.ndarray]
+    validation: Sequence[np.ndarray] | None = None
 
 
 class Result(NamedTuple):
@@ -61,7 +88,10 @@ class Result(NamedTuple):
         average_loss: the printed average.
         checkpoint: the prefix of the checkpoint with the final weights.
         interrupted: whether Ctrl-C, and not `steps`, ended the training.
-        history: (step, loss) of this call's steps.
+        history: what each of this call's steps reached.
+        validation_loss: the last one measured, None without validation.
+        best_loss: the lowest validation loss of the run, whose weights are checkpoint 'best'.
+        best_step: the step that reached it.
     """
 
     step: int
@@ -69,227 +99,329 @@ class Result(NamedTuple):
     average_loss: float
     checkpoint: str
     interrupted: bool
-    history: list[tuple[int, float]]
+    history: list[history.Entry]
+    validation_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
 
 
-class Progress:
-    """The lines, events and average that a user watches."""
-
-    def __init__(self, run: str, config: Config):
-        self.config = config
-        self.started = time.time()
-        self.losses = (0.0, 0.0)
-        self.history: list[tuple[int, float]] = []
-        with tf.Graph().as_default():  # A FileWriter wants a graph, not eager mode.
-            self.events = tf.compat.v1.summary.FileWriter(run)
-
-    @property
-    def average(self) -> float:
-        """The loss, averaged with a decay of 0.99 a printed step."""
-        return self.losses[0] / self.losses[1] if self.losses[1] else math.nan
-
-    def record(self, step: int, loss: float) -> None:
-        """Notes a step's loss, and says it every `print_every` steps."""
-        self.history.append((step, loss))
-        value = tf.compat.v1.Summary.Value(tag="loss", simple_value=loss)
-        self.events.add_summary(tf.compat.v1.Summary(value=[value]), step)
-        if step % self.config.print_every == 0:
-            self.losses = (self.losses[0] * 0.99 + loss, self.losses[1] * 0.99 + 1.0)
-            seconds = time.time() - self.started
-            say(f"[{step} | {seconds:2.2f}] loss={loss:2.2f} avg={self.average:2.2f}")
+class Diverged(RuntimeError):
+    """The loss, or a weight, is infinite or no number."""
 
 
-class Interruption:
-    """Ctrl-C and SIGTERM, while the block runs: the first is remembered, the second raises."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> Interruption:
-        self._previous: dict[int, Any] = {}
-        # Python lets only the main thread handle signals; elsewhere they go where they went.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
-def run(
-    sess: tf.compat.v1.Session,
-    state: session.Memory,
-    chunks: Sequence[np.ndarray],
-    config: Config,
-    folder: str,
-    start: str,
-    resume: bool,
-    overwrite: bool,
-) -> Result:
-    """Trains until `config.steps` are taken or Ctrl-C asks for an end, saving on the way.
-
-    Args:
-        sess: holds the model, with the weights to start from.
-        state: what the session's graph remembers.
-        chunks: the dataset's tokens.
-        config: settings.
-        folder: the run's folder.
-        start: the checkpoint that the weights came from.
-        resume: whether that is the run's own latest: its steps go on counting.
-        overwrite: with `resume`, remove the run's older checkpoints and events.
-
-    Returns:
-        Result.
-    """
-    window = min(config.step.sequence_length or state.hparams.n_ctx, state.hparams.n_ctx)
-    time_ = window_length(chunks, window)
-    if time_ < window:
-        say(f"the dataset is shorter than {window} tokens: training on windows of {time_}")
-    ops = build(sess, state, config.step, time_)
-    sess.run(ops.initialize)
-    sampler = Sampler(chunks, config.seed)
-    saves = Saves(sess, state, folder, config.max_checkpoints, start if resume else None)
-    if overwrite and resume:
-        saves.overwrite()
-    step = saves.step
-    last = None if config.steps == -1 else step + config.steps
-    watch = Progress(folder, config)
-    say("Training...")
-    with Interruption() as interruption, contextlib.closing(watch.events):
-        while step != last and not interruption.requested:
-            loss = take_step(sess, ops, sampler, config, interruption)
-            if loss is None:
-                break
-            step += 1
-            watch.record(step, loss)
-            if step == last:
-                break
-            if step % config.save_every == 0:
-                saves.save(step)
-            if config.sample_every and step % config.sample_every == 0:
-                write_samples(sess, state, chunks, config, folder, step)
-        if interruption.requested:
-            say("interrupted")
-        prefix = saves.save(step)
-    final = watch.history[-1][1] if watch.history else math.nan
-    return Result(step, final, watch.average, prefix, interruption.requested, watch.history)
-
-
-def take_step(
-    sess: tf.compat.v1.Session,
-    ops: TrainOps,
-    sampler: Sampler,
-    config: Config,
-    interruption: Interruption,
-) -> float | None:
-    """Draws a step's micro-batches and takes the step.
-
-    Returns:
-        The mean loss of the micro-batches, in nats a token; None if Ctrl-C came before the step
-        was taken.
-    """
-    batch_size, time_ = ops.tokens.shape
-    weights = np.full(ops.weights.shape, 1.0 / (batch_size * (time_ - 1)), np.float32)
-
-    def feed() -> dict[tf.Tensor, Any]:
-        return {ops.tokens: sampler.sample_batch(batch_size, time_), ops.weights: weights}
-
-    rate = {ops.learning_rate: config.learning_rate}
-    if ops.micro_step is None:
-        return float(sess.run(ops.apply, {**feed(), **rate}))
-    sess.run(ops.reset)
-    for _ in range(config.step.accumulate_gradients):
-        sess.run(ops.micro_step, feed())
-        if interruption.requested:
-            return None
-    return float(sess.run(ops.apply, rate))
-
-
-class Saves:
-    """A run's checkpoints: which there are, when one is due, which go."""
+class Validation:
+    """A fixed set of windows, and the model's loss on them."""
 
     def __init__(
         self,
         sess: tf.compat.v1.Session,
         state: session.Memory,
-        folder: str,
-        max_checkpoints: int,
-        latest: str | None,
+        chunks: Sequence[np.ndarray],
+        config: Config,
+        window: int,
     ):
-        self.sess, self.state, self.folder = sess, state, folder
-        self.max_checkpoints = max_checkpoints
-        self.latest = latest
-        self.names = checkpoint.named_checkpoints(folder) if latest else []
-        with state.lock, sess.graph.as_default():
-            if "save" not in state.built:
-                state.built["save"] = checkpoint.build_save(session.named_variables(state))
+        """Chooses the windows, of `window` tokens if there are as many.
+
+        Raises:
+            ValueError: there are fewer than the 2 tokens that it takes to predict one.
+        """
+        size = sum(map(len, chunks))
+        if size < 2:
+            raise ValueError(f"the validation set has {size} tokens: at least 2 are needed")
+        if size < window:
+            say(f"the validation set is shorter than {window} tokens: one window of {size}")
+        count = config.val_batch_count * config.step.batch_size
+        self.windows = fixed_windows(chunks, min(window, size), count)
+        batch_size = min(config.step.batch_size, len(self.windows))
+        self.ops = evaluate.build_evaluation(sess, state, batch_size, self.windows.shape[1])
+        self.sess = sess
+
+    def loss(self) -> float:
+        """The mean loss now, in nats a token."""
+        return evaluate.mean_loss(self.sess, self.ops, self.windows)
+
+
+class Trainer:
+    """A run being trained: its operations, its place in the data, its saves.
+
+    Attributes:
+        run: what is saved along with the weights, kept up to date.
+        last: the step after which to end, None for Ctrl-C.
+    """
+
+    def __init__(
+        self,
+        sess: tf.compat.v1.Session,
+        state: session.Memory,
+        data: Data,
+        config: Config,
+        folder: str,
+        start: str,
+        resume: bool,
+        on_step: OnStep | None = None,
+    ):
+        """Builds what is missing in the session's graph, and goes to where the run was.
+
+        Args:
+            sess: holds the model, with the weights to start from.
+            state: what the session's graph remembers.
+            data: the tokens.
+            config: settings.
+            folder: the run's folder, locked.
+            start: the checkpoint that the weights came from.
+            resume: whether that is the run's own latest: its steps go on counting.
+            on_step: called with each step's entry; training ends when it returns False.
+        """
+        self.sess, self.state, self.data, self.config = sess, state, data, config
+        self.folder, self.start, self.on_step = folder, start, on_step
+        window = training_window(data.chunks, config, state.hparams.n_ctx)
+        self.ops = build(sess, state, config.step, window)
+        self.sampler = Sampler(data.chunks, config.seed, config.sampling, config.pad_documents)
+        self.validation = None
+        if data.validation is not None:
+            self.validation = Validation(sess, state, data.validation, config, window)
+        self.saves = runs.Saves(
+            sess,
+            state,
+            folder,
+            config.max_checkpoints,
+            self.ops.optimizer.variables(),
+            start if resume else None,
+        )
+        self.sess.run(self.ops.initialize)
+        self.run = self._resumed() if resume else self._new()
+        steps = steps_to_take(data.chunks, config, window)
+        self.last = None if steps is None else self.run.step + steps
+        self.watch = Watch(folder, self.run, steps, config.print_every)
+        self.interruption = Interruption()
+        self.has_ended = False
+
+    def _new(self) -> runs.RunState:
+        seed = self.config.seed
+        return runs.RunState() if seed is None else runs.RunState(seed=seed)
+
+    def _resumed(self) -> runs.RunState:
+        """The run as it was saved last, as far as it was."""
+        if not self.saves.restore_optimizer():
+            self.sess.run(self.ops.initialize)
+        run = runs.read_state(self.start) or self._new()
+        run.step = runs.step_of(self.start)
+        if run.sampler is not None:
+            self.sampler.restore(run.sampler)
+        return run
+
+    def train(self) -> Result:
+        """Trains to the end, saving on the way and at the end.
+
+        Raises:
+            Diverged: the loss, or a weight, is infinite or no number; the session then holds the
+                last checkpoint's weights again.
+            KeyboardInterrupt: a second Ctrl-C.
+        """
+        say("Training...")
+        with self.interruption, contextlib.closing(self.watch):
+            try:
+                self.loop()
+                if self.interruption.requested:
+                    say("interrupted")
+                self.save()
+            except Diverged as error:
+                raise Diverged(f"{error}; {self.go_back()}") from None
+            except Exception:
+                self.rescue()
+                raise
+        return self.result()
+
+    def loop(self) -> None:
+        """Takes steps until the last, or whatever else ends the training."""
+        config, run = self.config, self.run
+        while not self.is_done:
+            entry = self.take_step()
+            if entry is None:
+                break
+            if self.validation and (run.step % config.val_every == 0 or run.step == self.last):
+                entry = self.validate(entry)
+            self.watch.log(entry)
+            if self.on_step and self.on_step(entry) is False:
+                self.has_ended = True
+            if self.is_done:
+                break  # train() saves
+            if run.step % config.save_every == 0:
+                self.save()
+            if config.sample_every and run.step % config.sample_every == 0:
+                self.write_samples()
 
     @property
-    def step(self) -> int:
-        """The step of the latest checkpoint, 0 for a new run."""
-        return (checkpoint.step_of(self.latest) if self.latest else None) or 0
+    def is_done(self) -> bool:
+        """Whether steps, early stopping, the callback or Ctrl-C have ended the training."""
+        return self.run.step == self.last or self.has_ended or self.interruption.requested
 
-    def save(self, step: int) -> str:
-        """Saves, unless the latest checkpoint is of this step already; returns its prefix."""
-        if self.latest and self.step == step:
-            return self.latest
-        say("Saving", os.path.join(self.folder, f"{checkpoint.RUN_CHECKPOINT}-{step}"))
-        prefix, self.names = checkpoint.save_run(
-            self.sess,
-            self.state.built["save"],
-            self.folder,
-            step,
-            self.state.hparams,
-            self.names,
-            self.max_checkpoints,
+    def take_step(self) -> history.Entry | None:
+        """Draws a step's micro-batches and takes the step.
+
+        Returns:
+            The step's entry; None if Ctrl-C came before the step was taken.
+        """
+        started, before, loss = time.perf_counter(), self.sampler.state(), None
+        rate = self.config.schedule.at(self.run.step + 1, self.last)
+        batches = self.draw()
+        try:
+            loss = self.feed(batches, rate)
+        finally:
+            if loss is None:
+                self.sampler.restore(before)
+        if loss is None:
+            return None
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss is {loss} in step {self.run.step + 1}")
+        self.run.step += 1
+        tokens = sum(np.count_nonzero(batch[self.ops.weights]) for batch in batches)
+        return self.watch.step(loss, rate, tokens, time.perf_counter() - started)
+
+    def feed(self, batches: Sequence[dict[tf.Tensor, np.ndarray]], rate: float) -> float | None:
+        """Runs a step; its loss, or None if Ctrl-C came before the weights changed."""
+        ops = self.ops
+        if ops.micro_step is None:
+            return float(self.sess.run(ops.apply, {**batches[0], ops.learning_rate: rate}))
+        self.sess.run(ops.reset)
+        for batch in batches:
+            self.sess.run(ops.micro_step, batch)
+            if self.interruption.requested:
+                return None
+        return float(self.sess.run(ops.apply, {ops.learning_rate: rate}))
+
+    def draw(self) -> list[dict[tf.Tensor, np.ndarray]]:
+        """A step's micro-batches, to be fed.
+
+        Each token weighs as in one batch of them all: weights sum up to the number of batches,
+        whose losses and gradients the step averages.
+        """
+        ops, count = self.ops, self.config.step.accumulate_gradients
+        batches = [self.sampler.sample_weighted(*ops.tokens.shape) for _ in range(count)]
+        scale = count / sum(float(batch.weights.sum()) for batch in batches)
+        return [
+            {ops.tokens: batch.tokens, ops.weights: batch.weights[:, 1:] * np.float32(scale)}
+            for batch in batches
+        ]
+
+    def validate(self, entry: history.Entry) -> history.Entry:
+        """Measures the validation loss, keeps the weights if it is the best, or ends the training.
+
+        Returns:
+            The step's entry, with the validation loss unless Ctrl-C came first.
+        """
+        loss = None
+        with self.interruption.ends_block():
+            loss = self.validation.loss()
+        if loss is None:
+            return entry
+        if not math.isfinite(loss):
+            raise Diverged(f"the validation loss is {loss} after step {self.run.step}")
+        run, patience = self.run, self.config.patience
+        entry = self.watch.validated(entry, loss, self.sampler.times_seen)
+        run.validation_loss = loss
+        if run.best_loss is None or loss < run.best_loss:
+            run.best_loss, run.best_step, run.worse = loss, run.step, 0
+            self.saves.save_best()
+            return entry
+        run.worse += 1
+        if run.worse == min(2, patience or 2):
+            say(
+                f"Warning: the validation loss turns up, from {run.best_loss:.2f} in step "
+                f"{run.best_step} to {loss:.2f}: the model begins to learn the dataset by heart. "
+                f"Checkpoint 'best' keeps the weights of step {run.best_step}"
+            )
+        if patience and run.worse >= patience:
+            say(f"Stopping: no better validation loss for {patience} validations")
+            self.has_ended = True
+        return entry
+
+    def save(self) -> None:
+        """Saves the run, unless its weights are not worth it."""
+        if not self.saves.are_weights_finite():
+            raise Diverged(f"a weight is infinite or no number after step {self.run.step}")
+        self.run.sampler = self.sampler.state()
+        self.saves.save(self.run)
+
+    def rescue(self) -> None:
+        """Saves what an error is about to end, unless saving is what failed."""
+        if self.saves.failed or self.run.step == 0:
+            return
+        try:
+            self.save()
+        except Exception as error:
+            say(f"could not save step {self.run.step}: {error}")
+
+    def go_back(self) -> str:
+        """Gives the session the last checkpoint's weights again; says so, and what to do now."""
+        last = self.saves.latest or self.start
+        variables = session.named_variables(self.state)
+        checkpoint.restore(self.sess, self.state.built["restore"], last, variables)
+        return (
+            f"training stopped, and the session is back at {last}. Try a lower learning_rate than "
+            f"{self.config.schedule.learning_rate}, warmup_steps, or gradient_clip"
         )
-        self.latest = prefix
-        self.state.folder = os.path.abspath(self.folder)
-        return prefix
 
-    def overwrite(self) -> None:
-        """Removes the run's checkpoints but the latest, and its events."""
-        latest = os.path.basename(self.latest)
-        for name in self.names:
-            if name != latest:
-                checkpoint.remove_checkpoint(os.path.join(self.folder, name))
-        self.names = [latest]
-        checkpoint.write_state(self.folder, self.names)
-        for name in os.listdir(self.folder):
-            if name.startswith("events.out.tfevents."):
-                os.remove(os.path.join(self.folder, name))
+    def write_samples(self) -> None:
+        """Generates samples that each follow a token drawn from the dataset; says and writes them.
+
+        They land in `samples/<run>/samples-<step + 1>`, as gpt-2-simple always named them.
+        """
+        config, step = self.config, self.run.step
+        rng = np.random.default_rng([self.run.seed, step])
+        chunk = self.data.chunks[rng.integers(len(self.data.chunks))]
+        first = self.state.encoder.decode([chunk[rng.integers(len(chunk))]])
+        settings = sample.Sampling(temperature=1.0, top_k=40)
+        seed = int(rng.integers(1 << 31))
+        job = texts.Job(first, config.sample_num, 1, config.sample_length, settings, seed)
+        written: list[str] = []
+        with self.interruption.ends_block():
+            for text in texts.generate_texts(
+                self.sess, self.state.encoder, job, texts.Cut(first, None, True)
+            ):
+                written.append(f"======== SAMPLE {len(written) + 1} ========\n{text}\n")
+                say(written[-1])
+        if written:
+            text = "\n".join(written)
+            self.watch.samples(step, text)
+            target = os.path.join(SAMPLES, os.path.basename(self.folder))
+            os.makedirs(target, exist_ok=True)
+            checkpoint.write_file(os.path.join(target, f"samples-{step + 1}"), text)
+
+    def result(self) -> Result:
+        """What this call reached."""
+        run, entries = self.run, self.watch.entries
+        return Result(
+            run.step,
+            entries[-1].loss if entries else math.nan,
+            self.watch.average,
+            self.saves.latest,
+            self.interruption.requested,
+            entries,
+            run.validation_loss,
+            run.best_loss,
+            run.best_step if run.best_loss is not None else None,
+        )
 
 
-def write_samples(
-    sess: tf.compat.v1.Session,
-    state: session.Memory,
-    chunks: Sequence[np.ndarray],
-    config: Config,
-    folder: str,
-    step: int,
-) -> None:
-    """Generates samples that each follow a token drawn from the dataset; says and writes them.
+def training_window(chunks: Sequence[np.ndarray], config: Config, n_ctx: int) -> int:
+    """Tokens in a window: as many as the settings say, or as the dataset has in a row."""
+    wanted = min(config.step.sequence_length or n_ctx, n_ctx)
+    joined = config.sampling == "epoch" and not config.pad_documents
+    window = window_length(chunks, wanted, "epoch" if joined else "random")
+    if window < wanted:
+        say(f"the dataset is shorter than {wanted} tokens: training on windows of {window}")
+    return window
 
-    They land in `samples/<run>/samples-<step + 1>`, as gpt-2-simple always named them.
-    """
-    rng = np.random.default_rng([config.seed or 0, step])
-    chunk = chunks[rng.integers(len(chunks))]
-    first = state.encoder.decode([chunk[rng.integers(len(chunk))]])
-    settings = sample.Sampling(temperature=1.0, top_k=40)
-    job = texts.Job(first, config.sample_num, 1, config.sample_length, settings, config.seed)
-    cut = texts.Cut(first, None, True)
-    written = []
-    for text in texts.generate_texts(sess, state.encoder, job, cut):
-        written.append(f"======== SAMPLE {len(written) + 1} ========\n{text}\n")
-        say(written[-1])
-    if written:
-        target = os.path.join(SAMPLES, os.path.basename(folder))
-        os.makedirs(target, exist_ok=True)
-        checkpoint.write_file(os.path.join(target, f"samples-{step + 1}"), "\n".join(written))
+
+def steps_to_take(chunks: Sequence[np.ndarray], config: Config, window: int) -> int | None:
+    """How many steps the settings ask for; None for as many as there is time."""
+    if config.epochs is None:
+        return None if config.steps == -1 else config.steps
+    windows = config.step.batch_size * config.step.accumulate_gradients
+    lengths = [len(chunk) for chunk in chunks]
+    steps = steps_of_epochs(
+        config.epochs, lengths, window, windows, config.sampling, config.pad_documents
+    )
+    say(f"epochs={config.epochs} are {steps} steps")
+    return steps

@@ -1,0 +1,401 @@
+"""A run's folder: who may write there, what it holds beside weights, and how each save lands.
+
+- `checkpoint`: the names of the checkpoints, and which is the latest
+- `model-N.*`: the weights after step N, as gpt-2-simple has always kept them
+- `optimizer-N.*`: the optimizer's state then
+- `state-N.json`: RunState, where data and validation had got to then
+- `best.*`: the weights that validated best
+- `history.jsonl`, `events*`: what each step reached
+- `settings.json`: what finetune() was called with last
+- `counter`, `hparams.json`, `encoder.json`, `vocab.bpe`: as gpt-2-simple has always kept them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import re
+import secrets
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from . import bundle, checkpoint, session
+from .report import say
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+MODEL = "model"
+OPTIMIZER = "optimizer"
+SETTINGS = "settings.json"
+
+
+# --- one process at a time ----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def lock(folder: str) -> Iterator[None]:
+    """Keeps a run's folder, made if need be, for this block alone.
+
+    The kernel lets go of the lock when the process ends, however it ends. Where it has none to
+    give (Windows, some network drives) nothing is kept.
+
+    Raises:
+        NotADirectoryError: `folder` is a file.
+        OSError: nothing can be written there.
+        RuntimeError: another process, or thread, is training this run; says which.
+    """
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise NotADirectoryError(f"{folder} is a file; give another run_name or checkpoint_dir")
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = open(os.path.join(folder, LOCK), "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise type(error)(
+            f"cannot write in {folder} ({error}); give another checkpoint_dir, or its rights back"
+        ) from error
+    with file:
+        _take(file, folder)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+
+
+def _take(file: Any, folder: str) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            return
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        raise RuntimeError(
+            f"{folder} is being trained by {holder}; wait for it, or give another run_name"
+        ) from error
+
+
+def recover(folder: str) -> None:
+    """Completes a save that a killed process left in a run, unless somebody is training it now."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return
+    if any(name.startswith(checkpoint.FINISHED) for name in names):
+        with contextlib.suppress(OSError, RuntimeError), lock(folder):
+            checkpoint.recover(folder)
+
+
+# --- beginning ----------------------------------------------------------------------------------
+
+
+def prepare(folder: str, model_: str) -> None:
+    """Puts the model's vocabulary and hyper-parameters into a run's folder, which must be locked.
+
+    Args:
+        folder: the run's.
+        model_: that of the model which the run starts from.
+
+    Raises:
+        ValueError: the run was made from a model of other sizes, or with another vocabulary.
+    """
+    checkpoint.recover(folder)
+    ours = os.path.join(folder, "hparams.json")
+    if os.path.isfile(ours) and checkpoint.latest_checkpoint(folder):
+        of_run, of_model = checkpoint.read_hparams(folder), checkpoint.read_hparams(model_)
+        if of_run != of_model:
+            raise ValueError(
+                f"{folder} was made from a model of other sizes ({of_run}) than {model_} "
+                f"({of_model}); give another run_name, or the model_name it was made from"
+            )
+    # hparams.json last: a folder that has it is a run.
+    for name in (*checkpoint.VOCABULARY_FILES, "hparams.json"):
+        with open(os.path.join(model_, name), encoding="utf-8", newline="") as file:
+            text = file.read()
+        if name != "hparams.json":
+            _check_same(folder, name, text, model_)
+        checkpoint.write_file(os.path.join(folder, name), text)
+
+
+def _check_same(folder: str, name: str, text: str, model_: str) -> None:
+    """Raises ValueError if a run with checkpoints has a file of this name that says else."""
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path) or not checkpoint.latest_checkpoint(folder):
+        return
+    with open(path, encoding="utf-8", newline="", errors="replace") as file:
+        if file.read() != text:
+            raise ValueError(
+                f"{folder} was trained with another vocabulary than {model_} has ({name} differs); "
+                "give another run_name, or the model_name it was made from"
+            )
+
+
+def starting_checkpoint(restore_from: str, folder: str, model_: str) -> str:
+    """The checkpoint that training starts from.
+
+    Args:
+        restore_from: 'latest', 'fresh', a folder, or a checkpoint's prefix.
+        folder: the run's folder.
+        model_: the folder of the model to start from.
+
+    Raises:
+        FileNotFoundError: `restore_from` names nothing that can be loaded.
+    """
+    if restore_from == "latest":
+        return checkpoint.latest_checkpoint(folder) or checkpoint.restore_path(model_)
+    if restore_from == "fresh":
+        return checkpoint.restore_path(model_)
+    if os.path.isdir(restore_from):
+        return checkpoint.restore_path(restore_from)
+    if checkpoint.is_whole(restore_from):
+        return restore_from
+    raise FileNotFoundError(
+        f"restore_from={restore_from!r} is neither 'latest' nor 'fresh', nor a folder with a "
+        "checkpoint, nor a checkpoint such as 'checkpoint/run1/model-500'"
+    )
+
+
+def step_of(prefix: str) -> int:
+    """The step in a checkpoint's name, 0 if it has none."""
+    match = re.fullmatch(r"model-(\d+)", os.path.basename(prefix))
+    return int(match[1]) if match else 0
+
+
+# --- what is known of a run beside its weights ----------------------------------------------------
+
+
+@dataclasses.dataclass
+class RunState:
+    """What goes on where it was when a run is resumed.
+
+    Attributes:
+        step: steps taken in the run's whole life.
+        seconds: the time that took.
+        seed: of all that is random but the data.
+        losses: the printed average's sum and weight.
+        sampler: the position in the data, from Sampler.state().
+        validation_loss: the last one measured.
+        best_loss: the lowest validation loss, None before the first.
+        best_step: the step that reached it.
+        worse: how many validations in a row have not been better since.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    seed: int = dataclasses.field(default_factory=lambda: secrets.randbits(31))
+    losses: tuple[float, float] = (0.0, 0.0)
+    sampler: dict[str, Any] | None = None
+    validation_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int = 0
+    worse: int = 0
+
+
+def read_state(prefix: str) -> RunState | None:
+    """What was saved along with a checkpoint; None, and a line, if there is nothing to be read."""
+    path = _beside(prefix, "state") + ".json"
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+        state = RunState(**values)
+        state.losses = (float(state.losses[0]), float(state.losses[1]))
+        return state
+    except (OSError, ValueError, TypeError, IndexError):
+        say(f"{prefix} has no {os.path.basename(path)}: the data starts from its beginning")
+        return None
+
+
+def _beside(prefix: str, kind: str) -> str:
+    """The prefix of what was saved along with checkpoint `model-N`, such as 'optimizer-N'."""
+    folder, base = os.path.split(prefix)
+    return os.path.join(folder, re.sub(rf"^{MODEL}", kind, base))
+
+
+def note_settings(folder: str, settings: Mapping[str, Any], resume: bool) -> None:
+    """Writes what a run is trained with, and says what of it is new to a run that goes on."""
+    path = os.path.join(folder, SETTINGS)
+    text = json.dumps(settings, indent=2, default=str) + "\n"
+    before = {}
+    if resume:
+        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+            before = dict(json.load(file))
+    changes = [
+        f"{name} {before[name]} -> {value}"
+        for name, value in json.loads(text).items()
+        if name in before and before[name] != value
+    ]
+    if changes:
+        say("This run goes on with other settings:", ", ".join(changes))
+    checkpoint.write_file(path, text)
+
+
+# --- saving -------------------------------------------------------------------------------------
+
+
+class Saves:
+    """A run's checkpoints: which there are, how a new one lands, which go.
+
+    Only checkpoints that the file `checkpoint` lists are ever removed, and only those of the run
+    that is being resumed: a fresh start in a folder leaves what is there.
+    """
+
+    def __init__(
+        self,
+        sess: tf.compat.v1.Session,
+        state: session.Memory,
+        folder: str,
+        max_checkpoints: int,
+        optimizer: Sequence[tf.Variable],
+        latest: str | None,
+    ):
+        """Builds the operations.
+
+        Args:
+            sess: holds the variables.
+            state: what its graph remembers.
+            folder: the run's.
+            max_checkpoints: how many to keep, 0 for all.
+            optimizer: the variables of its state.
+            latest: the checkpoint that the run goes on from, None for a new run.
+        """
+        self.sess, self.state, self.folder = sess, state, folder
+        self.max_checkpoints = max_checkpoints
+        self.latest = latest
+        self.failed = False
+        self.names = checkpoint.named_checkpoints(folder) if latest else []
+        self.optimizer = {variable.op.name: variable for variable in optimizer}
+        variables = session.named_variables(state)
+        self._save_model = self._built("save", lambda: checkpoint.build_save(variables))
+        self._save_optimizer = self._built(
+            ("save", *self.optimizer), lambda: checkpoint.build_save(self.optimizer)
+        )
+        self._restore_optimizer = self._built(
+            ("restore", *self.optimizer), lambda: checkpoint.build_restore(self.optimizer)
+        )
+        self._finite = self._built("finite", lambda: _build_finite(variables.values()))
+
+    def _built(self, key: Any, build: Any) -> Any:
+        with self.state.lock, self.sess.graph.as_default():
+            if key not in self.state.built:
+                self.state.built[key] = build()
+            return self.state.built[key]
+
+    def restore_optimizer(self) -> bool:
+        """Fills the optimizer's state from what was saved along with the latest checkpoint.
+
+        Returns:
+            Whether it was there and fits. If not, says why; the state may then be anything.
+        """
+        path = _beside(self.latest, OPTIMIZER)
+        if not checkpoint.is_whole(path):
+            say(f"{self.latest} has no optimizer state beside it: the optimizer starts anew")
+            return False
+        saved = bundle.read_bundle_index(f"{path}.index")
+        there = {name: (entry.shape, entry.dtype) for name, entry in saved.items()}
+        wanted = {
+            name: (tuple(variable.shape.as_list()), variable.dtype.base_dtype.as_datatype_enum)
+            for name, variable in self.optimizer.items()
+        }
+        if there != wanted:
+            say(f"{path} is of another optimizer, or other variables: the optimizer starts anew")
+            return False
+        try:
+            checkpoint.restore(self.sess, self._restore_optimizer, path, self.optimizer)
+        except ValueError as error:
+            say(f"{error}; the optimizer starts anew")
+            return False
+        return True
+
+    def are_weights_finite(self) -> bool:
+        """Whether no weight is infinite or no number."""
+        return bool(self.sess.run(self._finite))
+
+    def save(self, run: RunState) -> str:
+        """Saves a run, unless its latest checkpoint is of this step already.
+
+        Returns:
+            The checkpoint's prefix.
+
+        Raises:
+            OSError: it cannot be written; earlier checkpoints are as they were.
+        """
+        base = f"{MODEL}-{run.step}"
+        if self.latest and step_of(self.latest) == run.step:
+            return self.latest
+        say("Saving", os.path.join(self.folder, base))
+        names = [name for name in self.names if name != base] + [base]
+        more = {
+            f"{OPTIMIZER}-{run.step}": self._save_optimizer,
+            f"state-{run.step}.json": json.dumps(dataclasses.asdict(run)) + "\n",
+            checkpoint.COUNTER: f"{run.step}\n",
+            "checkpoint": checkpoint.state_text(names),
+        }
+        self.failed = True
+        self.latest = checkpoint.save_model(
+            self.sess, self._save_model, self.folder, base, self.state.hparams, more
+        )
+        self.names = names
+        if self.max_checkpoints:
+            self.prune(self.names[-self.max_checkpoints :])
+        self.failed = False
+        self.state.folder = os.path.abspath(self.folder)
+        return self.latest
+
+    def save_best(self) -> None:
+        """Saves the weights alone, as the best so far."""
+        self.failed = True
+        checkpoint.save_model(
+            self.sess, self._save_model, self.folder, checkpoint.BEST, self.state.hparams
+        )
+        self.failed = False
+
+    def prune(self, keep: Sequence[str]) -> None:
+        """Removes the run's checkpoints but those named; a kill leaves the rest listed."""
+        if list(keep) == self.names:
+            return
+        for name in self.names:
+            if name not in keep:
+                remove_checkpoint(self.folder, name)
+        self.names = list(keep)
+        checkpoint.write_state(self.folder, self.names)
+
+    def overwrite(self) -> None:
+        """Removes the run's checkpoints but the latest, and its events."""
+        if self.latest:
+            self.prune([os.path.basename(self.latest)])
+        for name in os.listdir(self.folder):
+            if name.startswith("events.out.tfevents."):
+                os.remove(os.path.join(self.folder, name))
+
+
+def _build_finite(variables: Any) -> tf.Tensor:
+    """Whether all variables are finite, looked at one after the other."""
+    finite: list[tf.Tensor] = []
+    for variable in variables:
+        with tf.control_dependencies(finite[-1:]), tf.device(variable.device):
+            finite.append(tf.reduce_all(tf.math.is_finite(variable.read_value())))
+    return tf.reduce_all(tf.stack(finite))
+
+
+def remove_checkpoint(folder: str, base: str) -> None:
+    """Removes checkpoint `model-N` and what was saved along with it.
+
+    The model's index goes first: what is left is then no checkpoint.
+    """
+    parts = [base, *(re.sub(rf"^{MODEL}-", f"{kind}-", base) for kind in (OPTIMIZER, "state"))]
+    found = [name for name in os.listdir(folder) if name.rpartition(".")[0] in parts]
+    found.sort(key=lambda name: name != f"{base}.index")
+    for name in found:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, name))
