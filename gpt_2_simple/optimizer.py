@@ -292,13 +292,14 @@ class Adafactor(Optimizer):
         row_mean = self._average("rows", variable, [rows], row_sums / columns)
         column_mean = self._average("columns", variable, [columns], column_sums / rows)
         row_factor = tf.math.rsqrt(row_mean / tf.reduce_mean(row_mean))
-        column_factor = tf.math.rsqrt(column_mean)
-        with tf.control_dependencies([row_factor, column_factor]):
-            squares = _sum_rows(lambda g: tf.square(g * column_factor), gradient)
+        column_root = tf.sqrt(column_mean)
+        with tf.control_dependencies([row_factor, column_root]):
+            squares = _sum_rows(lambda g: tf.square(g / column_root), gradient)
             mean_square = tf.reduce_sum(squares * tf.square(row_factor)) / (rows * columns)
-        # The factor comes last, so that both products can be formed in the gradient's own buffer.
+        # The step size is in the row's factor, so that all of this happens in the gradient's own
+        # buffer. Of two products Grappler would form that of rows and columns first, a new matrix.
         row_factor *= self._clipped(step_size, mean_square)
-        return gradient * row_factor[:, tf.newaxis] * column_factor
+        return gradient * row_factor[:, tf.newaxis] / column_root
 
     def _average(self, slot: str, variable: tf.Variable, shape: Any, value: tf.Tensor) -> tf.Tensor:
         average = self._slot(slot, variable, shape)
