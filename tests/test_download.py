@@ -195,9 +195,10 @@ def ignore_if_range(handler, body):
 
 
 def wrong_start(handler, body):
-    """Answers any range with the bytes from 7 on, and says so."""
-    headers = {"Content-Range": f"bytes 7-{len(body) - 1}/{len(body)}"}
-    handler.reply(206, headers | {"Content-Length": str(len(body) - 7)}, body[7:])
+    """Answers any range with bytes from 7 on, as many as were asked for, and says so."""
+    rest = body[7 : 7 + len(body) - CUT]
+    headers = {"Content-Range": f"bytes 7-{6 + len(rest)}/{len(body)}"}
+    handler.reply(206, headers | {"Content-Length": str(len(rest))}, rest)
 
 
 def other_total(handler, body):
@@ -222,6 +223,11 @@ def chunks(handler, body):
     handler.reply(
         200, {"Transfer-Encoding": "chunked"}, b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
     )
+
+
+def chunks_and_a_length(handler, body):
+    headers = {"Transfer-Encoding": "chunked", "Content-Length": str(len(body) + 50)}
+    handler.reply(200, headers, b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
 
 
 def until_the_end(handler, body):
@@ -384,12 +390,9 @@ RECOVERIES = {
     "wrong MD5": [wrong_md5],
     "web page": [answer(200, PAGE, Content_Type="text/html")],
     "web page without a length": [lambda handler, _: until_the_end(handler, PAGE)],
-    "gzip though not asked for": [zip_it],
     "gzip that breaks off": [
         lambda handler, body: until_the_end(handler, gzip.compress(body)[:99])
     ],
-    "chunked": [chunks],
-    "no length": [until_the_end],
     "no length, cut": [until_an_early_end],
     "cut, then ignores Range": [cut, ignore_range],
     "cut, then 416": [cut, answer(416, Content_Range="bytes */50")],
@@ -398,7 +401,6 @@ RECOVERIES = {
     "cut, then another total": [cut, other_total],
     "cut, then no Content-Range": [cut, with_headers(Content_Range="")],
     "cut, then another version": [cut, ignore_if_range],
-    "cut, then a gzip range": [cut, with_headers(Content_Encoding="gzip")],
     "cut, then 500": [cut, answer(500), cut],
     "cut, then a web page": [cut, answer(200, PAGE, Content_Type="text/html")],
 }
@@ -417,6 +419,25 @@ def test_recovers(fetch, server, content, monkeypatch, case, name):
     folder = fetch()
     assert read(folder) == server.files
     assert server.script[name] == []
+
+
+@pytest.mark.parametrize("behave", [zip_it, chunks, chunks_and_a_length, until_the_end])
+def test_takes_an_unusual_answer_at_once(fetch, server, content, waits, behave):
+    for name in content:
+        server.always[name] = behave
+    assert read(fetch()) == content
+    assert waits == []
+
+
+def test_a_server_that_zips_ranges_is_asked_for_the_whole(fetch, server, content):
+    def zip_ranges(handler, body):
+        changes = {"Content_Encoding": "gzip"} if "Range" in handler.headers else {}
+        with_headers(**changes)(handler, body)
+
+    server.script[DATA] = [cut]
+    server.always[DATA] = zip_ranges
+    assert read(fetch()) == content
+    assert server.ranges() == [None, f"bytes={CUT}-", None]
 
 
 def test_a_cut_costs_no_byte_twice(fetch, server):
@@ -781,6 +802,21 @@ def test_a_published_vocabulary_is_pinned_by_the_published_name_only(tmp_path, c
     assert download.is_gpt2_downloaded(tmp_path, "nano")
 
 
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("vocab.bpe", b"#version: 0.2\n\xc3"),
+        ("encoder.json", b"[]"),
+        ("hparams.json", b"{}"),
+        ("model.ckpt.meta", b""),
+    ],
+)
+def test_a_damaged_model_of_ones_own_is_seen(tmp_path, content, name, body):
+    (tmp_path / "nano").mkdir()
+    put(tmp_path / "nano", custom(content) | {name: body})
+    assert not download.is_gpt2_downloaded(tmp_path, "nano")
+
+
 def test_a_model_of_ones_own_is_not_replaced(fetch, server, folder, content):
     put(folder, custom(content))
     with pytest.raises(FileExistsError, match="not OpenAI's"):
@@ -961,6 +997,21 @@ def test_two_at_once_share_one_download(fetch, server, content, monkeypatch):
     assert len(folders) == 4
     assert read(folders[0]) == content
     assert sorted(server.names()) == sorted(download.MODEL_FILES)
+
+
+def test_a_lock_that_its_owner_has_just_removed_is_no_lock(tmp_path, monkeypatch):
+    path, tries, try_lock = tmp_path / "lock", [], download._try_lock
+
+    def lose_the_race(file):
+        tries.append(file)
+        if len(tries) == 1:  # between our opening of the file and our locking it
+            path.unlink()
+        return try_lock(file)
+
+    monkeypatch.setattr(download, "_try_lock", lose_the_race)
+    with download._lock(path) as file:
+        assert len(tries) == 2
+        assert os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 KILLED = """
