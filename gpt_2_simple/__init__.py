@@ -17,8 +17,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-# On many CPUs TensorFlow leaves oneDNN off, though it halves a training step there. TensorFlow reads
-# this when it is first imported.
+# On many CPUs TensorFlow leaves oneDNN off, though it halves a training step there. It is read once,
+# when TensorFlow is imported.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 if TYPE_CHECKING:
@@ -52,8 +52,13 @@ __all__ = [
 ]
 
 
+_MODULES = {"encoder", "memory_saving_gradients", "model", "sample"}
+
+
 def __getattr__(name: str) -> Any:
     """Imports the public functions, and TensorFlow with them, when one is first asked for."""
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name in __all__:
         return getattr(importlib.import_module(".gpt_2", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

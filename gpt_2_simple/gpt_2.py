@@ -17,6 +17,7 @@ from . import checkpoint as checkpoints
 from . import (
     encoder,
     history,
+    memory_saving_gradients,
     model,
     runs,
     sample,
@@ -61,6 +62,7 @@ __all__ = [
     "is_gpt2_downloaded",
     "is_mounted",
     "load_gpt2",
+    "memory_saving_gradients",
     "model",
     "mount_gdrive",
     "plot_history",

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from . import memory_saving_gradients as recompute
 from . import model, session
 from .optimizer import (
     OPTIMIZERS,
     AccumulatingOptimizer,
     Gradient,
     Optimizer,
-    dense,
     make_optimizer,
 )
 
@@ -149,44 +149,117 @@ def trained_variables(weights: model.Weights, only_layers: bool) -> list[tf.Vari
     return model.flatten(weights)
 
 
+class _Forward(NamedTuple):
+    """The forward pass of a micro-batch, to be differentiated.
+
+    Attributes:
+        h: hidden states [rows, n_embd].
+        head: the loss, and its gradient by h.
+        checkpoints: the tensors to keep for the backward pass.
+    """
+
+    h: tf.Tensor
+    head: Head
+    checkpoints: list[tf.Tensor]
+
+
 def _build(state: session.Memory, config: StepConfig, time_: int, accumulate: bool) -> TrainOps:
-    hparams, variables = state.hparams, state.weights
+    variables = state.weights
     xs = trained_variables(variables, config.only_train_transformer_layers)
     tokens = tf.compat.v1.placeholder(tf.int32, [config.batch_size, time_], "tokens")
     weights = tf.compat.v1.placeholder(tf.float32, [config.batch_size, time_ - 1], "weights")
     learning_rate = tf.compat.v1.placeholder(tf.float32, [], "learning_rate")
+    forward = _forward(state, tokens, weights, with_dwte=any(x is variables.wte for x in xs))
+    optimizer = make_optimizer(config.optimizer, learning_rate)
+    save_memory = config.use_memory_saving_gradients
+    if accumulate:
+        return _accumulating(variables, xs, forward, optimizer, save_memory)._replace(
+            tokens=tokens, weights=weights, learning_rate=learning_rate
+        )
+    updates = _update_each(variables, xs, forward, optimizer, save_memory)
+    with tf.control_dependencies([optimizer.finish(updates)]):
+        apply = tf.identity(forward.head.loss)
+    initialize = tf.compat.v1.variables_initializer(optimizer.variables())
+    return TrainOps(tokens, weights, learning_rate, None, None, apply, initialize, optimizer)
 
-    tensors = model.read(variables)
-    tf.compat.v1.get_default_graph().clear_collection(model.CHECKPOINTS)
+
+def _forward(
+    state: session.Memory, tokens: tf.Tensor, weights: tf.Tensor, with_dwte: bool
+) -> _Forward:
+    hparams = state.hparams
+    tensors = model.read(state.weights)
+    graph = tf.compat.v1.get_default_graph()
+    graph.clear_collection(model.CHECKPOINTS)
     h = model.hidden_states(tensors, hparams, tokens[:, :-1], gpus=state.gpus).h
-    h = tf.reshape(h, [config.batch_size * (time_ - 1), hparams.n_embd])
-    head = output_head(
-        h,
-        tensors.wte,
-        tf.reshape(tokens[:, 1:], [-1]),
-        tf.reshape(weights, [-1]),
-        with_dwte=not config.only_train_transformer_layers,
-    )
+    # The last block's activations are needed first, so they are kept, not recomputed.
+    checkpoints = graph.get_collection(model.CHECKPOINTS)[:-1]
+    graph.clear_collection(model.CHECKPOINTS)
+    rows = tokens.shape[0] * (tokens.shape[1] - 1)
+    h = tf.reshape(h, [rows, hparams.n_embd])
+    labels = tf.reshape(tokens[:, 1:], [rows])
+    head = output_head(h, tensors.wte, labels, tf.reshape(weights, [rows]), with_dwte)
+    return _Forward(h, head, checkpoints)
 
-    def gradients(_: tf.Tensor, xs: Sequence[tf.Variable]) -> list[Gradient | None]:
-        found = tf.gradients(h, xs, grad_ys=head.dh)
+
+def _update_each(
+    variables: model.Weights,
+    xs: Sequence[tf.Variable],
+    forward: _Forward,
+    optimizer: Optimizer,
+    save_memory: bool,
+) -> list[tf.Operation]:
+    """Updates each variable; saving memory, as soon as its gradient is there."""
+    updates = []
+
+    def update(x: tf.Variable, gradient: Gradient) -> tf.Operation:
+        if x is variables.wte:
+            gradient = recompute.add(forward.head.dwte, gradient)
+        updates.append(optimizer.apply(gradient, x))
+        return updates[-1]
+
+    dh = forward.head.dh
+    if save_memory:
+        recompute.gradients(forward.h, xs, dh, forward.checkpoints, on_gradient=update)
+        return updates
+    found = tf.gradients(forward.h, xs, grad_ys=dh)
+    with tf.control_dependencies([g.values if hasattr(g, "values") else g for g in found]):
+        # Each reader of a variable has run, so that the update needs no copy of it.
+        all_done = tf.no_op()
+    for x, gradient in zip(xs, found, strict=True):
+        with tf.control_dependencies([all_done, *updates[-1:]]):
+            update(x, gradient)
+    return updates
+
+
+def _accumulating(
+    variables: model.Weights,
+    xs: Sequence[tf.Variable],
+    forward: _Forward,
+    optimizer: Optimizer,
+    save_memory: bool,
+) -> TrainOps:
+    """Accumulators, to which each gradient is added as soon as it is there."""
+    dh, dwte = forward.head.dh, forward.head.dwte
+
+    def save(_: tf.Tensor, xs: Sequence[tf.Variable], on_part: recompute.Hook) -> None:
+        start = dh
+        if dwte is not None:
+            with tf.control_dependencies([on_part(variables.wte, dwte)]):
+                start = tf.identity(dh)
+        recompute.gradients(forward.h, xs, start, forward.checkpoints, on_part=on_part)
+
+    def keep(_: tf.Tensor, xs: Sequence[tf.Variable]) -> list[Gradient | None]:
+        found = tf.gradients(forward.h, xs, grad_ys=dh)
         return [
-            g if head.dwte is None or x is not variables.wte else dense(g) + head.dwte
-            for g, x in zip(found, xs, strict=True)
+            g if x is not variables.wte else recompute.add(dwte, g)
+            for x, g in zip(xs, found, strict=True)
         ]
 
-    optimizer = make_optimizer(config.optimizer, learning_rate)
-    reset = micro_step = None
-    own = []
-    if accumulate:
-        accumulating = AccumulatingOptimizer(optimizer, xs, gradients)
-        reset = accumulating.reset()
-        micro_step = accumulating.compute_gradients(head.loss)
-        apply = accumulating.apply_gradients()
-        own = accumulating.variables()
-    else:
-        update = optimizer.apply_gradients(zip(gradients(head.loss, xs), xs, strict=True))
-        with tf.control_dependencies([update]):
-            apply = tf.identity(head.loss)
-    initialize = tf.compat.v1.variables_initializer([*optimizer.variables(), *own])
-    return TrainOps(tokens, weights, learning_rate, reset, micro_step, apply, initialize, optimizer)
+    accumulating = AccumulatingOptimizer(optimizer, xs, save if save_memory else keep)
+    micro_step = accumulating.compute_gradients(forward.head.loss)
+    apply = accumulating.apply_gradients()
+    initialize = tf.compat.v1.variables_initializer(
+        [*optimizer.variables(), *accumulating.variables()]
+    )
+    reset = accumulating.reset()
+    return TrainOps(None, None, None, reset, micro_step, apply, initialize, optimizer)
