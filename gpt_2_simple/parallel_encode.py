@@ -140,7 +140,7 @@ class Packer:
             self.packed.clear()
             new = words
         self._learn(new)
-        packed = [b"".join(map(self.packed.__getitem__, words)) for words in split]
+        packed = [b"".join(map(self.packed.__getitem__, row)) for row in split]
         return b"".join(packed), [len(ids) // self.dtype.itemsize for ids in packed]
 
     def _learn(self, words: set[str]) -> None:

@@ -302,6 +302,12 @@ class Sampler:
             windows: Any = _DocumentWindows(self._stream, length)
         elif self.sampling == "random":
             windows = _FreeWindows(self._stream, length)
+            unreached = int(self._stream.lengths[self._stream.lengths < length].sum())
+            if windows.count and unreached:
+                say(
+                    f"{unreached:,} of the {self.total_size:,} tokens are in chunks shorter than "
+                    f"a window of {length} and are never drawn; sampling='epoch' draws all"
+                )
         else:
             windows = _PackedWindows(self._stream, length)
         if not windows.count:

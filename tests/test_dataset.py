@@ -1,4 +1,5 @@
 import csv
+import functools
 import gzip
 import json
 import math
@@ -533,6 +534,13 @@ def test_random_windows_are_fair_and_stay_within_chunks():
     assert max(drawn.values()) < 1150
 
 
+def test_tokens_that_random_windows_never_reach_are_told(capsys):
+    sampler = Sampler([np.arange(30), np.arange(4), np.arange(5)], seed=0)
+    sampler.sample_batch(3, 5)
+    sampler.sample_batch(3, 5)
+    assert capsys.readouterr().out.count("4 of the 39 tokens") == 1
+
+
 def test_a_window_as_long_as_the_data():
     assert Sampler([np.arange(4)], seed=0).sample(4).tolist() == [0, 1, 2, 3]
 
@@ -708,6 +716,30 @@ def test_words_encoded_alone_are_the_text_encoded(text):
     words = parallel_encode.split_words(text)
     assert "".join(words) == text
     assert [i for word in words for i in ENC.encode(word)] == ENC.encode(text)
+
+
+@functools.cache
+def packer_of_gpt2(allow_special):
+    from gpt_2_simple.encoder import get_encoder
+
+    return parallel_encode.Packer(get_encoder(str(SHARED)), np.uint16, allow_special, most=500)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs GPT-2's vocabulary")
+@settings(max_examples=400, deadline=None)
+@given(st.lists(CUT_TEXT, max_size=4), st.booleans())
+def test_a_packer_gives_the_encoder_s_ids(texts, allow_special):
+    from gpt_2_simple.encoder import get_encoder
+
+    enc, packer = get_encoder(str(SHARED)), packer_of_gpt2(allow_special)
+    texts = [text.replace("|", "<|endoftext|>") for text in texts]
+    ids, counts = packer.pack(texts)
+    expected = [enc.encode(text, allow_special=allow_special) for text in texts]
+    assert counts == [len(one) for one in expected]
+    assert np.frombuffer(ids, np.uint16).tolist() == sum(expected, [])
+    for text in texts:
+        before, after = parallel_encode.split_safely(text)
+        assert enc.encode(before) + enc.encode(after) == enc.encode(text)
 
 
 def test_every_white_space_is_known():
