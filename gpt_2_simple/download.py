@@ -8,7 +8,6 @@ gets its name once it has passed its checks.
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import datetime
 import email.utils
@@ -291,7 +290,7 @@ def _is_encoded(headers: Mapping[str, str]) -> bool:
 
 def _md5(headers: Mapping[str, str]) -> str | None:
     value = headers.get("Content-MD5", "")
-    with contextlib.suppress(binascii.Error):
+    with contextlib.suppress(ValueError):
         if len(base64.b64decode(value, validate=True)) == 16:
             return value
     return None
@@ -324,9 +323,6 @@ class _Partial:
 
     def begin(self, version: _Version) -> None:
         self.discard()  # first, lest a crash leave the old bytes under the new note
-        self.remember(version)
-
-    def remember(self, version: _Version) -> None:
         draft = self.note.with_name(self.note.name + ".tmp")
         with open(draft, "w", encoding="utf-8") as file:
             json.dump(version._asdict(), file)
