@@ -10,7 +10,6 @@ that the "surrogatepass" error handler gives them, and `Encoder.decode` restores
 from __future__ import annotations
 
 import codecs
-import contextlib
 import functools
 import heapq
 import itertools
@@ -26,6 +25,7 @@ import numpy as np
 import regex
 
 END_OF_TEXT = "<|endoftext|>"
+_MERGES_HEADER = "#version"
 
 # Letters and numbers that came with Unicode 17 and 18. tiktoken 0.14 and tokenizers 0.23 know
 # Unicode 16; newer releases of `regex` know more. Without this a word's ids would depend on the
@@ -45,24 +45,31 @@ _NEWER_THAN_UNICODE_16 = (
 )
 
 
-def _words_pattern(letter: str, number: str, other: str) -> str:
-    """GPT-2's split into words; the three classes exclude each other and whitespace."""
-    return rf" ?{letter}+|'(?:[sdmt]|ll|ve|re)| ?{other}+| ?{number}+|\s+(?!\S)|\s+"
+_LETTERS = rf"[\p{{L}}--[{_NEWER_THAN_UNICODE_16}]]"
+_NUMBERS = rf"[\p{{N}}--[{_NEWER_THAN_UNICODE_16}]]"
 
 
-# The standard library's engine splits ASCII twice as fast, but has no \p{L}.
-_ASCII_WORDS = re.compile(_words_pattern("[A-Za-z]", "[0-9]", r"[^\sA-Za-z0-9]"), re.ASCII)
-_UNICODE_WORDS = regex.compile(
-    _words_pattern(
-        rf"[\p{{L}}--[{_NEWER_THAN_UNICODE_16}]]",
-        rf"[\p{{N}}--[{_NEWER_THAN_UNICODE_16}]]",
-        rf"[^\s[[\p{{L}}\p{{N}}]--[{_NEWER_THAN_UNICODE_16}]]]",
-    ),
-    regex.V1,
-)
+def _words_pattern(letters: str, numbers: str, spaces: str) -> str:
+    """GPT-2's split of text into words, given what is inside the brackets of three classes."""
+    return (
+        rf" ?[{letters}]+|'(?:[sdmt]|ll|ve|re)| ?[^{spaces}{letters}{numbers}]+| ?[{numbers}]+"
+        rf"|[{spaces}]+(?![^{spaces}])|[{spaces}]+"
+    )
+
+
+def _up_to_ffff(inside: str) -> str:
+    """A class's characters up to U+FFFF, as ranges that the standard library understands."""
+    runs = regex.findall(f"[{inside}]+", "".join(map(chr, range(0x10000))), regex.V1)
+    return "".join(f"{run[0]}-{run[-1]}" for run in runs)
+
+
+# The standard library's engine is some four times as fast, but has no \p{L} and is slow with
+# classes that reach beyond U+FFFF.
+_WORDS_UP_TO_FFFF = re.compile(_words_pattern(*map(_up_to_ffff, (_LETTERS, _NUMBERS, r"\s"))))
+_WORDS = regex.compile(_words_pattern(_LETTERS, _NUMBERS, r"\s"), regex.V1)
 # No word goes on across whitespace that follows something else, so a text may be cut there.
 _SAFE_CUT = re.compile(r"\S(?=[ \n])")
-_CHUNK_CHARS = 8192
+_CHUNK_CHARS = 4096
 
 # UTF-8 never holds these bytes: they are a surrogate written by "surrogatepass".
 _SURROGATE = re.compile(rb"(\xed[\xa0-\xbf][\x80-\xbf])")
@@ -73,7 +80,7 @@ _REMEMBERED_WORDS = 65_536
 _REMEMBERED_CHARS = 32
 
 # From this length on a heap finds the next merge faster than a scan.
-_LONG_WORD_BYTES = 256
+_LONG_WORD_BYTES = 100
 
 
 @functools.lru_cache(maxsize=1)
@@ -250,8 +257,10 @@ class Encoder:
         self._bytes = _token_bytes(encoder)
         known = {}
         for token_id in np.flatnonzero(_whole_tokens(byte_ids, merges, self.n_vocab)).tolist():
-            with contextlib.suppress(UnicodeDecodeError):  # a part of a character is no word
+            try:
                 known[self._bytes[token_id].decode()] = (token_id,)
+            except UnicodeDecodeError:
+                continue  # a part of a character is no word
         self._ids_of_word = _WordIds(_Merges(byte_ids, merges, self.n_vocab), known)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
@@ -276,8 +285,7 @@ class Encoder:
                 ids += [self.end_of_text] * (i > 0) + self.encode(part)
             return ids
         for chunk in _chunks(text):
-            words = _ASCII_WORDS if chunk.isascii() else _UNICODE_WORDS
-            ids_of_words = map(self._ids_of_word.__getitem__, words.findall(chunk))
+            ids_of_words = map(self._ids_of_word.__getitem__, _split(chunk))
             ids.extend(itertools.chain.from_iterable(ids_of_words))
         return ids
 
@@ -337,9 +345,7 @@ class IncrementalDecoder:
 
     def flush(self) -> str:
         """Ends the text: returns what half a character left behind; what follows starts anew."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
+        return self._decoder.decode(b"", final=True)
 
 
 def get_encoder(folder: str | os.PathLike[str]) -> Encoder:
@@ -455,6 +461,13 @@ def _chunks(text: str) -> Iterator[str]:
         start = end
 
 
+def _split(chunk: str) -> list[str]:
+    """Splits text into words; joined they are the text."""
+    if chunk.isascii() or max(chunk) <= "\uffff":
+        return _WORDS_UP_TO_FFFF.findall(chunk)
+    return _WORDS.findall(chunk)
+
+
 def _checked(
     encoder: dict[str, int], decoder: dict[int, str], bpe_merges: list[tuple[str, str]]
 ) -> tuple[list[int], list[tuple[int, int, int]]]:
@@ -510,9 +523,6 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
         if type(token_id) is not int or token_id < 0:
             raise ValueError(f"{path}: the id of {token!r} is {token_id!r}, not a whole number")
     return encoder
-
-
-_MERGES_HEADER = "#version"
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
