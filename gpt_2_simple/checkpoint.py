@@ -61,8 +61,9 @@ def run_folder(checkpoint_dir: str, run_name: str) -> str:
     """
     folder = os.path.join(checkpoint_dir, run_name)
     if not os.path.isfile(os.path.join(folder, "hparams.json")):
+        lacking = ": it has no hparams.json" if os.path.isdir(folder) else ""
         raise FileNotFoundError(
-            f"no run in {folder}{_listing(checkpoint_dir, 'runs')}; make it by "
+            f"no run in {folder}{lacking}{_listing(checkpoint_dir, 'runs')}; make it by "
             f"gpt2.finetune(sess, dataset, run_name={run_name!r}), "
             "or load a model by load_gpt2(sess, model_name=...)"
         )
@@ -257,7 +258,7 @@ def restore(
         sess.run(ops.done, {ops.prefix: prefix})
     except (tf.errors.DataLossError, tf.errors.OutOfRangeError) as error:
         raise ValueError(
-            f"{prefix} is damaged: {error.message}. Download it again, or restore an older "
+            f"{prefix} is damaged: {_reason(error)}. Download it again, or restore an older "
             f"checkpoint than this one ({len(variables)} variables were wanted)"
         ) from error
 
@@ -389,15 +390,23 @@ def recover(folder: str) -> None:
                     os.remove(path)
 
 
+def _reason(error: Exception) -> str:
+    """What an error says, without the graph that TensorFlow says it of."""
+    if not isinstance(error, tf.errors.OpError):
+        return str(error)
+    noise = (" ", "\t", "Graph execution error", "Detected at", "Node:", "Hint:")
+    lines = [line for line in error.message.splitlines() if line and not line.startswith(noise)]
+    return lines[-1].rpartition("; ")[2] if lines else error.message
+
+
 @contextlib.contextmanager
 def _file_errors(prefix: str) -> Iterator[None]:
     """TensorFlow's and Python's errors about files, as one OSError that says what to do."""
     try:
         yield
     except (tf.errors.OpError, OSError) as error:
-        reason = error.message if isinstance(error, tf.errors.OpError) else error
         raise OSError(
-            f"could not save {prefix}: {reason}. Earlier checkpoints are untouched; "
+            f"could not save {prefix}: {_reason(error)}. Earlier checkpoints are untouched; "
             "free some space on the disk or give another checkpoint_dir"
         ) from error
 

@@ -38,6 +38,19 @@ MODEL = "model"
 OPTIMIZER = "optimizer"
 SETTINGS = "settings.json"
 
+# Settings that may differ from call to call without a word.
+ANY_CALL = (
+    "steps",
+    "epochs",
+    "sample_every",
+    "sample_length",
+    "sample_num",
+    "save_every",
+    "print_every",
+    "max_checkpoints",
+    "seed",
+)
+
 
 # --- one process at a time ----------------------------------------------------------------------
 
@@ -212,7 +225,7 @@ def read_state(prefix: str) -> RunState | None:
         state.losses = (float(state.losses[0]), float(state.losses[1]))
         return state
     except (OSError, ValueError, TypeError, IndexError):
-        say(f"{prefix} has no {os.path.basename(path)}: the data starts from its beginning")
+        say(f"{prefix} has no {os.path.basename(path)} that can be read: the data starts anew")
         return None
 
 
@@ -233,7 +246,7 @@ def note_settings(folder: str, settings: Mapping[str, Any], resume: bool) -> Non
     changes = [
         f"{name} {before[name]} -> {value}"
         for name, value in json.loads(text).items()
-        if name in before and before[name] != value
+        if name in before and before[name] != value and name not in ANY_CALL
     ]
     if changes:
         say("This run goes on with other settings:", ", ".join(changes))

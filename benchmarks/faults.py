@@ -1,0 +1,179 @@
+"""Kills a training run at random moments, over and over, and counts the times it could not go on.
+
+    python benchmarks/faults.py --kills 200
+
+Each time, a process of its own continues the run, saving after every step, until SIGKILL ends it at
+a random moment of training and saving. A run is lost if the next process fails, or goes on from an
+earlier step than had been saved. In the end the run is trained on in peace, and its weights are
+compared, bit by bit, with those of a run of as many steps that nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import select
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import tensorflow as tf
+
+import gpt_2_simple as gpt2
+from gpt_2_simple import checkpoint, runs
+
+SIZES = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_ctx": 16}
+TEXT = "".join(f"{n} green bottles, hanging on the wall.\n" for n in range(20))
+
+
+def train(run_name: str, steps: int, save_every: int, tell: int | None = None) -> None:
+    """Continues a run; writes each step's number to the pipe `tell`."""
+
+    def on_step(entry: gpt2.history.Entry) -> None:
+        if tell is not None:
+            os.write(tell, b"%d\n" % entry.step)
+
+    gpt2.finetune(
+        gpt2.start_tf_sess(threads=1), "text.txt", steps, "faults", batch_size=2,
+        accumulate_gradients=2, learning_rate=0.01, run_name=run_name, sample_every=0,
+        save_every=save_every, seed=1, sampling="epoch", val_split=0.2, val_every=3,
+        max_checkpoints=2, on_step=on_step, verbose=0,
+    )  # fmt: skip
+
+
+class Child:
+    """A process that does one thing; TensorFlow was imported, but not yet used, before it forks."""
+
+    def __init__(self, function: Callable[[int], object]):
+        self.read, write = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self.read)
+            try:
+                function(write)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        os.close(write)
+        self.steps: list[int] = []
+
+    def listen(self, seconds: float) -> bool:
+        """Notes the steps told within some time; ends early, with False, if the child has ended."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            if select.select([self.read], [], [], left)[0]:
+                told = os.read(self.read, 1 << 16)
+                if not told:
+                    return False
+                self.steps += map(int, told.split())
+        return True
+
+    def await_step(self) -> bool:
+        """Waits for the first step; False if the child ends before it."""
+        while not self.steps:
+            if not self.listen(0.01):
+                return False
+        return True
+
+    def end(self, number: int | None = None) -> int:
+        """Kills it, if a signal is given, and waits for its end: 0 if that was a good one."""
+        if number is not None:
+            os.kill(self.pid, number)
+        _, status = os.waitpid(self.pid, 0)
+        while self.listen(1):
+            pass
+        os.close(self.read)
+        return os.waitstatus_to_exitcode(status)
+
+
+def in_child(function: Callable[[], object]) -> None:
+    """Does something in a process of its own, and stops if it fails."""
+    if Child(lambda _: function()).end():
+        sys.exit("failed, see above")
+
+
+def kill_often(kills: int, span: float, rng: random.Random) -> tuple[int, int, int]:
+    """Trains and kills; returns how often the run was lost, a save was hit, and the last step."""
+    lost = in_save = saved = 0
+    folder = os.path.join("checkpoint", "killed")
+    for count in range(1, kills + 1):
+        child = Child(lambda tell: train("killed", 10**6, 1, tell))
+        # One in ten dies while it starts.
+        alive = child.listen(rng.uniform(0, 3)) if rng.random() < 0.1 else child.await_step()
+        alive = alive and child.listen(rng.uniform(0, span))
+        if not alive:
+            print(f"kill {count}: the process ended by itself: {child.end()}")
+            lost += 1
+            continue
+        child.end(signal.SIGKILL)
+        left = os.listdir(folder)
+        in_save += any(name.startswith((".saving-", ".saved-")) for name in left)
+        if child.steps and child.steps[0] <= saved:
+            print(f"kill {count}: step {saved} was saved, but {child.steps[0]} came next")
+            lost += 1
+        # When a step is told, the one before it has been saved.
+        saved = max([saved, *(step - 1 for step in child.steps)])
+        names = checkpoint.named_checkpoints(folder)
+        if saved and not checkpoint.is_whole(os.path.join(folder, names[-1])):
+            print(f"kill {count}: the file checkpoint names {names[-1]}, which is not whole")
+            lost += 1
+        if count % 10 == 0:
+            print(f"{count} kills, {in_save} of them in a save, {lost} lost, step {saved}")
+    return lost, in_save, saved
+
+
+def differing(run_name: str, other: str) -> list[str]:
+    """The names of the weights and optimizer state in which two runs differ."""
+    found = []
+    for kind in ("model", "optimizer"):
+        readers = []
+        for name in (run_name, other):
+            latest = checkpoint.latest_checkpoint(os.path.join("checkpoint", name))
+            prefix = latest.replace("model-", f"{kind}-")
+            readers.append(tf.train.load_checkpoint(prefix))
+        for tensor in readers[0].get_variable_to_shape_map():
+            if not np.array_equal(*(reader.get_tensor(tensor) for reader in readers)):
+                found.append(tensor)
+    return found
+
+
+def main() -> int:
+    """Runs the benchmark; 0 if no run was lost."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--span", type=float, default=1.0, help="seconds from a first step to kill")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as place:
+        os.chdir(place)
+        with open("text.txt", "w", encoding="utf-8") as file:
+            file.write(TEXT)
+        in_child(lambda: gpt2.create_gpt2(model_name="faults", seed=1, **SIZES))
+        lost, in_save, _ = kill_often(options.kills, options.span, random.Random(options.seed))
+        in_child(lambda: train("killed", 3, 1))
+        last = runs.step_of(checkpoint.latest_checkpoint(os.path.join("checkpoint", "killed")))
+        in_child(lambda: train("peaceful", last, 10**6))
+        differ = differing("killed", "peaceful")
+        left = sorted(os.listdir(os.path.join("checkpoint", "killed")))
+        os.chdir("/")
+    print(f"left in the run's folder: {' '.join(left)}")
+    print(
+        f"{options.kills} kills, {in_save} of them in a save, {lost} runs lost; "
+        f"after {last} steps {len(differ)} tensors differ from an undisturbed run's; "
+        f"{time.monotonic() - started:.0f} s"
+    )
+    return 1 if lost or differ else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

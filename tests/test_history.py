@@ -1,0 +1,121 @@
+"""The history file: what is written, what survives, what is drawn."""
+
+import json
+import math
+
+import pytest
+
+import gpt_2_simple as gpt2
+from gpt_2_simple import history
+from gpt_2_simple.history import Entry, History, read_history
+
+STEPS = [Entry(step, step / 2, 5.0 / step, 0.1, 100.0) for step in range(1, 6)]
+
+
+def write(folder, start, entries):
+    writer = History(str(folder), start)
+    for entry in entries:
+        writer.add(entry)
+    writer.close()
+
+
+def test_what_is_written_is_read(tmp_path):
+    entries = [*STEPS, Entry(6, 3.0, 1.0, 0.05, 90.0, 1.25)]
+    write(tmp_path, 0, entries)
+    assert read_history(str(tmp_path)) == entries
+    lines = (tmp_path / "history.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[1]) == {
+        "step": 1, "seconds": 0.5, "loss": 5.0, "learning_rate": 0.1, "tokens_per_second": 100.0
+    }  # fmt: skip
+    assert json.loads(lines[6])["validation_loss"] == 1.25
+
+
+def test_steps_taken_again_after_a_kill_count_once(tmp_path):
+    write(tmp_path, 0, STEPS)
+    write(tmp_path, 3, [STEPS[3]._replace(loss=0.5)])
+    found = read_history(str(tmp_path))
+    assert [(entry.step, entry.loss) for entry in found][2:] == [(3, 5 / 3), (4, 0.5)]
+
+
+def test_a_fresh_start_begins_another_history(tmp_path):
+    write(tmp_path, 0, STEPS)
+    write(tmp_path, 0, [])
+    assert read_history(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize("broken", ['{"step": 6, "lo', '{"step": 6', "\x00\x00\x00", "[1]", "\n"])
+def test_a_broken_last_line_is_left_out_and_harms_nothing_after_it(tmp_path, broken):
+    write(tmp_path, 0, STEPS)
+    with open(tmp_path / "history.jsonl", "a", encoding="utf-8") as file:
+        file.write(broken)
+    assert read_history(str(tmp_path)) == STEPS
+    write(tmp_path, 5, [STEPS[0]._replace(step=6)])
+    assert [entry.step for entry in read_history(str(tmp_path))] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_line_without_all_values_is_read_as_far_as_it_goes(tmp_path):
+    (tmp_path / "history.jsonl").write_text('{"step": 4, "loss": 2.5}\n')
+    (entry,) = read_history(str(tmp_path))
+    assert (entry.step, entry.loss, entry.validation_loss) == (4, 2.5, None)
+    assert math.isnan(entry.seconds)
+
+
+def test_no_history_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"history\.jsonl"):
+        read_history(str(tmp_path))
+
+
+def test_smoothing_is_that_of_the_printed_average():
+    assert history.smoothed([4.0, 2.0]) == pytest.approx([4.0, (4 * 0.99 + 2) / 1.99])
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder with a history of five steps, the third of them validated."""
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "hparams.json").write_text("{}")
+    write(folder, 0, [entry._replace(validation_loss=4.0) if entry.step == 3 else entry
+                      for entry in STEPS])  # fmt: skip
+    return folder
+
+
+def test_a_plot_is_a_png_and_leaves_the_backend_alone(run):
+    matplotlib = pytest.importorskip("matplotlib")
+    backend = matplotlib.get_backend()
+    path = gpt2.plot_history("mine", str(run.parent))
+    assert path == str(run / "history.png")
+    assert (run / "history.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert matplotlib.get_backend() == backend
+    elsewhere = str(run / "elsewhere")
+    assert gpt2.plot_history("mine", str(run.parent), elsewhere) == elsewhere
+    with open(elsewhere, "rb") as file:
+        assert file.read(4) == b"\x89PNG"
+
+
+def test_plotting_without_matplotlib_says_how_to_get_it(run, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'gpt_2_simple\[plot\]'"):
+        gpt2.plot_history("mine", str(run.parent))
+
+
+def test_plotting_nothing_is_an_error(run):
+    (run / "history.jsonl").write_text('{"start": 0}\n')
+    with pytest.raises(ValueError, match="nothing was logged yet"):
+        gpt2.plot_history("mine", str(run.parent))
+    with pytest.raises(FileNotFoundError, match="runs there: mine"):
+        gpt2.plot_history("other", str(run.parent))
+
+
+def test_a_plot_is_shown_in_a_notebook(run, monkeypatch):
+    pytest.importorskip("matplotlib")
+    shown = []
+
+    class Display:
+        Image = staticmethod(lambda filename: ("image", filename))
+        display = staticmethod(shown.append)
+
+    monkeypatch.setitem(__import__("sys").modules, "ipykernel", object())
+    monkeypatch.setitem(__import__("sys").modules, "IPython.display", Display)
+    path = gpt2.plot_history("mine", str(run.parent))
+    assert shown == [("image", path)]
