@@ -155,8 +155,9 @@ def find_files(path: Any) -> list[DataFile]:
         return [DataFile(path, kind_of(path), named=True)]
     if os.path.isdir(path):
         return _files_in_folder(path)
-    found = sorted(glob.glob(path, recursive=True))
-    files = [file for one in found for file in find_files(one) if os.path.exists(one)]
+    found = [one for one in sorted(glob.glob(path, recursive=True)) if os.path.exists(one)]
+    # '**' finds a folder and the files in it too: each file is taken once.
+    files = list({file.path: file for one in found for file in find_files(one)}.values())
     if not files:
         raise FileNotFoundError(_not_found(path))
     return files
