@@ -235,8 +235,8 @@ def read_documents(
         raise ValueError(f"{file.path!r} is not a whole gzip file: {error}") from error
     if _undecoded.count:
         report.warnings.append(
-            f"{file.path!r}: {_undecoded.count:,} bytes are not {_shown(encoding)} and were left out; "
-            "if it is in another encoding, name it, as in encoding='latin-1'"
+            f"{file.path!r}: {_undecoded.count:,} bytes are not {_shown(encoding)} and were "
+            "left out; if it is in another encoding, name it, as in encoding='latin-1'"
         )
 
 
@@ -404,8 +404,8 @@ def _encoding_of(file: DataFile, encoding: str | None, report: ReadReport) -> st
         return encoding
     if file.named:
         raise ValueError(
-            f"{file.path!r} is not {_shown(encoding)} text: if it is text, name its encoding, as in "
-            f"encoding='utf-16' or 'cp1251'. A dataset is {SUPPORTED}"
+            f"{file.path!r} is not {_shown(encoding)} text: if it is text, name its encoding, "
+            f"as in encoding='utf-16' or 'cp1251'. A dataset is {SUPPORTED}"
         )
     report.warnings.append(f"{file.path!r} is not {_shown(encoding)} text and was left out")
     return None
