@@ -181,8 +181,6 @@ def finetune(
     """
     if val_dataset is not None and val_split:
         raise ValueError(f"give val_dataset={val_dataset!r} or val_split={val_split}, not both")
-    if patience and val_dataset is None and not val_split:
-        raise ValueError(f"patience={patience} needs a validation set: give val_dataset or val_split")
     config = train.Config(
         step=StepConfig(
             batch_size=batch_size,
@@ -208,6 +206,8 @@ def finetune(
         max_checkpoints=max_checkpoints,
         seed=seed,
     )
+    if patience and val_dataset is None and not val_split:
+        raise ValueError(f"patience={patience} needs a validation set: give val_dataset or val_split")
     sources = {
         "dataset": dataset,
         "val_dataset": val_dataset,
