@@ -17,8 +17,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-# On many CPUs TensorFlow leaves oneDNN off, though it halves a training step there. It is read once,
-# when TensorFlow is imported.
+# On many CPUs TensorFlow leaves oneDNN off, though it halves a training step there. The variable is
+# read when TensorFlow is imported.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ __all__ = [
     "encoder",
     "finetune",
     "generate",
+    "generate_stream",
     "generate_to_file",
     "get_available_gpus",
     "get_tarfile_name",

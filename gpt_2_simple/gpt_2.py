@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -41,7 +41,7 @@ from .report import say, verbosity
 from .sampler import split_dataset
 from .schedule import Schedule
 from .session import get_available_gpus, reset_session, start_tf_sess
-from .step import StepConfig, check_whole
+from .step import StepConfig
 
 __all__ = [
     "cmd",
@@ -56,6 +56,7 @@ __all__ = [
     "encoder",
     "finetune",
     "generate",
+    "generate_stream",
     "generate_to_file",
     "get_available_gpus",
     "get_tarfile_name",
@@ -207,7 +208,9 @@ def finetune(
         seed=seed,
     )
     if patience and val_dataset is None and not val_split:
-        raise ValueError(f"patience={patience} needs a validation set: give val_dataset or val_split")
+        raise ValueError(
+            f"patience={patience} needs a validation set: give val_dataset or val_split"
+        )
     sources = {
         "dataset": dataset,
         "val_dataset": val_dataset,
@@ -374,7 +377,7 @@ def generate(
     truncate: str | None = None,
     destination_path: str | None = None,
     sample_delim: str = "=" * 20 + "\n",
-    prefix: str | None = None,
+    prefix: str | Sequence[str] | None = None,
     seed: int | None = None,
     nsamples: int = 1,
     batch_size: int | None = 1,
@@ -384,9 +387,19 @@ def generate(
     top_p: float = 0.0,
     include_prefix: bool = True,
     *,
+    stop: str | Sequence[str] | None = None,
+    stop_token: str | int | None = None,
+    include_stop: bool = False,
+    min_length: int = 0,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+    bad_words: Sequence[str] | None = None,
+    stream: bool = False,
     verbose: int = 1,
 ) -> list[str] | None:
     """Generates texts; prints them, returns them, or writes them to a file.
+
+    Past the end of the context the window slides: the model then sees the last n_ctx / 2 tokens.
 
     Args:
         sess: a session with a model, from load_gpt2() or finetune().
@@ -399,47 +412,116 @@ def generate(
         truncate: end each text before the first occurrence of this after the prefix.
         destination_path: write the texts to this file, do not print them.
         sample_delim: written after each text, unless there is only one.
-        prefix: what each text starts with.
-        seed: the same seed gives the same texts; None draws another each time.
-        nsamples: texts to generate; a multiple of batch_size.
-        batch_size: texts to generate at once.
-        length: tokens to generate, prefix not counted; fewer where the context ends.
+        prefix: what each text starts with; a list gives `nsamples` texts for each of its strings,
+            in order.
+        seed: a whole number; the same gives the same texts, whatever the batch size. None draws
+            another each time.
+        nsamples: texts to generate; for a single prefix a multiple of batch_size.
+        batch_size: texts to generate at once; None for as many as is sensible.
+        length: tokens to generate, prefix not counted.
         temperature: below 1 is bolder on likely tokens; 0 always takes the likeliest.
         top_k: sample from the k likeliest tokens only; 0 for all.
         top_p: sample from the likeliest tokens that make up this probability (Holtzman et al.
-            2019); 0 for all.
+            2019), of those that top_k leaves; 0 for all.
         include_prefix: False leaves the prefix out of the texts.
+        stop: a string, or several: each text ends before the first of them.
+        stop_token: a token's id, or its text such as '<|endoftext|>', that ends a text.
+        include_stop: keep the `stop` or `stop_token` at the end.
+        min_length: tokens before `stop_token` may come.
+        repetition_penalty: above 1 makes tokens of the text so far less likely (Keskar et al.
+            2019).
+        no_repeat_ngram_size: no run of this many tokens comes twice; 0 for no such rule.
+        bad_words: strings that must not be written.
+        stream: print each text as it comes; generate_stream() gives the pieces instead.
         verbose: 0 prints nothing.
 
     Returns:
-        The texts if return_as_list, else None.
+        The texts if return_as_list, else None. Ctrl-C returns what there is; without
+        return_as_list that is printed or written, and KeyboardInterrupt raised.
 
     Raises:
         FileNotFoundError: no such run or model.
-        RuntimeError: the session holds no model, or is closed.
+        RuntimeError: the session holds no model, or is closed; or its weights are not numbers.
         ValueError: an argument is out of range.
     """
-    batch_size = 1 if batch_size is None else batch_size
-    check_whole("nsamples", nsamples, 1)
-    check_whole("batch_size", batch_size, 1)
-    check_whole("length", length, 1)
-    if nsamples % batch_size:
-        raise ValueError(f"nsamples={nsamples} must be a multiple of batch_size={batch_size}")
-    settings = sample.Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    job = texts.Job(prefix or "", nsamples, batch_size, length, settings, seed)
-    cut = texts.Cut(job.prefix, truncate, include_prefix)
-    delimiter = "" if nsamples == 1 else sample_delim
-    generated = []
+    generated: list[str] = []
     with verbosity(verbose), contextlib.ExitStack() as stack:
+        end = _end(truncate, stop, include_stop, include_prefix)
+        settings = sample.Sampling(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            no_repeat_ngram_size=no_repeat_ngram_size,
+            min_length=min_length,
+        )
+        job = texts.make_job(prefix, nsamples, batch_size, length, settings, seed, end)
         state = _loaded(sess, run_name, checkpoint_dir, model_name, model_dir)
+        job = texts.with_tokens(job, state.encoder, stop_token, bad_words)
         write = None if return_as_list else texts.print_text
         if destination_path:
             write = stack.enter_context(texts.file_writer(destination_path))
-        for text in texts.generate_texts(sess, state.encoder, job, cut):
-            generated.append(text)
-            if write:
-                write(f"{text}\n{delimiter}")
+        delimiter = "" if job.total == 1 else sample_delim
+        if stream and write:
+            for piece in texts.stream_text(sess, state, job):
+                write(piece or f"\n{delimiter}")
+            return None
+        try:
+            for text in texts.generate_texts(sess, state, job):
+                generated.append(text)
+                if write:
+                    write(f"{text}\n{delimiter}")
+        except KeyboardInterrupt:
+            if not return_as_list:
+                raise
     return generated if return_as_list else None
+
+
+def _end(
+    truncate: str | None, stop: str | Sequence[str] | None, include_stop: bool, include_prefix: bool
+) -> texts.End:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    return texts.End(truncate, stops, include_stop, None, include_prefix)
+
+
+def generate_stream(
+    sess: tf.compat.v1.Session,
+    prefix: str | None = None,
+    *,
+    length: int = 1023,
+    temperature: float = 0.7,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    seed: int | None = None,
+    include_prefix: bool = True,
+    truncate: str | None = None,
+    stop: str | Sequence[str] | None = None,
+    stop_token: str | int | None = None,
+    include_stop: bool = False,
+    min_length: int = 0,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram_size: int = 0,
+    bad_words: Sequence[str] | None = None,
+) -> Iterator[str]:
+    """Generates one text and yields it in pieces, as it comes; the arguments are generate()'s.
+
+    Yields:
+        Pieces of text, never half a character. Joined, they are what generate() returns, but for
+        newlines at the start of a text without its prefix.
+    """
+    settings = sample.Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        min_length=min_length,
+    )
+    end = _end(truncate, stop, include_stop, include_prefix)
+    job = texts.make_job(prefix, 1, 1, length, settings, seed, end)
+    state = _loaded(sess, "run1", "checkpoint", None, "models")
+    job = texts.with_tokens(job, state.encoder, stop_token, bad_words)
+    yield from filter(None, texts.stream_text(sess, state, job))
 
 
 def generate_to_file(
@@ -451,7 +533,7 @@ def generate_to_file(
     truncate: str | None = None,
     destination_path: str = "gpt_2_gen_texts.txt",
     sample_delim: str = "=" * 20 + "\n",
-    prefix: str | None = None,
+    prefix: str | Sequence[str] | None = None,
     seed: int | None = None,
     nsamples: int = 1,
     batch_size: int | None = 1,
@@ -460,10 +542,9 @@ def generate_to_file(
     top_k: int = 0,
     top_p: float = 0.0,
     include_prefix: bool = True,
-    *,
-    verbose: int = 1,
+    **options: Any,
 ) -> None:
-    """Generates texts into a file; the arguments are generate()'s.
+    """Generates texts into a file; the arguments, `options` too, are generate()'s.
 
     The file appears whole when all texts are there, or when something ends the work early.
     """
@@ -485,7 +566,7 @@ def generate_to_file(
         top_k=top_k,
         top_p=top_p,
         include_prefix=include_prefix,
-        verbose=verbose,
+        **options,
     )
 
 

@@ -1,65 +1,152 @@
-"""A prefix and settings in, finished texts out, one after the other."""
+"""Prefixes and settings in, finished texts out, in order or as they come."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from . import sample
-from .encoder import Encoder
+from . import model, sample, session
+from .encoder import Encoder, IncrementalDecoder
 from .report import progress, say
+from .step import check_whole
+
+# Rows generated at once where the caller leaves it open: more are hardly quicker on a CPU.
+MOST_ROWS = 32
+
+# Bytes of keys and values that these rows may take together, with their contexts full.
+CACHE_BYTES = 2 * 2**30
 
 
-class Cut(NamedTuple):
-    """What becomes of generated text: the prefix before it, the end at the first `truncate`.
+class End(NamedTuple):
+    """Where texts end, and what of them is kept.
 
     Attributes:
-        prefix: what the text follows.
-        truncate: where the text ends, None for nowhere.
-        include_prefix: whether the result starts with the prefix.
+        truncate: a text ends before the first of these after its prefix; None for none.
+        stop: the same, for several strings.
+        include_stop: whether a text keeps the `stop` it ends with.
+        stop_token: a text ends with this token, which is no part of it unless include_stop.
+        include_prefix: whether a text starts with its prefix.
     """
 
-    prefix: str
-    truncate: str | None
-    include_prefix: bool
+    truncate: str | None = None
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    stop_token: int | None = None
+    include_prefix: bool = True
 
-    def is_done(self, new_text: str) -> bool:
-        """Whether more text after `new_text` would be cut away."""
-        return bool(self.truncate) and self.truncate in new_text
+    def find(self, text: str, start: int) -> int | None:
+        """The place at which `text` ends, looking from `start` on; None if it does not yet.
 
-    def apply(self, new_text: str) -> str:
-        """The finished text of what was generated after the prefix."""
-        if self.truncate:
-            new_text = new_text.split(self.truncate, 1)[0]
-        if self.prefix and self.include_prefix:
-            return self.prefix + new_text
-        return new_text.lstrip("\n")
+        The stop that is complete first counts, and of several the longest: so it makes no
+        difference in which pieces the text came.
+        """
+        found = [(text.find(stop, start), stop) for stop in self.strings]
+        ends = [(place + len(stop), place, stop) for place, stop in found if place >= 0]
+        if not ends:
+            return None
+        end, place, stop = min(ends)
+        return end if self.include_stop and stop in self.stop else place
+
+    @property
+    def strings(self) -> tuple[str, ...]:
+        """All that a text may end at."""
+        return ((self.truncate,) if self.truncate else ()) + self.stop
+
+    @property
+    def longest(self) -> int:
+        """Characters of the longest of them."""
+        return max(map(len, self.strings), default=0)
 
 
 class Job(NamedTuple):
     """What to generate.
 
     Attributes:
-        prefix: what each text starts with; '' for nothing.
-        nsamples: texts, a multiple of batch_size.
-        batch_size: texts generated at once.
+        prefixes: what texts start with; '' for nothing.
+        nsamples: texts for each prefix.
+        batch_size: texts generated at once; None for as many as is sensible.
         length: tokens to generate for each.
         settings: how tokens are drawn.
         seed: the same gives the same texts; None draws one.
+        end: where texts end.
     """
 
-    prefix: str
+    prefixes: tuple[str, ...]
     nsamples: int
-    batch_size: int
+    batch_size: int | None
     length: int
     settings: sample.Sampling
     seed: int | None
+    end: End
+
+    @property
+    def total(self) -> int:
+        """How many texts there will be."""
+        return len(self.prefixes) * self.nsamples
+
+
+def make_job(
+    prefix: str | Sequence[str] | None,
+    nsamples: int,
+    batch_size: int | None,
+    length: int,
+    settings: sample.Sampling,
+    seed: int | None,
+    end: End,
+) -> Job:
+    """Checks what generate() was given.
+
+    Raises:
+        ValueError: a number out of range, no prefix in the list, an empty stop, or texts that do
+            not fill their batches.
+    """
+    check_whole("nsamples", nsamples, 1)
+    check_whole("length", length, 1)
+    if batch_size is not None:
+        check_whole("batch_size", batch_size, 1)
+        if nsamples % batch_size and (prefix is None or isinstance(prefix, str)):
+            raise ValueError(f"nsamples={nsamples} must be a multiple of batch_size={batch_size}")
+    if seed is not None:
+        check_whole("seed", seed, 0)
+    if any(not stop for stop in end.stop):
+        raise ValueError(f"stop={list(end.stop)!r} holds an empty string; leave it out")
+    prefixes = (prefix or "",) if prefix is None or isinstance(prefix, str) else tuple(prefix)
+    if not prefixes:
+        raise ValueError("prefix=[] must hold at least one prefix; '' or None is one without text")
+    if not all(isinstance(text, str) for text in prefixes):
+        raise ValueError(f"prefix={prefix!r} must be a string or a list of strings")
+    return Job(prefixes, nsamples, batch_size, length, settings, seed, end)
+
+
+def with_tokens(
+    job: Job, enc: Encoder, stop_token: str | int | None, bad_words: Sequence[str] | None
+) -> Job:
+    """The job with what only the vocabulary can tell.
+
+    Raises:
+        ValueError: no such token, or an empty bad word.
+    """
+    if isinstance(stop_token, str):
+        if stop_token not in enc.encoder:
+            raise ValueError(f"stop_token={stop_token!r} is no token; give its id, or use stop=")
+        stop_token = enc.encoder[stop_token]
+    if isinstance(bad_words, str):
+        bad_words = [bad_words]
+    if any(not word for word in bad_words or ()):
+        raise ValueError(f"bad_words={list(bad_words)!r} holds an empty string; leave it out")
+    # A word has other tokens within a line than at its start.
+    words = {tuple(enc.encode(form)) for word in bad_words or () for form in (word, f" {word}")}
+    settings = dataclasses.replace(
+        job.settings, stop_token=stop_token, bad_words=tuple(sorted(words))
+    )
+    return job._replace(settings=settings, end=job.end._replace(stop_token=stop_token))
 
 
 def start_ids(enc: Encoder, prefix: str) -> list[int]:
@@ -75,47 +162,148 @@ def start_ids(enc: Encoder, prefix: str) -> list[int]:
     return [enc.end_of_text]
 
 
-def generate_texts(sess: tf.compat.v1.Session, enc: Encoder, job: Job, cut: Cut) -> Iterator[str]:
+class _Text:
+    """One text as it grows.
+
+    Attributes:
+        new: what was generated so far after the prefix, up to its end.
+        ended: whether there will be no more.
+    """
+
+    def __init__(self, enc: Encoder, prefix: str, end: End):
+        self.prefix, self.end = prefix, end
+        self.decoder = IncrementalDecoder(enc)
+        self.new = ""
+        self.told = 0
+        self.ended = False
+
+    def feed(self, ids: np.ndarray) -> None:
+        """Takes the next tokens; -1 stands for none."""
+        if self.ended:
+            return
+        ids = ids[ids >= 0]
+        stops = len(ids) and ids[-1] == self.end.stop_token
+        self._add(self.decoder.feed(ids[:-1] if stops and not self.end.include_stop else ids))
+        if stops:
+            self.finish()
+
+    def finish(self) -> None:
+        """Ends the text; half a character at its end becomes U+FFFD."""
+        if not self.ended:
+            self._add(self.decoder.flush())
+            self.ended = True
+
+    def _add(self, more: str) -> None:
+        # A stop may have begun in what was there before.
+        start = max(0, len(self.new) - self.end.longest + 1)
+        self.new += more
+        place = self.end.find(self.new, start)
+        if place is not None:
+            self.new, self.ended = self.new[:place], True
+
+    def tell(self) -> str:
+        """What can be shown that was not yet: no more of it can turn out to be a stop's start."""
+        safe = len(self.new)
+        if not self.ended:
+            for stop in self.end.strings:
+                held = (n for n in range(len(stop) - 1, 0, -1) if self.new.endswith(stop[:n]))
+                safe = min(safe, len(self.new) - next(held, 0))
+        first = self.told == 0
+        piece, self.told = self.new[self.told : safe], max(self.told, safe)
+        return self._start() + piece if first and self.told else piece
+
+    def _start(self) -> str:
+        return self.prefix if self.end.include_prefix else ""
+
+    @property
+    def whole(self) -> str:
+        """The text as the caller gets it."""
+        if self.prefix and self.end.include_prefix:
+            return self.prefix + self.new
+        return self.new.lstrip("\n")
+
+
+def rows_at_once(hparams: model.HParams, job: Job) -> int:
+    """The batch size: the caller's, or what fits CACHE_BYTES with full contexts."""
+    if job.batch_size is not None:
+        return job.batch_size
+    cache = 4 * 2 * hparams.n_layer * hparams.n_ctx * hparams.n_embd
+    return max(1, min(job.total, MOST_ROWS, CACHE_BYTES // cache))
+
+
+def generate_texts(sess: tf.compat.v1.Session, state: session.Memory, job: Job) -> Iterator[str]:
     """Generates a job's texts, a batch at a time.
 
     Yields:
-        Each finished text.
+        Each finished text, for each prefix in turn. After Ctrl-C, those that are finished and what
+        there is of the others in the batch.
+
+    Raises:
+        KeyboardInterrupt: once all of that was given.
     """
-    ids = start_ids(enc, job.prefix)
     seed = secrets.randbits(31) if job.seed is None else job.seed
-    total = job.nsamples * job.length
-    with progress(total=total, desc="Generating", unit="tok", leave=False) as bar:
-        for first in range(0, job.nsamples, job.batch_size):
-            rows = range(first, first + job.batch_size)
-            new_texts = _generate_batch(sess, enc, job, cut, ids, seed, rows, bar.update)
-            yield from map(cut.apply, new_texts)
+    prefixes = [prefix for prefix in job.prefixes for _ in range(job.nsamples)]
+    step = rows_at_once(state.hparams, job)
+    with progress(total=len(prefixes) * job.length, desc="Generating", unit="tok") as bar:
+        for first in range(0, len(prefixes), step):
+            rows = range(first, min(first + step, len(prefixes)))
+            texts = [_Text(state.encoder, prefixes[row], job.end) for row in rows]
+            interrupted = False
+            try:
+                for count in _write(sess, state.encoder, job, texts, rows, seed):
+                    bar.update(count)
+            except KeyboardInterrupt:
+                interrupted = True
+            bar.set_postfix(texts=rows.stop, refresh=False)
+            yield from (text.whole for text in texts)
+            if interrupted:
+                raise KeyboardInterrupt
 
 
-def _generate_batch(
+def stream_text(sess: tf.compat.v1.Session, state: session.Memory, job: Job) -> Iterator[str]:
+    """Generates a job's texts one after the other, each in pieces as they come.
+
+    Yields:
+        Pieces: never half a character, never the start of a stop. An empty piece ends a text.
+    """
+    seed = secrets.randbits(31) if job.seed is None else job.seed
+    prefixes = [prefix for prefix in job.prefixes for _ in range(job.nsamples)]
+    for row, prefix in enumerate(prefixes):
+        text = _Text(state.encoder, prefix, job.end)
+        for _ in _write(sess, state.encoder, job, [text], range(row, row + 1), seed):
+            piece = text.tell()
+            if piece:
+                yield piece
+        yield ""
+
+
+def _write(
     sess: tf.compat.v1.Session,
     enc: Encoder,
     job: Job,
-    cut: Cut,
-    ids: list[int],
-    seed: int,
+    texts: Sequence[_Text],
     rows: range,
-    on_tokens: Callable[[int], object],
-) -> list[str]:
-    """The new text of each row; stops when all rows have met what they are cut at."""
-    prefixes = [ids] * len(rows)
-    chunks: list[np.ndarray] = []
-    texts = [""] * len(rows)
-    with contextlib.closing(
-        sample.generate_tokens(sess, prefixes, job.length, job.settings, seed, row_ids=list(rows))
-    ) as stream:
-        for chunk in stream:
-            chunks.append(chunk)
-            on_tokens(chunk.size)
-            if cut.truncate:
-                texts = [enc.decode(row) for row in np.concatenate(chunks, axis=1)]
-                if all(map(cut.is_done, texts)):
-                    return texts
-    return [enc.decode(row) for row in np.concatenate(chunks, axis=1)]
+    seed: int,
+) -> Iterator[int]:
+    """Lets `texts` grow to their ends; yields how many tokens were added each time."""
+    starts = [start_ids(enc, text.prefix) for text in texts]
+    tokens = sample.generate_tokens(sess, starts, job.length, job.settings, seed, list(rows))
+    with contextlib.closing(tokens):
+        try:
+            piece = next(tokens)
+            while True:
+                for text, ids in zip(texts, piece, strict=True):
+                    text.feed(ids)
+                yield int(np.count_nonzero(piece >= 0))
+                if all(text.ended for text in texts):
+                    return
+                piece = tokens.send(np.array([text.ended for text in texts]))
+        except StopIteration:
+            pass
+        finally:
+            for text in texts:
+                text.finish()
+    yield 0
 
 
 @contextlib.contextmanager
@@ -140,5 +328,5 @@ def file_writer(path: str) -> Iterator[Callable[[str], None]]:
 
 
 def print_text(text: str) -> None:
-    """Prints a text as it is; what the terminal cannot show becomes a question mark."""
+    """Prints a text as it is; what UTF-8 cannot hold becomes a question mark."""
     say(text.encode("utf-8", "replace").decode("utf-8"), end="")

@@ -370,15 +370,14 @@ class Trainer:
         config, step = self.config, self.run.step
         rng = np.random.default_rng([self.run.seed, step])
         chunk = self.data.chunks[rng.integers(len(self.data.chunks))]
-        first = self.state.encoder.decode([chunk[rng.integers(len(chunk))]])
+        first = self.state.encoder.decode([chunk[rng.integers(len(chunk))]], surrogates=False)
         settings = sample.Sampling(temperature=1.0, top_k=40)
         seed = int(rng.integers(1 << 31))
-        job = texts.Job(first, config.sample_num, 1, config.sample_length, settings, seed)
+        end = texts.End()
+        job = texts.Job((first,), config.sample_num, 1, config.sample_length, settings, seed, end)
         written: list[str] = []
         with self.interruption.ends_block():
-            for text in texts.generate_texts(
-                self.sess, self.state.encoder, job, texts.Cut(first, None, True)
-            ):
+            for text in texts.generate_texts(self.sess, self.state, job):
                 written.append(f"======== SAMPLE {len(written) + 1} ========\n{text}\n")
                 say(written[-1])
         if written:

@@ -34,7 +34,8 @@ def loaded(workplace, sess):
 def test_the_whole_way(workplace, sess, capsys):
     result = gpt2.finetune(
         sess, "text.txt", model_name="tiny", steps=30, batch_size=8, accumulate_gradients=2,
-        learning_rate=0.01, sample_every=20, sample_length=10, save_every=20, print_every=10, seed=2,
+        learning_rate=0.01, sample_every=20, sample_length=10, save_every=20, print_every=10,
+        seed=2,
     )  # fmt: skip
     out = capsys.readouterr().out
     assert "Loading checkpoint models/tiny/model.ckpt\n" in out

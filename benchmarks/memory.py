@@ -1,0 +1,168 @@
+"""The smallest allocator limit under which each configuration trains, beside the plan's prediction.
+
+    python benchmarks/memory.py                       # every row's own limit: does it fit?
+    python benchmarks/memory.py --bisect              # the smallest limit that does
+    python benchmarks/memory.py --rows 124M --bisect
+
+A row: random weights of the real size are restored, two steps of 1 x 1,024 tokens are taken, and a
+checkpoint is saved, in a process whose CPU allocator is TensorFlow's BFC allocator, a GPU's, with a
+hard limit. The folder of random models is kept between calls (124M takes 0.5 GB, 1558M 6.2 GB).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+MEGABYTE = 2**20
+
+TRIAL = """
+import sys, time, resource
+import numpy as np
+import gpt_2_simple as gpt2
+size, optimizer, accumulate, steps, precision = sys.argv[1:6]
+sess = gpt2.start_tf_sess()
+began = time.time()
+result = gpt2.finetune(
+    sess, "tokens.npz", model_name=size, steps=int(steps), optimizer=optimizer,
+    accumulate_gradients=int(accumulate), use_memory_saving_gradients=True, sample_every=0,
+    restore_from="fresh", run_name=f"{size}-{optimizer}-{accumulate}", seed=0, precision=precision,
+)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+print(f"TRAINED seconds={time.time() - began:.0f} rss={peak} loss={result.loss:.3f}")
+"""
+
+
+class Row(NamedTuple):
+    """A configuration, the limit it should train under, and what that stands for."""
+
+    size: str
+    optimizer: str
+    accumulate: int
+    limit: int
+    card: str
+    precision: str = "float32"
+
+
+ROWS = [
+    Row("124M", "adam", 5, 2700, "4 GB"),
+    Row("355M", "adam", 5, 6700, "8 GB"),
+    Row("774M", "adam", 5, 13900, "16 GB"),
+    Row("774M", "adafactor", 1, 5300, "6 GB"),
+    Row("1558M", "adafactor", 1, 9600, "11 GB"),
+    Row("1558M", "adafactor", 5, 14900, "16 GB"),
+]
+
+
+def prepare(folder: Path, size: str) -> None:
+    """A model of random weights in `folder`/models, and tokens to train it on."""
+    sys.path.insert(0, str(ROOT))
+    import numpy as np
+
+    from gpt_2_simple import checkpoint, memory
+    from models import synthetic_vocabulary
+
+    model = folder / "models" / size
+    if not (model / "checkpoint").exists():
+        synthetic_vocabulary(model)
+        checkpoint.write_model(str(model), memory.published_hparams(size), seed=0)
+    tokens = np.random.default_rng(0).integers(0, 50257, 20000).astype(np.uint16)
+    np.savez(folder / "tokens.npz", tokens)
+
+
+def trains(folder: Path, row: Row, limit: int, steps: int, log: Path) -> tuple[bool, str]:
+    """Whether a row trains under a limit in MB, and the line that says how."""
+    environment = os.environ | {
+        "TF_CPU_ALLOCATOR_USE_BFC": "true",
+        "TF_CPU_BFC_MEM_LIMIT_IN_MB": str(limit),
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "PYTHONPATH": str(ROOT),
+    }
+    arguments = [row.size, row.optimizer, str(row.accumulate), str(steps), row.precision]
+    with open(log, "a", encoding="utf-8") as output:
+        output.write(f"== {row} limit={limit}\n")
+        output.flush()
+        start = output.tell()
+        process = subprocess.run(
+            [sys.executable, "-c", TRIAL, *arguments],
+            cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    with open(log, encoding="utf-8", errors="replace") as written:
+        written.seek(start)
+        said = written.read()
+    lines = [line for line in said.splitlines() if line.startswith("TRAINED")]
+    if process.returncode == 0 and lines:
+        return True, lines[-1].removeprefix("TRAINED ")
+    if "ResourceExhausted" not in said and "OOM" not in said and "memory" not in said:
+        raise RuntimeError(f"{row} failed for another reason than memory; see {log}")
+    return False, ""
+
+
+def smallest(folder: Path, row: Row, steps: int, log: Path, share: float) -> tuple[int, str]:
+    """The smallest limit that trains, to `share` of itself, by bisection below one that does."""
+    high, said = row.limit, ""
+    while True:
+        fits, said = trains(folder, row, high, steps, log)
+        if fits:
+            break
+        high = int(high * 1.15)
+    low = int(high * 0.5)
+    while high - low > share * high:
+        middle = (high + low) // 2
+        fits, line = trains(folder, row, middle, steps, log)
+        if fits:
+            high, said = middle, line
+        else:
+            low = middle
+        print(f"    {row.size} {row.optimizer}: {low} < smallest <= {high} MB", flush=True)
+    return high, said
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", nargs="*", help="sizes to run, such as 124M 355M")
+    parser.add_argument("--bisect", action="store_true")
+    parser.add_argument("--share", type=float, default=0.02, help="precision of the bisection")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gpt2-sizes")
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    log = arguments.folder / "memory.log"
+    sys.path.insert(0, str(ROOT))
+    from gpt_2_simple import memory
+
+    print(f"{'model':6} {'optimizer':9} {'k':>2} {'goal MB':>8} {'fits':>5} {'smallest':>8} "
+          f"{'plan MB':>8} {'floor':>6}  notes")  # fmt: skip
+    for row in ROWS:
+        if arguments.rows and row.size not in arguments.rows:
+            continue
+        prepare(arguments.folder, row.size)
+        plan = memory.memory_plan(
+            row.size, optimizer=row.optimizer, accumulate_gradients=row.accumulate,
+            use_memory_saving_gradients=True, precision=row.precision,
+        )  # fmt: skip
+        began = time.time()
+        fits, said = trains(arguments.folder, row, row.limit, arguments.steps, log)
+        found = row.limit
+        if arguments.bisect:
+            found, said = smallest(arguments.folder, row, arguments.steps, log, arguments.share)
+        print(
+            f"{row.size:6} {row.optimizer:9} {row.accumulate:2} {row.limit:8} "
+            f"{'yes' if fits else 'no':>5} {found if arguments.bisect else '':>8} "
+            f"{plan.total / MEGABYTE:8.0f} {plan.floor / MEGABYTE:6.0f}  "
+            f"{said} ({time.time() - began:.0f} s)",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
