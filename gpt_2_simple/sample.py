@@ -156,6 +156,7 @@ class Decode(NamedTuple):
     """Writes new tokens, one column each; what goes in, then what comes out.
 
     Attributes:
+        key: the cache's.
         last: the texts' last tokens [rows], not in the cache yet.
         pads: columns that a row does not see [rows].
         used: columns of the cache that hold something.
@@ -171,6 +172,7 @@ class Decode(NamedTuple):
         run: keeps the cache for the next chunk.
     """
 
+    key: Any
     last: Any
     pads: Any
     used: Any
@@ -186,13 +188,12 @@ class Decode(NamedTuple):
 
 
 class Engine(NamedTuple):
-    """The parts of a session's graph that generate."""
+    """The parts of a session's graph that look after caches."""
 
     key: Any
     begin: Begin
     extend: Extend
     merge: Merge
-    decode: Decode
     free: Any
     held: Any
 
@@ -204,6 +205,13 @@ def engine(sess: tf.compat.v1.Session) -> Engine:
         RuntimeError: the session is closed, or holds no model.
     """
     return _built(sess, "engine", _build_engine)
+
+
+def decoder(sess: tf.compat.v1.Session, rows: int) -> Decode:
+    """The loop for so many rows, built by the first call."""
+    if rows == 1:
+        return _built(sess, "decode one row", functools.partial(_build_decode, matmul=ONE_ROW))
+    return _built(sess, "decode rows", functools.partial(_build_decode, matmul=FEW_ROWS))
 
 
 def _built(sess: tf.compat.v1.Session, name: str, build: Callable[..., Any]) -> Any:
@@ -225,7 +233,7 @@ def _placeholder(dtype: tf.DType, *shape: int | None) -> tf.Tensor:
 
 def _build_engine(weights: model.Weights, hparams: model.HParams) -> Engine:
     key, rows, columns = _placeholder(tf.int64), _placeholder(tf.int32), _placeholder(tf.int32)
-    shape = [2 * hparams.n_layer, None, hparams.n_head, None, hparams.n_embd // hparams.n_head]
+    shape = _cache_shape(hparams)
     empty = tf.zeros([shape[0], rows, shape[2], columns, shape[4]])
     nothing = _stage(key, tf.zeros([shape[0], 0, shape[2], 0, shape[4]]))
     with tf.control_dependencies([nothing]):  # taking what is not there would wait for ever
@@ -235,10 +243,13 @@ def _build_engine(weights: model.Weights, hparams: model.HParams) -> Engine:
         begin=Begin(rows, columns, _stage(key, empty)),
         extend=_build_extend(weights, hparams, key, shape),
         merge=_build_merge(key, shape),
-        decode=_build_decode(weights, hparams, key, shape),
         free=free.op,
         held=tf.raw_ops.MapSize(dtypes=[tf.float32], shared_name=_STORE),
     )
+
+
+def _cache_shape(hparams: model.HParams) -> list[int | None]:
+    return [2 * hparams.n_layer, None, hparams.n_head, None, hparams.n_embd // hparams.n_head]
 
 
 def _stage(key: tf.Tensor, cache: tf.Tensor) -> tf.Operation:
@@ -269,16 +280,56 @@ def _build_merge(key: tf.Tensor, shape: list[int | None]) -> Merge:
     return Merge(other, used, columns, rows, _stage(key, merged))
 
 
-def _block(x: tf.Tensor, block: model.Block, attend: Callable[..., tf.Tensor]) -> tf.Tensor:
+def _attend_one(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+    """As model.attend_rows for one query a row; oneDNN's kernels cost more than this little work."""
+    scores = tf.raw_ops.BatchMatMulV3(x=q, y=k, adj_y=True, Tout=q.dtype) + mask
+    likelihood = tf.exp(scores - tf.reduce_max(scores, axis=2, keepdims=True))
+    total = tf.reduce_sum(likelihood, axis=2, keepdims=True)
+    return tf.raw_ops.BatchMatMulV3(x=likelihood, y=v, Tout=q.dtype) / total
+
+
+class Matmul(NamedTuple):
+    """How to multiply so many rows: which of TensorFlow's kernels is quickest depends on it.
+
+    Attributes:
+        project: x [rows, nx], w [nx, nf] -> [rows, nf].
+        embed: h [rows, embd], wte [n_vocab, embd] -> logits [rows, n_vocab].
+    """
+
+    project: Callable[..., tf.Tensor]
+    embed: Callable[..., tf.Tensor]
+
+
+def _project_one(x: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
+    # Four products that run side by side: two cores then read w 1.5 times as fast. BatchMatMulV3
+    # because oneDNN has no kernel for it, and Eigen's is quicker here.
+    parts = math.gcd(4, w.shape[0])
+    x = tf.reshape(x, [parts, 1, w.shape[0] // parts])
+    w = tf.reshape(w, [parts, w.shape[0] // parts, w.shape[1]])
+    return tf.reduce_sum(tf.raw_ops.BatchMatMulV3(x=x, y=w, Tout=x.dtype), axis=0)
+
+
+ONE_ROW = Matmul(_project_one, lambda h, wte: tf.matmul(h, wte, transpose_b=True))
+# einsum because with transpose_b=True, a few rows and so long a wte, oneDNN's matmul is half as
+# quick.
+FEW_ROWS = Matmul(
+    lambda x, w: tf.einsum("bi,ij->bj", x, w), lambda h, wte: tf.einsum("bi,ji->bj", h, wte)
+)
+MANY_ROWS = Matmul(tf.matmul, lambda h, wte: tf.matmul(h, wte, transpose_b=True))
+
+
+def _block(
+    x: tf.Tensor, block: model.Block, attend: Callable[..., tf.Tensor], matmul: Matmul
+) -> tf.Tensor:
     """One transformer block; x [rows, embd], attend: q, k and v in [rows, 3 * embd] -> as x."""
-    qkv = _affine(model.layer_norm(x, block.ln_1), block.c_attn)
-    x = x + _affine(attend(qkv), block.c_proj)
-    hidden = model.gelu(_affine(model.layer_norm(x, block.ln_2), block.mlp_c_fc))
-    return x + _affine(hidden, block.mlp_c_proj)
 
+    def affine(x: tf.Tensor, layer: model.Affine) -> tf.Tensor:
+        return matmul.project(x, layer.w) + layer.b
 
-def _affine(x: tf.Tensor, layer: model.Affine) -> tf.Tensor:
-    return tf.matmul(x, layer.w) + layer.b
+    qkv = affine(model.layer_norm(x, block.ln_1), block.c_attn)
+    x = x + affine(attend(qkv), block.c_proj)
+    hidden = model.gelu(affine(model.layer_norm(x, block.ln_2), block.mlp_c_fc))
+    return x + affine(hidden, block.mlp_c_proj)
 
 
 def _masked(visible: tf.Tensor) -> tf.Tensor:
@@ -291,7 +342,8 @@ def _build_extend(
     tokens, pads = _placeholder(tf.int32, None, None), _placeholder(tf.int32, None)
     used = _placeholder(tf.int32)
     cache = _take(key, shape)
-    forward = _build_forward(weights, hparams, tf.shape(cache), pads, tf.shape(tokens)[1])
+    time_ = tf.shape(tokens)[1]
+    forward = _build_forward(weights, hparams, tf.shape(cache), pads, time_, MANY_ROWS)
     _, flat = forward(tf.reshape(cache, [-1, shape[-1]]), tokens, used)
     return Extend(tokens, pads, used, _stage(key, tf.reshape(flat, tf.shape(cache))))
 
@@ -310,9 +362,8 @@ def _controls() -> Controls:
     )
 
 
-def _build_decode(
-    weights: model.Weights, hparams: model.HParams, key: tf.Tensor, shape: list[int | None]
-) -> Decode:
+def _build_decode(weights: model.Weights, hparams: model.HParams, matmul: Matmul) -> Decode:
+    key, shape = _placeholder(tf.int64), _cache_shape(hparams)
     controls = _controls()
     last, pads = _placeholder(tf.int32, None), _placeholder(tf.int32, None)
     used, grow, written = (_placeholder(tf.int32) for _ in range(3))
@@ -320,11 +371,11 @@ def _build_decode(
     ended = _placeholder(tf.bool, None)
     steps = tf.shape(uniform)[0]
     cache = _grown(_take(key, shape), grow)
-    forward = _build_forward(weights, hparams, tf.shape(cache), pads, 1)
+    forward = _build_forward(weights, hparams, tf.shape(cache), pads, 1, matmul)
 
     def body(step: Any, flat: Any, last: Any, history: Any, ended: Any, status: Any, out: Any):
         h, flat = forward(flat, last[:, tf.newaxis], used + step)  # [rows, embd]
-        logits = tf.matmul(h, weights.wte, transpose_b=True)
+        logits = matmul.embed(h, weights.wte)
         end = tf.shape(history)[1] - steps + step
         token, fault = _next_token(logits, uniform[step], history, end, written + step, controls)
         here = tf.equal(tf.range(tf.shape(history)[1]), end)
@@ -349,8 +400,9 @@ def _build_decode(
     tokens = tf.transpose(done[-1].gather(tf.range(done[0])))  # [rows, steps]
     run = _stage(key, tf.reshape(done[1], tf.shape(cache)))
     return Decode(
-        last, pads, used, grow, uniform, texts, ended, written, controls, tokens, done[-2], run
-    )
+        key, last, pads, used, grow, uniform, texts, ended, written, controls, tokens, done[-2],
+        run,
+    )  # fmt: skip
 
 
 def _grown(cache: tf.Tensor, columns: tf.Tensor) -> tf.Tensor:
@@ -366,6 +418,7 @@ def _build_forward(
     cache_shape: tf.Tensor,
     pads: tf.Tensor,
     time_: Any,
+    matmul: Matmul,
 ) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
     """What is the same for each step of a loop, computed before it.
 
@@ -375,6 +428,7 @@ def _build_forward(
         cache_shape: [2 * n_layer, rows, n_head, columns, width].
         pads: [rows].
         time_: tokens in a step; 1 saves transposes.
+        matmul: how to multiply.
 
     Returns:
         A function (flat cache [..., width], tokens [rows, time], column of the first of them) ->
@@ -416,14 +470,15 @@ def _build_forward(
             middle = (2 * layer + 1) * half
             k = tf.reshape(flat[middle - half : middle], keys_shape)
             v = tf.reshape(flat[middle : middle + half], keys_shape)
-            return heads_last(model.attend_rows(heads_first(q * width**-0.5), k, v, mask))
+            attend_rows = _attend_one if time_ == 1 else model.attend_rows
+            return heads_last(attend_rows(heads_first(q * width**-0.5), k, v, mask))
 
         # A row that has ended may run on past the last position; nobody looks at it.
         position = tf.clip_by_value(column - pads[:, tf.newaxis], 0, hparams.n_ctx - 1)
         x = tf.gather(weights.wte, tokens) + tf.gather(weights.wpe, position)
         x = tf.reshape(x, [-1, hparams.n_embd])
         for layer, block in enumerate(weights.blocks):
-            x = _block(x, block, functools.partial(attend, layer))
+            x = _block(x, block, functools.partial(attend, layer), matmul)
         return model.layer_norm(x, weights.ln_f), flat
 
     return forward
@@ -731,7 +786,7 @@ class _Call:
 
     def decode(self, steps: int, written: int, length: int) -> np.ndarray:
         """Writes up to `steps` tokens, int32 [rows, time]."""
-        decode = self.engine.decode
+        decode = decoder(self.sess, len(self.live))
         missing = max(0, self.used + steps - self.columns)
         grow = min(max(missing, GROWTH), length - written) if missing else 0
         raw = np.array([row.noise.random_raw(steps) for row in self.live]).T
@@ -744,9 +799,10 @@ class _Call:
             decode.history: self.history(steps),
             decode.ended: [row.ended for row in self.live],
             decode.written: written,
-            **self.controls(),
+            **self.controls(decode.controls),
+            decode.key: self.key,
         }
-        new, status, _ = self.run([decode.tokens, decode.status, decode.run], feeds)
+        new, status, _ = self.sess.run([decode.tokens, decode.status, decode.run], feeds)
         _check_status(status)
         self.columns += grow
         self.used += new.shape[1]
@@ -768,7 +824,7 @@ class _Call:
             line[width - len(row.text) : width] = row.text
         return history
 
-    def controls(self) -> dict[Any, Any]:
+    def controls(self, controls: Controls) -> dict[Any, Any]:
         """What to feed for the sampling."""
         words = self.sampling.bad_words
         longest = max(map(len, words), default=1)
@@ -778,7 +834,7 @@ class _Call:
             "stop_token": -1 if self.sampling.stop_token is None else self.sampling.stop_token,
             "controlled": self.sampling.controlled,
         }
-        return {getattr(self.engine.decode.controls, name): values[name] for name in values}
+        return {getattr(controls, name): value for name, value in values.items()}
 
     def run(self, fetches: Any, feeds: dict[Any, Any], key: int | None = None) -> Any:
         return self.sess.run(fetches, {self.engine.key: self.key if key is None else key, **feeds})
