@@ -134,13 +134,18 @@ class Packer:
     def pack(self, texts: list[str]) -> tuple[bytes, list[int]]:
         """Encodes texts: all their ids as bytes, and how many ids each has."""
         split = [split_words(text) for text in texts]
-        words = set().union(*split)
-        new = words - self.packed.keys()
+        found = [[*map(self.packed.get, words)] for words in split]
+        gaps = [[i for i, ids in enumerate(row) if ids is None] for row in found]
+        new = {words[i] for words, places in zip(split, gaps, strict=True) for i in places}
         if len(self.packed) + len(new) > self.most:
-            self.packed.clear()
-            new = words
+            # The words of this block are likely to come again; those of long ago are not.
+            kept = set().union(*split) - new
+            self.packed = {word: self.packed[word] for word in kept}
         self._learn(new)
-        packed = [b"".join(map(self.packed.__getitem__, row)) for row in split]
+        for words, row, places in zip(split, found, gaps, strict=True):
+            for i in places:
+                row[i] = self.packed[words[i]]
+        packed = [b"".join(row) for row in found]
         return b"".join(packed), [len(ids) // self.dtype.itemsize for ids in packed]
 
     def _learn(self, words: set[str]) -> None:
