@@ -7,6 +7,7 @@ reports. Names, positions and defaults are gpt-2-simple 0.8.1's; what came after
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from . import checkpoint as checkpoints
 from . import (
     encoder,
     history,
+    memory,
     memory_saving_gradients,
     model,
     runs,
@@ -37,6 +39,7 @@ from .colab import (
 from .create import create_gpt2
 from .dataset import encode_csv, load_dataset, save_npz, save_tokens
 from .download import download_gpt2, is_gpt2_downloaded
+from .memory import memory_plan
 from .report import say, verbosity
 from .sampler import split_dataset
 from .schedule import Schedule
@@ -63,6 +66,7 @@ __all__ = [
     "is_gpt2_downloaded",
     "is_mounted",
     "load_gpt2",
+    "memory_plan",
     "memory_saving_gradients",
     "model",
     "mount_gdrive",
@@ -93,13 +97,18 @@ def finetune(
     save_every: int = 1000,
     print_every: int = 1,
     max_checkpoints: int = 1,
-    use_memory_saving_gradients: bool = False,
+    use_memory_saving_gradients: bool | None = None,
     only_train_transformer_layers: bool = False,
     optimizer: str = "adam",
     overwrite: bool = False,
     reuse: bool = False,
     *,
     sequence_length: int | None = None,
+    train_last_blocks: int | None = None,
+    precision: str = "float32",
+    dropout: float = 0.0,
+    weight_decay: float = 0.0,
+    gradient_clip: float = 0.0,
     seed: int | None = None,
     epochs: float | None = None,
     sampling: str = "random",
@@ -142,12 +151,20 @@ def finetune(
         save_every: steps between checkpoints.
         print_every: steps between lines.
         max_checkpoints: checkpoints to keep; 0 keeps all.
-        use_memory_saving_gradients: recompute activations in the backward pass, not store them.
+        use_memory_saving_gradients: recompute activations in the backward pass, not store them;
+            None does so where the device's memory (see memory_plan) is too small otherwise.
         only_train_transformer_layers: leave the embeddings and the last layer norm as they are.
         optimizer: 'adam', 'adafactor' or 'sgd'.
         overwrite: with restore_from='latest', remove the run's older checkpoints and events.
         reuse: accepted for old scripts; a session's model is always reused.
         sequence_length: tokens in a window; None means n_ctx.
+        train_last_blocks: train only so many blocks, the last ones; None for all of the model.
+        precision: of activations and matmuls: 'float32', or 'bfloat16' or 'float16' with weights
+            and optimizer state in float32; float16 scales the loss, and skips steps that overflow.
+        dropout: share of embeddings, attention weights and residuals that is dropped.
+        weight_decay: decoupled from the gradient; biases and gains are left out.
+        gradient_clip: limit of the gradients' global norm; 0 for none. Costs one copy of the
+            gradients if there is no accumulation.
         seed: draws the windows and the samples; None draws another each time. A run that is
             resumed goes on with its own.
         epochs: how often this call goes through the dataset, instead of `steps`.
@@ -179,6 +196,7 @@ def finetune(
         RuntimeError: another process trains this run; or, a train.Diverged, the loss is infinite
             or no number.
         ValueError: an argument is out of range, or the dataset holds no text.
+        MemoryError: the device has too little memory; says which setting to change.
     """
     if val_dataset is not None and val_split:
         raise ValueError(f"give val_dataset={val_dataset!r} or val_split={val_split}, not both")
@@ -186,10 +204,15 @@ def finetune(
         step=StepConfig(
             batch_size=batch_size,
             accumulate_gradients=accumulate_gradients,
-            use_memory_saving_gradients=use_memory_saving_gradients,
+            use_memory_saving_gradients=bool(use_memory_saving_gradients),
             only_train_transformer_layers=only_train_transformer_layers,
             optimizer=optimizer,
             sequence_length=sequence_length,
+            train_last_blocks=train_last_blocks,
+            precision=precision,
+            dropout=dropout,
+            weight_decay=weight_decay,
+            gradient_clip=gradient_clip,
         ),
         schedule=Schedule(learning_rate, warmup_steps, lr_schedule, min_learning_rate),
         steps=steps,
@@ -222,7 +245,12 @@ def finetune(
     }
     source = checkpoints.model_folder(model_dir, model_name)
     run = os.path.join(checkpoint_dir, run_name)
-    with verbosity(verbose), runs.lock(run):
+    with verbosity(verbose), contextlib.ExitStack() as stack:
+        if use_memory_saving_gradients is None:
+            hparams = checkpoints.read_hparams(source)
+            step = memory.choose(sess, hparams, config.step, model_name)
+            config = dataclasses.replace(config, step=step)
+        stack.enter_context(runs.lock(run))
         runs.prepare(run, source)
         start = runs.starting_checkpoint(restore_from, run, source)
         state = _load(sess, run, start, "checkpoint", multi_gpu)

@@ -10,13 +10,14 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from . import model
-from .step import LOSS_ROWS, StepConfig
+from .report import say
+from .step import LOSS_ROWS, PRECISIONS, StepConfig, trained_variables
 
 PUBLISHED = {
     "124M": (12, 12, 768),
@@ -115,6 +116,9 @@ def memory_plan(
     accumulate_gradients: int = 5,
     use_memory_saving_gradients: bool = True,
     only_train_transformer_layers: bool = False,
+    train_last_blocks: int | None = None,
+    precision: str = "float32",
+    gradient_clip: float = 0.0,
 ) -> Plan:
     """Counts the bytes that finetune() needs with these settings; print() shows them as a table.
 
@@ -126,6 +130,9 @@ def memory_plan(
         accumulate_gradients: micro-batches in a step.
         use_memory_saving_gradients: recompute activations in the backward pass.
         only_train_transformer_layers: leave the embeddings as they are.
+        train_last_blocks: train only so many blocks; None for all.
+        precision: 'float32', 'bfloat16' or 'float16'.
+        gradient_clip: above 0, all gradients are kept until their norm is known.
 
     Returns:
         The plan, in bytes (its table is in MB of 2**20 bytes).
@@ -141,6 +148,9 @@ def memory_plan(
         only_train_transformer_layers=only_train_transformer_layers,
         optimizer=optimizer,
         sequence_length=sequence_length,
+        train_last_blocks=train_last_blocks,
+        precision=precision,
+        gradient_clip=gradient_clip,
     )
     return plan(hparams, config)
 
@@ -148,39 +158,31 @@ def memory_plan(
 def plan(hparams: model.HParams, config: StepConfig) -> Plan:
     """The plan of a step's settings; see memory_plan."""
     time = min(config.sequence_length or hparams.n_ctx, hparams.n_ctx)
-    shapes = list(variable_shapes(hparams))
-    trained = [
-        shape
-        for name, shape in shapes
-        if not config.only_train_transformer_layers or name.startswith("h")
-    ]
-    trained_size = FLOAT * sum(map(math.prod, trained))
-    accumulate = config.accumulate_gradients > 1
-    stream = FLOAT * config.batch_size * time * hparams.n_embd
-    stored = STORED * stream + _attention_weights(hparams, config.batch_size, time)
+    with tf.Graph().as_default():
+        weights = model.variables(hparams)
+        trained = [variable.shape for variable in trained_variables(weights, config)]
+        total = sum(v.shape.num_elements() for v in model.flatten(weights))
+    trained_size = FLOAT * sum(shape.num_elements() for shape in trained)
+    width = PRECISIONS[config.precision].size
+    stream = width * config.batch_size * time * hparams.n_embd
+    stored = STORED * stream + _attention_weights(hparams, config.batch_size, time, width)
+    layers = config.train_last_blocks or hparams.n_layer
     keeps_all = not config.use_memory_saving_gradients
-    gradients = 0 if accumulate or not keeps_all else trained_size
+    gradients = trained_size if keeps_all and not config.accumulates else 0
     return Plan(
         hparams=hparams,
         config=config,
         time=time,
-        weights=FLOAT * sum(math.prod(shape) for _, shape in shapes),
-        optimizer_state=sum(_state_size(config.optimizer, shape) for shape in trained),
-        accumulators=trained_size if accumulate else 0,
-        stored_activations=hparams.n_layer * (stored if keeps_all else stream) + gradients,
+        weights=FLOAT * total,
+        optimizer_state=sum(_state_size(config.optimizer, shape.as_list()) for shape in trained),
+        accumulators=trained_size if config.accumulates else 0,
+        stored_activations=layers * (stored if keeps_all else stream) + gradients,
         block=TRANSIENT * stream + (0 if keeps_all else stored),
-        loss=_loss_size(hparams, config, time),
+        loss=_loss_size(hparams, config, time, width),
     )
 
 
-def variable_shapes(hparams: model.HParams) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Each variable's name, without its scope, and shape."""
-    with tf.Graph().as_default():
-        for variable in model.flatten(model.variables(hparams)):
-            yield variable.op.name.partition("/")[2], tuple(variable.shape.as_list())
-
-
-def _state_size(optimizer: str, shape: tuple[int, ...]) -> int:
+def _state_size(optimizer: str, shape: Sequence[int]) -> int:
     long_axes = [size for size in shape if size > 1]
     if optimizer == "adam":
         return 2 * FLOAT * math.prod(shape)
@@ -189,21 +191,24 @@ def _state_size(optimizer: str, shape: tuple[int, ...]) -> int:
     return 0
 
 
-def _attention_weights(hparams: model.HParams, batch_size: int, time: int) -> int:
+def _attention_weights(hparams: model.HParams, batch_size: int, time: int, width: int) -> int:
     """The softmax of one block: for each chunk of queries, the keys that its last may see."""
     starts = range(0, time, model.QUERY_CHUNK)
     ends = [min(start + model.QUERY_CHUNK, time) for start in starts]
     seen = sum((end - start) * end for start, end in zip(starts, ends, strict=True))
-    return FLOAT * batch_size * hparams.n_head * seen
+    return width * batch_size * hparams.n_head * seen
 
 
-def _loss_size(hparams: model.HParams, config: StepConfig, time: int) -> int:
-    """Logits and their gradient, and the projection's gradient with the part that is added."""
+def _loss_size(hparams: model.HParams, config: StepConfig, time: int, width: int) -> int:
+    """A chunk of logits and their gradient, and the output projection's gradient."""
     rows = min(LOSS_ROWS, config.batch_size * time)
     chunks = math.ceil(config.batch_size * time / LOSS_ROWS)
-    projection = FLOAT * hparams.n_vocab * hparams.n_embd
-    copies = 0 if config.only_train_transformer_layers else min(chunks, 2)
-    return 2 * FLOAT * rows * hparams.n_vocab + copies * projection
+    projection = hparams.n_vocab * hparams.n_embd
+    trained = not config.only_train_transformer_layers and config.train_last_blocks is None
+    # Parts are added to the accumulator one by one, or else to each other.
+    copies = trained * (1 if config.accumulates else min(chunks, 2))
+    cast = width * projection if width < FLOAT else 0
+    return 2 * FLOAT * rows * hparams.n_vocab + FLOAT * copies * projection + cast
 
 
 def device_limit(sess: tf.compat.v1.Session) -> int | None:
@@ -250,18 +255,89 @@ def fitting_plans(hparams: model.HParams, limit: int) -> list[Plan]:
 
 def as_call(candidate: Plan, model_name: str) -> str:
     """The finetune() call that a plan stands for."""
-    config = candidate.config
-    arguments: dict[str, Any] = {
-        "model_name": model_name,
-        "optimizer": config.optimizer,
-        "accumulate_gradients": config.accumulate_gradients,
-        "use_memory_saving_gradients": config.use_memory_saving_gradients,
-    }
-    if candidate.time < candidate.hparams.n_ctx:
-        arguments["sequence_length"] = candidate.time
-    if config.batch_size > 1:
-        arguments["batch_size"] = config.batch_size
-    if config.only_train_transformer_layers:
-        arguments["only_train_transformer_layers"] = True
+    default, arguments = StepConfig(), {"model_name": model_name}
+    for field in dataclasses.fields(StepConfig):
+        value = getattr(candidate.config, field.name)
+        always = field.name in ("accumulate_gradients", "use_memory_saving_gradients")
+        if always or value != getattr(default, field.name):
+            arguments[field.name] = value
+    if candidate.time == candidate.hparams.n_ctx:
+        arguments.pop("sequence_length", None)
     given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     return f'gpt2.finetune(sess, "your.txt", {given})'
+
+
+def choose(
+    sess: tf.compat.v1.Session, hparams: model.HParams, config: StepConfig, model_name: str
+) -> StepConfig:
+    """Decides whether to save memory, where the caller left that open, and says why.
+
+    Args:
+        sess: tells the device's limit.
+        hparams: the model's sizes.
+        config: settings, whose use_memory_saving_gradients is not decided yet.
+        model_name: for the advice.
+
+    Returns:
+        The settings: the quickest that fit.
+
+    Raises:
+        MemoryError: nothing fits; says what would.
+    """
+    limit = device_limit(sess)
+    plans = {
+        save: plan(hparams, dataclasses.replace(config, use_memory_saving_gradients=save))
+        for save in (False, True)
+    }
+    if limit is None:
+        return plans[False].config
+    for save, candidate in plans.items():
+        if candidate.total <= limit:
+            say(
+                f"use_memory_saving_gradients={save}: training needs about "
+                f"{candidate.total / MEGABYTE:,.0f} MB of the device's {limit / MEGABYTE:,.0f}"
+                + (f", and {plans[False].total / MEGABYTE:,.0f} without" if save else "")
+            )
+            return candidate.config
+    raise MemoryError(
+        f"training needs about {plans[True].total / MEGABYTE:,.0f} MB, and the device has "
+        f"{limit / MEGABYTE:,.0f}. {_closest(hparams, limit, model_name)}"
+    )
+
+
+def _closest(hparams: model.HParams, limit: int, model_name: str) -> str:
+    fitting = fitting_plans(hparams, limit)
+    if fitting:
+        return f"This fits: {as_call(fitting[0], model_name)}"
+    least = plan(
+        hparams,
+        StepConfig(
+            accumulate_gradients=1,
+            use_memory_saving_gradients=True,
+            optimizer="adafactor",
+            sequence_length=max(2, hparams.n_ctx // 4),
+        ),
+    )
+    return (
+        f"Nothing fits: the least, {least.total / MEGABYTE:,.0f} MB, is that of "
+        f"{as_call(least, model_name)}; take a smaller model"
+    )
+
+
+def advice(current: Plan) -> str:
+    """What to change after the device ran out of memory, and what that would save."""
+    changes: list[dict[str, Any]] = [
+        {"use_memory_saving_gradients": True},
+        {"batch_size": 1},
+        {"optimizer": "adafactor"},
+        {"accumulate_gradients": 1, "gradient_clip": 0.0},
+        {"sequence_length": max(2, current.time // 2)},
+    ]
+    for change in changes:
+        saved = current.total - plan(
+            current.hparams, dataclasses.replace(current.config, **change)
+        ).total
+        if saved > 0:
+            name, value = next(iter(change.items()))
+            return f"try {name}={value!r}, which saves about {saved / MEGABYTE:,.0f} MB"
+    return "take a smaller model"

@@ -8,6 +8,7 @@ shapes of the variables are those of OpenAI's published checkpoints.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ import tensorflow as tf
 # see: less than the whole square of scores is then computed and stored.
 QUERY_CHUNK = 256
 
-# Added to a score that a query must not see: exp() of it is 0, and float16 still holds it.
+# Added to a score that a query must not see: exp() of it is 0.
 MASKED_SCORE = -30000.0
 
 LAYER_NORM_EPSILON = 1e-5
@@ -175,14 +176,14 @@ def block_device(layer: int, n_layer: int, gpus: Sequence[str]) -> str | None:
     return gpus[layer * len(gpus) // n_layer] if gpus else None
 
 
-def read(weights: Weights, dtype: tf.DType = tf.float32) -> Weights:
-    """Reads every variable once, cast to `dtype`; projections lose their leading 1."""
+def read(weights: Weights) -> Weights:
+    """Reads every variable once; projections lose their leading 1."""
 
     def matrix(variable: Any) -> tf.Tensor:
-        return tf.cast(tf.reshape(variable.read_value(), variable.shape[-2:]), dtype)
+        return tf.reshape(variable.read_value(), variable.shape[-2:])
 
     def vector(variable: Any) -> tf.Tensor:
-        return tf.cast(variable.read_value(), dtype)
+        return variable.read_value()
 
     def block(variables_: Block) -> Block:
         return Block(*[
@@ -211,12 +212,42 @@ def dimensions(x: tf.Tensor) -> list[Any]:
     return [dynamic[i] if size is None else size for i, size in enumerate(x.shape.as_list())]
 
 
+class Dropout(NamedTuple):
+    """Dropout (Srivastava et al. 2014) that a recomputation repeats exactly.
+
+    Attributes:
+        rate: the share of elements set to 0, above 0 and below 1.
+        seed: int32 [2]; each place draws from a seed of its own beside it.
+    """
+
+    rate: float
+    seed: tf.Tensor
+
+    def __call__(self, x: tf.Tensor, place: int) -> tf.Tensor:
+        """Drops elements of x; `place` tells the calls of one forward pass apart."""
+        seed = self.seed + tf.constant([place, 0])
+        return tf.nn.experimental.stateless_dropout(x, rate=self.rate, seed=seed)
+
+
+def in_type_of(x: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
+    """`weight`, cast to x's type if it has another.
+
+    The cast waits for x: else all weights would be cast at once, when a step begins.
+    """
+    if weight.dtype == x.dtype:
+        return weight
+    with tf.control_dependencies([x]):
+        return tf.cast(weight, x.dtype)
+
+
 def layer_norm(x: tf.Tensor, norm: Norm) -> tf.Tensor:
-    """Layer normalisation (Ba et al. 2016) over the last axis, with gain and bias."""
-    mean = tf.reduce_mean(x, axis=-1, keepdims=True)
-    centred = x - mean
+    """Layer normalisation (Ba et al. 2016) over the last axis, with gain and bias, in float32."""
+    wide = tf.cast(x, norm.g.dtype)
+    mean = tf.reduce_mean(wide, axis=-1, keepdims=True)
+    centred = wide - mean
     variance = tf.reduce_mean(tf.square(centred), axis=-1, keepdims=True)
-    return centred * tf.math.rsqrt(variance + LAYER_NORM_EPSILON) * norm.g + norm.b
+    scaled = centred * tf.math.rsqrt(variance + LAYER_NORM_EPSILON) * norm.g + norm.b
+    return tf.cast(scaled, x.dtype)
 
 
 def gelu(x: tf.Tensor) -> tf.Tensor:
@@ -251,10 +282,10 @@ def with_gradient(name: str, value: tf.Tensor, *stored: tf.Tensor) -> tf.Tensor:
 
 
 def affine(x: tf.Tensor, layer: Affine) -> tf.Tensor:
-    """Projects x [..., nx] to x @ w + b [..., nf]."""
+    """Projects x [..., nx] to x @ w + b [..., nf], in x's type."""
     *start, nx = dimensions(x)
     nf = layer.w.shape[-1]
-    y = tf.matmul(tf.reshape(x, [-1, nx]), layer.w) + layer.b
+    y = tf.matmul(tf.reshape(x, [-1, nx]), in_type_of(x, layer.w)) + in_type_of(x, layer.b)
     return tf.reshape(y, [*start, nf])
 
 
@@ -270,17 +301,22 @@ def merge_heads(x: tf.Tensor) -> tf.Tensor:
     return tf.reshape(tf.transpose(x, [0, 2, 1, 3]), [batch, time, heads * width])
 
 
-def causal_mask(queries: Any, keys: Any, dtype: tf.DType) -> tf.Tensor:
-    """[queries, keys] of 0 where a query may look, MASKED_SCORE where not.
+def causal_mask(queries: Any, keys: Any) -> tf.Tensor:
+    """Float32 [queries, keys] of 0 where a query may look, MASKED_SCORE where not.
 
     The last query sees the last key, the one before it all but that one, and so on.
     """
     query = tf.range(queries)[:, tf.newaxis] + (keys - queries)
     hidden = tf.range(keys)[tf.newaxis, :] > query
-    return tf.cast(hidden, dtype) * tf.cast(MASKED_SCORE, dtype)
+    return tf.cast(hidden, tf.float32) * MASKED_SCORE
 
 
-def attend(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, mask: Callable[..., tf.Tensor]) -> tf.Tensor:
+Mask = Callable[[Any, Any], tf.Tensor]
+
+
+def attend(
+    q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, mask: Mask, drop: Callable[..., Any] | None = None
+) -> tf.Tensor:
     """Causal attention: q [batch, head, queries, width], k and v [batch, head, keys, width].
 
     Args:
@@ -288,26 +324,37 @@ def attend(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, mask: Callable[..., tf.Tens
         k: keys.
         v: values.
         mask: (queries, keys) -> what is added to the scores.
+        drop: dropout of the attention weights, if any.
 
     Returns:
         [batch, head, queries, width]
     """
     queries, keys = q.shape[2], k.shape[2]
     if queries is None or queries != keys or queries <= QUERY_CHUNK:
-        return attend_rows(q, k, v, mask(dimensions(q)[2], dimensions(k)[2]))
+        return attend_rows(q, k, v, mask(dimensions(q)[2], dimensions(k)[2]), drop)
     # Split and concat: the gradient of a slice would fill a whole tensor with zeros first.
     sizes = [min(QUERY_CHUNK, queries - start) for start in range(0, queries, QUERY_CHUNK)]
     q_parts, k_parts, v_parts = (tf.split(x, sizes, axis=2) for x in (q, k, v))
     rows = []
     for i, q_part in enumerate(q_parts):
         seen_k, seen_v = (tf.concat(x[: i + 1], axis=2) for x in (k_parts, v_parts))
-        rows.append(attend_rows(q_part, seen_k, seen_v, mask(sizes[i], sum(sizes[: i + 1]))))
+        part = mask(sizes[i], sum(sizes[: i + 1]))
+        rows.append(attend_rows(q_part, seen_k, seen_v, part, drop))
     return tf.concat(rows, axis=2)
 
 
-def attend_rows(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-    """softmax(q k^T + mask) v; stores the softmax for its gradient."""
-    weights = tf.nn.softmax(tf.matmul(q, k, transpose_b=True) + mask)  # [batch, head, query, key]
+def attend_rows(
+    q: tf.Tensor,
+    k: tf.Tensor,
+    v: tf.Tensor,
+    mask: tf.Tensor,
+    drop: Callable[..., Any] | None = None,
+) -> tf.Tensor:
+    """softmax(q k^T + mask) v, the softmax in float32; stores it in q's type for its gradient."""
+    scores = tf.cast(tf.matmul(q, k, transpose_b=True), mask.dtype) + mask
+    weights = tf.cast(tf.nn.softmax(scores), q.dtype)  # [batch, head, query, key]
+    if drop is not None:
+        return tf.matmul(drop(weights), v)
     out = tf.matmul(weights, v)
     return with_gradient("Gpt2SimpleAttention", out, q, k, v, weights)
 
@@ -328,7 +375,12 @@ def _attention_gradient(op: tf.Operation, dy: tf.Tensor, *_: Any) -> list[Any]:
 
 
 def transformer_block(
-    x: tf.Tensor, block: Block, n_head: int, past: Any, mask: Callable[..., tf.Tensor]
+    x: tf.Tensor,
+    block: Block,
+    n_head: int,
+    past: Any,
+    mask: Mask,
+    drop: Callable[[tf.Tensor], tf.Tensor] | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """One block.
 
@@ -338,6 +390,7 @@ def transformer_block(
         n_head: attention heads.
         past: keys and values of earlier positions [batch, 2, head, past time, width], or None.
         mask: (queries, keys) -> what is added to the scores.
+        drop: dropout of attention weights and of what is added to x, if any.
 
     Returns:
         The block's output [batch, time, embd] and this call's own keys and values
@@ -349,10 +402,12 @@ def transformer_block(
     if past is not None:
         past_k, past_v = tf.unstack(past, num=2, axis=1)
         k, v = tf.concat([past_k, k], axis=2), tf.concat([past_v, v], axis=2)
-    attended = attend(q * (1.0 / math.sqrt(q.shape[-1])), k, v, mask)
-    x = x + affine(merge_heads(attended), block.c_proj)
+    attended = attend(q * (1.0 / math.sqrt(q.shape[-1])), k, v, mask, drop)
+    added = affine(merge_heads(attended), block.c_proj)
+    x = x + (drop(added) if drop else added)
     hidden = gelu(affine(layer_norm(x, block.ln_2), block.mlp_c_fc))  # [batch, time, 4 * embd]
-    return x + affine(hidden, block.mlp_c_proj), present
+    added = affine(hidden, block.mlp_c_proj)
+    return x + (drop(added) if drop else added), present
 
 
 class Hidden(NamedTuple):
@@ -368,7 +423,13 @@ class Hidden(NamedTuple):
 
 
 def hidden_states(
-    weights: Weights, hparams: HParams, X: tf.Tensor, past: Any = None, gpus: Sequence[str] = ()
+    weights: Weights,
+    hparams: HParams,
+    X: tf.Tensor,
+    past: Any = None,
+    gpus: Sequence[str] = (),
+    dtype: tf.DType = tf.float32,
+    dropout: Dropout | None = None,
 ) -> Hidden:
     """Embeds the tokens and runs the blocks.
 
@@ -378,6 +439,8 @@ def hidden_states(
         X: int32 token ids [batch, time]; either may be unknown.
         past: [batch, n_layer, 2, head, past time, width] of earlier positions, or None.
         gpus: as in `variables`.
+        dtype: of the activations and of the matmuls.
+        dropout: of embeddings, attention and residuals, for training.
 
     Returns:
         Hidden; each block's output is also added to the graph collection 'checkpoints'.
@@ -386,19 +449,23 @@ def hidden_states(
     past_length = 0 if past is None else dimensions(past)[4]
     pasts = [None] * hparams.n_layer if past is None else tf.unstack(past, hparams.n_layer, axis=1)
     masks: dict[tuple[str, str], tf.Tensor] = {}
+    places = itertools.count()
 
     def mask(queries: Any, keys: Any) -> tf.Tensor:
         key = (str(queries), str(keys)) if isinstance(queries, int) else ("", "")
         if key not in masks:
-            masks[key] = causal_mask(queries, keys, weights.wte.dtype)
+            masks[key] = causal_mask(queries, keys)
         return masks[key]
 
+    drop = None if dropout is None else (lambda x: dropout(x, next(places)))
     x = tf.gather(weights.wte, X) + weights.wpe[past_length : past_length + time]
+    x = tf.cast(x, dtype)
+    x = drop(x) if drop else x
     presents = []
     for layer, block in enumerate(weights.blocks):
         device = block_device(layer, hparams.n_layer, gpus)
         with tf.device(device), tf.compat.v1.name_scope(f"h{layer}"):
-            x, present = transformer_block(x, block, hparams.n_head, pasts[layer], mask)
+            x, present = transformer_block(x, block, hparams.n_head, pasts[layer], mask, drop)
         tf.compat.v1.add_to_collection(CHECKPOINTS, x)
         presents.append(present)
     return Hidden(layer_norm(x, weights.ln_f), presents)

@@ -444,11 +444,7 @@ class AccumulatingOptimizer:
         additions: list[tf.Operation] = []
 
         def add(variable: tf.Variable, part: Gradient) -> tf.Operation:
-            index = next(i for i, known in enumerate(self.var_list) if known is variable)
-            self._reached.add(index)
-            accumulator = self._accumulators[index]
-            with tf.device(accumulator.device):
-                additions.append(accumulator.assign_add(dense(part), read_value=False))
+            additions.append(self.add(variable, part))
             return additions[-1]
 
         function = self.gradients_function
@@ -464,9 +460,36 @@ class AccumulatingOptimizer:
                     add(variable, gradient)
         if not additions:
             raise ValueError(f"{loss.name} depends on none of the {len(self.var_list)} variables")
-        additions.append(self._total_loss.assign_add(tf.cast(loss, tf.float32), read_value=False))
-        additions.append(self._count.assign_add(1.0, read_value=False))
-        return tf.group(*additions)
+        return self.count(loss, additions)
+
+    def add(self, variable: tf.Variable, part: Gradient) -> tf.Operation:
+        """Adds a part of a variable's gradient, for callers who differentiate by themselves.
+
+        Args:
+            variable: one of var_list.
+            part: shaped as the variable.
+
+        Returns:
+            The operation that adds. `count` ends the micro-batch.
+        """
+        index = next(i for i, known in enumerate(self.var_list) if known is variable)
+        self._reached.add(index)
+        accumulator = self._accumulators[index]
+        with tf.device(accumulator.device):
+            return accumulator.assign_add(dense(part), read_value=False)
+
+    def count(self, loss: tf.Tensor, additions: Iterable[tf.Operation]) -> tf.Operation:
+        """Ends a micro-batch: all of its additions, and its loss."""
+        return tf.group(
+            *additions,
+            self._total_loss.assign_add(tf.cast(loss, tf.float32), read_value=False),
+            self._count.assign_add(1.0, read_value=False),
+        )
+
+    def global_norm(self) -> tf.Tensor:
+        """The Euclidean norm of the mean gradient over all variables: a scalar."""
+        squares = [tf.nn.l2_loss(self._accumulators[i].read_value()) for i in sorted(self._reached)]
+        return tf.sqrt(2.0 * tf.add_n(squares)) / self._count.read_value()
 
     def all_finite(self) -> tf.Tensor:
         """Whether all accumulated gradients are finite: a scalar, bool."""
@@ -489,7 +512,7 @@ class AccumulatingOptimizer:
             raise ValueError("call compute_gradients(loss) before apply_gradients()")
         pairs = [(self._accumulators[i], self.var_list[i]) for i in sorted(self._reached)]
         factor = scale / self._count.read_value()
-        loss = self._total_loss.read_value() / self._count.read_value()
+        loss = self.mean_loss()
         # One after the other and before all updates: at any time one gradient exists twice.
         last: list[tf.Operation] = []
         for accumulator, _ in pairs:
@@ -504,6 +527,10 @@ class AccumulatingOptimizer:
             applied = self.opt.apply_gradients([(mean.read_value(), v) for mean, v in pairs])
         with tf.control_dependencies([applied, *counted]):
             return tf.identity(loss)
+
+    def mean_loss(self) -> tf.Tensor:
+        """The mean loss of the micro-batches so far, a scalar."""
+        return self._total_loss.read_value() / self._count.read_value()
 
     def variables(self) -> list[tf.Variable]:
         """The accumulators and counters, which live from one reset to the next, unlike the state.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,12 +15,19 @@ from .optimizer import (
     OPTIMIZERS,
     AccumulatingOptimizer,
     Gradient,
-    Optimizer,
     make_optimizer,
 )
 
 # Rows of logits that exist at once, with their gradient: 256 of 50,257 float32 are 51 MB.
 LOSS_ROWS = 256
+
+
+# The type of activations and matmuls; weights and the optimizer's state are always float32.
+PRECISIONS = {"float32": tf.float32, "bfloat16": tf.bfloat16, "float16": tf.float16}
+
+# Dynamic loss scaling (Micikevicius et al. 2018, arXiv:1710.03740) for float16.
+FIRST_LOSS_SCALE = 2.0**15
+GOOD_STEPS = 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +40,11 @@ class StepConfig:
     only_train_transformer_layers: bool = False
     optimizer: str = "adam"
     sequence_length: int | None = None
+    train_last_blocks: int | None = None
+    precision: str = "float32"
+    dropout: float = 0.0
+    weight_decay: float = 0.0
+    gradient_clip: float = 0.0
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of its range."""
@@ -40,8 +52,27 @@ class StepConfig:
         check_whole("accumulate_gradients", self.accumulate_gradients, 1)
         if self.sequence_length is not None:
             check_whole("sequence_length", self.sequence_length, 2)
+        if self.train_last_blocks is not None:
+            check_whole("train_last_blocks", self.train_last_blocks, 1)
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={self.optimizer!r} must be one of {list(OPTIMIZERS)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r} must be one of {list(PRECISIONS)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r} must be 0 or above, and below 1")
+        for name in ("weight_decay", "gradient_clip"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be 0 (off) or above")
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether gradients are summed up before any of them is applied.
+
+        The norm of all of them, and whether all are finite, is known only then.
+        """
+        return bool(
+            self.accumulate_gradients > 1 or self.gradient_clip or self.precision == "float16"
+        )
 
 
 def check_whole(name: str, value: Any, least: int, but: str = "") -> None:
@@ -56,8 +87,9 @@ class Head(NamedTuple):
 
     Attributes:
         loss: sum of weights * cross-entropy, a scalar.
-        dh: its gradient by the hidden states, [rows, n_embd].
-        dwte: its gradient by the output projection, [n_vocab, n_embd]; None if not wanted.
+        dh: its gradient by the hidden states, [rows, n_embd], in their type.
+        dwte: its gradient by the output projection, float32 [n_vocab, n_embd]; None if that is not
+            trained, or was handed out in parts.
     """
 
     loss: tf.Tensor
@@ -65,8 +97,17 @@ class Head(NamedTuple):
     dwte: tf.Tensor | None
 
 
+OnPart = Callable[[tf.Tensor], tf.Operation]
+
+
 def output_head(
-    h: tf.Tensor, wte: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor, with_dwte: bool = True
+    h: tf.Tensor,
+    wte: tf.Tensor,
+    labels: tf.Tensor,
+    weights: tf.Tensor,
+    trains_wte: bool = True,
+    on_part: OnPart | None = None,
+    loss_scale: tf.Tensor | float = 1.0,
 ) -> Head:
     """Cross-entropy of wte's predictions and its gradient, LOSS_ROWS rows at a time.
 
@@ -74,34 +115,42 @@ def output_head(
     once and none are computed twice.
 
     Args:
-        h: float hidden states [rows, n_embd]; rows is static.
-        wte: the output projection [n_vocab, n_embd].
+        h: hidden states [rows, n_embd], in any float type; rows is static.
+        wte: the output projection, float32 [n_vocab, n_embd].
         labels: int32 next tokens [rows].
         weights: float32 [rows]: each row's share in the loss.
-        with_dwte: whether wte is trained.
+        trains_wte: whether wte's gradient is wanted.
+        on_part: takes each chunk's part of it, and returns the operation that adds it somewhere.
+        loss_scale: what gradients are multiplied by.
 
     Returns:
-        Head. Fetching only the loss computes no gradient of the last chunk, but of the others.
+        Head.
     """
+    table = model.in_type_of(h, wte)
     losses, dhs, dwte = [], [], None
-    finished: list[tf.Tensor] = []
+    finished: list[Any] = []
     for start in range(0, h.shape[0], LOSS_ROWS):
         rows = slice(start, min(start + LOSS_ROWS, h.shape[0]))
         with tf.control_dependencies(finished):
             x = tf.identity(h[rows])
-        logits = tf.matmul(x, wte, transpose_b=True)  # [rows, n_vocab]
+        logits = tf.cast(tf.matmul(x, table, transpose_b=True), tf.float32)  # [rows, n_vocab]
         loss, dlogits = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(
             features=logits, labels=labels[rows]
         )
-        dlogits *= weights[rows, tf.newaxis]
         losses.append(tf.reduce_sum(loss * weights[rows]))
-        dhs.append(tf.matmul(dlogits, wte))
+        dlogits = tf.cast(dlogits * (weights[rows, tf.newaxis] * loss_scale), x.dtype)
+        dhs.append(tf.matmul(dlogits, table))
         finished = [dhs[-1]]
-        if with_dwte:
-            part = tf.matmul(dlogits, x, transpose_a=True)
-            dwte = part if dwte is None else dwte + part
-            finished.append(dwte)
-    return Head(tf.add_n(losses), tf.concat(dhs, axis=0), dwte)
+        if trains_wte:
+            part = tf.cast(tf.matmul(dlogits, x, transpose_a=True), tf.float32)
+            if on_part is not None:
+                finished.append(on_part(part))
+            else:
+                dwte = part if dwte is None else dwte + part
+                finished.append(dwte)
+    with tf.control_dependencies(finished):
+        dh = tf.concat(dhs, axis=0)
+    return Head(tf.add_n(losses), dh, dwte)
 
 
 class TrainOps(NamedTuple):
@@ -111,155 +160,228 @@ class TrainOps(NamedTuple):
         tokens: int32 [batch, time]; each but the first is to be predicted.
         weights: float32 [batch, time - 1]: each prediction's share in the micro-batch's loss.
         learning_rate: a scalar.
-        reset: empties the accumulators; None without accumulation.
-        micro_step: adds a micro-batch's gradients; None without accumulation.
+        dropout_seed: int32 [2], another for each micro-batch; feeding it does nothing if there is
+            no dropout.
+        reset: empties the accumulators; None without them.
+        micro_step: adds a micro-batch's gradients; None without accumulators.
         apply: takes the step and gives the loss.
+        finite: whether the step can be taken, None if it always can: with float16, see `skip`.
+        skip: gives the loss, and halves the loss scale instead of taking the step.
         initialize: empties the optimizer's state.
-        optimizer: holds the state.
+        state: the variables to save with a run beside its weights.
     """
 
     tokens: tf.Tensor
     weights: tf.Tensor
     learning_rate: tf.Tensor
+    dropout_seed: tf.Tensor
     reset: tf.Operation | None
     micro_step: tf.Operation | None
     apply: tf.Tensor
+    finite: tf.Tensor | None
+    skip: tf.Tensor | None
     initialize: tf.Operation
-    optimizer: Optimizer
+    state: list[tf.Variable]
 
 
 def build(
     sess: tf.compat.v1.Session, state: session.Memory, config: StepConfig, time_: int
 ) -> TrainOps:
     """The training operations for windows of `time_` tokens, built once in a session's graph."""
-    accumulate = config.accumulate_gradients > 1
     # How many micro-batches there are is the loop's business, not the graph's.
-    key = (dataclasses.replace(config, accumulate_gradients=1 + accumulate), time_)
+    key = (dataclasses.replace(config, accumulate_gradients=1 + config.accumulates), time_)
     with state.lock, sess.graph.as_default():
         if key not in state.built:
             with tf.compat.v1.name_scope("train"):
-                state.built[key] = _build(state, config, time_, accumulate)
+                state.built[key] = _Builder(state, config, time_).build()
         return state.built[key]
 
 
-def trained_variables(weights: model.Weights, only_layers: bool) -> list[tf.Variable]:
-    """The variables to train: all, or only those of the blocks."""
-    if only_layers:
-        return [leaf for block in weights.blocks for part in block for leaf in part]
-    return model.flatten(weights)
+def trained_variables(weights: model.Weights, config: StepConfig) -> list[tf.Variable]:
+    """The variables to train: all, those of the blocks, or those of the last blocks.
 
-
-class _Forward(NamedTuple):
-    """The forward pass of a micro-batch, to be differentiated.
-
-    Attributes:
-        h: hidden states [rows, n_embd].
-        head: the loss, and its gradient by h.
-        checkpoints: the tensors to keep for the backward pass.
+    Raises:
+        ValueError: there are not so many blocks.
     """
-
-    h: tf.Tensor
-    head: Head
-    checkpoints: list[tf.Tensor]
-
-
-def _build(state: session.Memory, config: StepConfig, time_: int, accumulate: bool) -> TrainOps:
-    variables = state.weights
-    xs = trained_variables(variables, config.only_train_transformer_layers)
-    tokens = tf.compat.v1.placeholder(tf.int32, [config.batch_size, time_], "tokens")
-    weights = tf.compat.v1.placeholder(tf.float32, [config.batch_size, time_ - 1], "weights")
-    learning_rate = tf.compat.v1.placeholder(tf.float32, [], "learning_rate")
-    forward = _forward(state, tokens, weights, with_dwte=any(x is variables.wte for x in xs))
-    optimizer = make_optimizer(config.optimizer, learning_rate)
-    save_memory = config.use_memory_saving_gradients
-    if accumulate:
-        return _accumulating(variables, xs, forward, optimizer, save_memory)._replace(
-            tokens=tokens, weights=weights, learning_rate=learning_rate
+    count = config.train_last_blocks
+    if count is None and not config.only_train_transformer_layers:
+        return model.flatten(weights)
+    if count is not None and count > len(weights.blocks):
+        raise ValueError(
+            f"train_last_blocks={count}, but the model has {len(weights.blocks)} blocks"
         )
-    updates = _update_each(variables, xs, forward, optimizer, save_memory)
-    with tf.control_dependencies([optimizer.finish(updates)]):
-        apply = tf.identity(forward.head.loss)
-    initialize = tf.compat.v1.variables_initializer(optimizer.variables())
-    return TrainOps(tokens, weights, learning_rate, None, None, apply, initialize, optimizer)
+    blocks = weights.blocks[-count:] if count else weights.blocks
+    return [leaf for block in blocks for part in block for leaf in part]
 
 
-def _forward(
-    state: session.Memory, tokens: tf.Tensor, weights: tf.Tensor, with_dwte: bool
-) -> _Forward:
-    hparams = state.hparams
-    tensors = model.read(state.weights)
-    graph = tf.compat.v1.get_default_graph()
-    graph.clear_collection(model.CHECKPOINTS)
-    h = model.hidden_states(tensors, hparams, tokens[:, :-1], gpus=state.gpus).h
-    # The last block's activations are needed first, so they are kept, not recomputed.
-    checkpoints = graph.get_collection(model.CHECKPOINTS)[:-1]
-    graph.clear_collection(model.CHECKPOINTS)
-    rows = tokens.shape[0] * (tokens.shape[1] - 1)
-    h = tf.reshape(h, [rows, hparams.n_embd])
-    labels = tf.reshape(tokens[:, 1:], [rows])
-    head = output_head(h, tensors.wte, labels, tf.reshape(weights, [rows]), with_dwte)
-    return _Forward(h, head, checkpoints)
+class _LossScale:
+    """The factor that keeps float16 gradients from vanishing: halved when they overflow."""
+
+    def __init__(self) -> None:
+        def variable(name: str, value: float) -> tf.Variable:
+            return tf.compat.v1.get_variable(
+                f"optimizer/loss_scale/{name}", [], tf.float32, trainable=False,
+                initializer=tf.compat.v1.constant_initializer(value), use_resource=True,
+            )  # fmt: skip
+
+        with tf.compat.v1.variable_scope(
+            tf.compat.v1.get_variable_scope(), reuse=tf.compat.v1.AUTO_REUSE
+        ):
+            self.scale = variable("scale", FIRST_LOSS_SCALE)
+            self.good = variable("good_steps", 0.0)
+
+    def grow(self) -> tf.Operation:
+        """Counts a good step; doubles the scale after GOOD_STEPS of them."""
+        enough = tf.cast(self.good.read_value() + 1 >= GOOD_STEPS, tf.float32)
+        good = (self.good.read_value() + 1) * (1 - enough)
+        scale = self.scale.read_value() * (1 + enough)
+        with tf.control_dependencies([good, scale]):
+            return tf.group(self.good.assign(good), self.scale.assign(scale))
+
+    def halve(self) -> tf.Operation:
+        """Halves the scale after a step that was not finite."""
+        halved = tf.maximum(self.scale.read_value() / 2, 1.0)
+        with tf.control_dependencies([halved]):
+            return tf.group(self.good.assign(0.0), self.scale.assign(halved))
 
 
-def _update_each(
-    variables: model.Weights,
-    xs: Sequence[tf.Variable],
-    forward: _Forward,
-    optimizer: Optimizer,
-    save_memory: bool,
-) -> list[tf.Operation]:
-    """Updates each variable; saving memory, as soon as its gradient is there."""
-    updates = []
+class _Builder:
+    """Adds a step's operations to the default graph."""
 
-    def update(x: tf.Variable, gradient: Gradient) -> tf.Operation:
-        if x is variables.wte:
-            gradient = recompute.add(forward.head.dwte, gradient)
-        updates.append(optimizer.apply(gradient, x))
-        return updates[-1]
+    def __init__(self, state: session.Memory, config: StepConfig, time_: int):
+        self.hparams, self.gpus, self.config = state.hparams, state.gpus, config
+        self.variables = state.weights
+        self.xs = trained_variables(state.weights, config)
+        self.trains_wte = any(x is self.variables.wte for x in self.xs)
+        batch = config.batch_size
+        placeholder = tf.compat.v1.placeholder
+        self.tokens = placeholder(tf.int32, [batch, time_], "tokens")
+        self.weights = placeholder(tf.float32, [batch, time_ - 1], "weights")
+        self.learning_rate = placeholder(tf.float32, [], "learning_rate")
+        self.seed = tf.compat.v1.placeholder_with_default([0, 0], [2], "dropout_seed")
+        self.optimizer = make_optimizer(
+            config.optimizer, self.learning_rate, weight_decay=config.weight_decay
+        )
+        self.loss_scale = _LossScale() if config.precision == "float16" else None
+        self.tensors = model.read(self.variables)
+        self.h, self.checkpoints = self.hidden()
 
-    dh = forward.head.dh
-    if save_memory:
-        recompute.gradients(forward.h, xs, dh, forward.checkpoints, on_gradient=update)
-        return updates
-    found = tf.gradients(forward.h, xs, grad_ys=dh)
-    with tf.control_dependencies([g.values if hasattr(g, "values") else g for g in found]):
-        # Each reader of a variable has run, so that the update needs no copy of it.
-        all_done = tf.no_op()
-    for x, gradient in zip(xs, found, strict=True):
-        with tf.control_dependencies([all_done, *updates[-1:]]):
-            update(x, gradient)
-    return updates
+    def hidden(self) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """The hidden states [rows, n_embd], and the tensors to keep for the backward pass."""
+        config, graph = self.config, tf.compat.v1.get_default_graph()
+        graph.clear_collection(model.CHECKPOINTS)
+        h = model.hidden_states(
+            self.tensors,
+            self.hparams,
+            self.tokens[:, :-1],
+            gpus=self.gpus,
+            dtype=PRECISIONS[config.precision],
+            dropout=model.Dropout(config.dropout, self.seed) if config.dropout else None,
+        ).h
+        checkpoints = graph.get_collection(model.CHECKPOINTS)
+        graph.clear_collection(model.CHECKPOINTS)
+        rows = self.weights.shape.num_elements()
+        return tf.reshape(h, [rows, self.hparams.n_embd]), checkpoints
 
+    def head(self, on_part: OnPart | None = None) -> Head:
+        """The loss and where its gradient starts."""
+        rows = self.h.shape[0]
+        return output_head(
+            self.h,
+            self.tensors.wte,
+            tf.reshape(self.tokens[:, 1:], [rows]),
+            tf.reshape(self.weights, [rows]),
+            self.trains_wte,
+            on_part,
+            self.loss_scale.scale.read_value() if self.loss_scale else 1.0,
+        )
 
-def _accumulating(
-    variables: model.Weights,
-    xs: Sequence[tf.Variable],
-    forward: _Forward,
-    optimizer: Optimizer,
-    save_memory: bool,
-) -> TrainOps:
-    """Accumulators, to which each gradient is added as soon as it is there."""
-    dh, dwte = forward.head.dh, forward.head.dwte
+    def build(self) -> TrainOps:
+        """All of the operations."""
+        return self.accumulating() if self.config.accumulates else self.immediate()
 
-    def save(_: tf.Tensor, xs: Sequence[tf.Variable], on_part: recompute.Hook) -> None:
-        start = dh
-        if dwte is not None:
-            with tf.control_dependencies([on_part(variables.wte, dwte)]):
-                start = tf.identity(dh)
-        recompute.gradients(forward.h, xs, start, forward.checkpoints, on_part=on_part)
+    def immediate(self) -> TrainOps:
+        """Each variable is updated as soon as its gradient is there, if that saves memory."""
+        head = self.head()
+        updates: list[tf.Operation] = []
 
-    def keep(_: tf.Tensor, xs: Sequence[tf.Variable]) -> list[Gradient | None]:
-        found = tf.gradients(forward.h, xs, grad_ys=dh)
-        return [
-            g if x is not variables.wte else recompute.add(dwte, g)
-            for x, g in zip(xs, found, strict=True)
-        ]
+        def update(x: tf.Variable, gradient: Gradient) -> tf.Operation:
+            if x is self.variables.wte:
+                gradient = recompute.add(head.dwte, gradient)
+            updates.append(self.optimizer.apply(gradient, x))
+            return updates[-1]
 
-    accumulating = AccumulatingOptimizer(optimizer, xs, save if save_memory else keep)
-    micro_step = accumulating.compute_gradients(forward.head.loss)
-    apply = accumulating.apply_gradients()
-    initialize = tf.compat.v1.variables_initializer(
-        [*optimizer.variables(), *accumulating.variables()]
-    )
-    reset = accumulating.reset()
-    return TrainOps(None, None, None, reset, micro_step, apply, initialize, optimizer)
+        if self.config.use_memory_saving_gradients:
+            recompute.gradients(self.h, self.xs, head.dh, self.checkpoints, on_gradient=update)
+        else:
+            found = tf.gradients(self.h, self.xs, grad_ys=head.dh)
+            # When all are there, each reader of a variable has run: no update needs a copy of it.
+            with tf.control_dependencies([getattr(g, "values", g) for g in found]):
+                updates.append(tf.no_op())
+            for x, gradient in zip(self.xs, found, strict=True):
+                with tf.control_dependencies(updates[-1:]):
+                    update(x, gradient)
+        with tf.control_dependencies([self.optimizer.finish(updates)]):
+            apply = tf.identity(head.loss)
+        return self.ops(apply=apply)
+
+    def accumulating(self) -> TrainOps:
+        """Each gradient is added to its accumulator as soon as it is there."""
+        wte, config = self.variables.wte, self.config
+        total = AccumulatingOptimizer(self.optimizer, self.xs)
+        additions: list[tf.Operation] = []
+
+        def add(x: tf.Variable, part: Gradient) -> tf.Operation:
+            additions.append(total.add(x, part))
+            return additions[-1]
+
+        head = self.head(on_part=lambda part: add(wte, part))
+        if config.use_memory_saving_gradients:
+            recompute.gradients(self.h, self.xs, head.dh, self.checkpoints, on_part=add)
+        else:
+            found = tf.gradients(self.h, self.xs, grad_ys=head.dh)
+            for x, gradient in zip(self.xs, found, strict=True):
+                add(x, gradient)
+        micro_step = total.count(head.loss, additions)
+        scale = 1.0 / self.loss_scale.scale.read_value() if self.loss_scale else 1.0
+        factor = scale
+        if config.gradient_clip:
+            norm = total.global_norm() * scale
+            factor = scale * config.gradient_clip / tf.maximum(norm, config.gradient_clip)
+        apply = total.apply_gradients(factor)
+        reset, own = total.reset(), total.variables()
+        if not self.loss_scale:
+            return self.ops(apply, reset, micro_step, own=own)
+        with tf.control_dependencies([apply]), tf.control_dependencies([self.loss_scale.grow()]):
+            apply = tf.identity(apply)
+        loss = total.mean_loss()
+        with tf.control_dependencies([self.loss_scale.halve()]):
+            skip = tf.identity(loss)
+        return self.ops(apply, reset, micro_step, total.all_finite(), skip, own)
+
+    def ops(
+        self,
+        apply: tf.Tensor,
+        reset: tf.Operation | None = None,
+        micro_step: tf.Operation | None = None,
+        finite: tf.Tensor | None = None,
+        skip: tf.Tensor | None = None,
+        own: Sequence[tf.Variable] = (),
+    ) -> TrainOps:
+        """TrainOps of these and of what both ways share."""
+        state = self.optimizer.variables()
+        if self.loss_scale:
+            state += [self.loss_scale.scale, self.loss_scale.good]
+        return TrainOps(
+            tokens=self.tokens,
+            weights=self.weights,
+            learning_rate=self.learning_rate,
+            dropout_seed=self.seed,
+            reset=reset,
+            micro_step=micro_step,
+            apply=apply,
+            finite=finite,
+            skip=skip,
+            initialize=tf.compat.v1.variables_initializer([*state, *own]),
+            state=state,
+        )

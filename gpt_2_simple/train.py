@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from . import checkpoint, evaluate, history, runs, sample, session, texts
+from . import checkpoint, evaluate, history, memory, runs, sample, session, texts
 from .interruption import Interruption
 from .report import say
 from .sampler import SAMPLING, Sampler, fixed_windows, window_length
@@ -185,7 +185,7 @@ class Trainer:
             state,
             folder,
             config.max_checkpoints,
-            self.ops.optimizer.variables(),
+            self.ops.state,
             start if resume else None,
         )
         self.sess.run(self.ops.initialize)
@@ -267,6 +267,12 @@ class Trainer:
         batches = self.draw()
         try:
             loss = self.feed(batches, rate)
+        except tf.errors.ResourceExhaustedError as error:
+            plan = memory.plan(self.state.hparams, self.config.step)
+            raise MemoryError(
+                f"the device's memory is too small for this training step: {memory.advice(plan)}. "
+                f"The last checkpoint is {self.saves.latest or self.start}"
+            ) from error
         finally:
             if loss is None:
                 self.sampler.restore(before)
@@ -288,6 +294,9 @@ class Trainer:
             self.sess.run(ops.micro_step, batch)
             if self.interruption.requested:
                 return None
+        if ops.finite is not None and not self.sess.run(ops.finite):
+            say(f"step {self.run.step + 1} is skipped: float16 gradients overflowed")
+            return float(self.sess.run(ops.skip))
         return float(self.sess.run(ops.apply, {ops.learning_rate: rate}))
 
     def draw(self) -> list[dict[tf.Tensor, np.ndarray]]:
@@ -299,9 +308,14 @@ class Trainer:
         ops, count = self.ops, self.config.step.accumulate_gradients
         batches = [self.sampler.sample_weighted(*ops.tokens.shape) for _ in range(count)]
         scale = count / sum(float(batch.weights.sum()) for batch in batches)
+        step = self.run.step + 1
         return [
-            {ops.tokens: batch.tokens, ops.weights: batch.weights[:, 1:] * np.float32(scale)}
-            for batch in batches
+            {
+                ops.tokens: batch.tokens,
+                ops.weights: batch.weights[:, 1:] * np.float32(scale),
+                ops.dropout_seed: dropout_seed(self.run.seed, step, index),
+            }
+            for index, batch in enumerate(batches)
         ]
 
     def validate(self, entry: history.Entry) -> history.Entry:
@@ -401,6 +415,12 @@ class Trainer:
             run.best_loss,
             run.best_step if run.best_loss is not None else None,
         )
+
+
+def dropout_seed(seed: int, step: int, index: int) -> list[int]:
+    """The seed of a micro-batch's dropout, int32 [2]: the same again when a run is resumed."""
+    # The first number is shared with the places in the network, which are fewer than 2 ** 16.
+    return np.random.default_rng([seed, step, index]).integers(2**31 - 2**16, size=2).tolist()
 
 
 def training_window(chunks: Sequence[np.ndarray], config: Config, n_ctx: int) -> int:
