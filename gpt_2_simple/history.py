@@ -112,8 +112,9 @@ def _parsed(line: str) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def smoothed(losses: Sequence[float], decay: float = 0.99) -> list[float]:
-    """Each loss averaged with those before it, as the printed average is."""
+def smoothed(losses: Sequence[float]) -> list[float]:
+    """Each loss averaged with those before it: about a 25th of them all, 100 at most."""
+    decay = 1 - 1 / min(max(len(losses) / 25, 1), 100)
     averages = []
     total = weight = 0.0
     for loss in losses:

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 import gpt_2_simple as gpt2
@@ -65,8 +66,13 @@ def test_no_history_is_said(tmp_path):
         read_history(str(tmp_path))
 
 
-def test_smoothing_is_that_of_the_printed_average():
-    assert history.smoothed([4.0, 2.0]) == pytest.approx([4.0, (4 * 0.99 + 2) / 1.99])
+def test_smoothing_follows_a_short_history_and_calms_a_long_one():
+    assert history.smoothed([4.0, 2.0]) == [4.0, 2.0]
+    noisy = [2.0 + (-1) ** step for step in range(1000)]
+    calm = history.smoothed(noisy)
+    assert len(calm) == 1000
+    assert np.ptp(calm[500:]) < 0.1
+    assert np.mean(calm[500:]) == pytest.approx(2.0, abs=0.01)
 
 
 @pytest.fixture

@@ -411,7 +411,7 @@ def test_padding_weighs_nothing_and_each_token_as_much(small, sess):
         ({"patience": -1}, "patience=-1 must be"),
         (
             {"patience": 2, "steps": 1},
-            "patience=2 needs a validation set: give val_dataset or val_s",
+            "patience=2 needs val_dataset or val_split",
         ),
         ({"val_split": 0.1, "val_dataset": "text.txt"}, "give val_dataset='text.txt' or val_split"),
         ({"val_split": 1.5, "steps": 1}, "val_split=1.5 must be above 0 and below 1"),
