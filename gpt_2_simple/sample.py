@@ -33,6 +33,9 @@ PREFILL_TOKENS = 4096
 CHUNK_SECONDS = 0.4
 LONGEST_CHUNK = 64
 
+# Scoring makes so many rows of logits at a time.
+LOGITS_ROWS = 256
+
 # top_p alone first looks for its nucleus among this many of the likeliest tokens, then among all.
 NUCLEUS = 1024
 
@@ -281,7 +284,7 @@ def _build_merge(key: tf.Tensor, shape: list[int | None]) -> Merge:
 
 
 def _attend_one(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-    """As model.attend_rows for one query a row; oneDNN's kernels cost more than this little work."""
+    """As model.attend_rows for one query a row; oneDNN's kernels cost more to start."""
     scores = tf.raw_ops.BatchMatMulV3(x=q, y=k, adj_y=True, Tout=q.dtype) + mask
     likelihood = tf.exp(scores - tf.reduce_max(scores, axis=2, keepdims=True))
     total = tf.reduce_sum(likelihood, axis=2, keepdims=True)
@@ -557,44 +560,62 @@ def _completions(history: tf.Tensor, words: tf.Tensor) -> tuple[tf.Tensor, tf.Te
 def _choose(logits: tf.Tensor, uniform: tf.Tensor, controls: Controls) -> tf.Tensor:
     """Next tokens [rows], from logits [rows, n_vocab] and one number in [0, 1) a row."""
     size = tf.shape(logits)[1]
+    best = tf.reduce_max(logits, axis=1, keepdims=True)
     nucleus = (controls.top_p > 0) & (controls.top_p < 1)
+    top_p = tf.cast(controls.top_p, tf.float64)
 
-    def pick(values: tf.Tensor) -> tf.Tensor:
-        return _pick(values / controls.temperature, uniform, controls.top_p, nucleus)
+    def masses(logits: tf.Tensor) -> tf.Tensor:
+        return tf.cast(tf.exp((logits - best) / controls.temperature), tf.float64)
 
-    def among(k: tf.Tensor) -> tf.Tensor:
-        values, tokens = tf.math.top_k(logits, k)
-        return tf.gather(tokens, pick(values - values[:, :1]), batch_dims=1)
+    def top_k() -> tf.Tensor:
+        values, tokens = tf.math.top_k(logits, controls.top_k)
+        reached = tf.cumsum(masses(values), axis=1)
+        mass = reached[:, -1] * tf.where(nucleus, top_p, 1.0)
+        return tf.gather(tokens, _draw(reached, mass, uniform), batch_dims=1)
+
+    def top_p_alone() -> tf.Tensor:
+        mass = top_p * tf.reduce_sum(masses(logits), axis=1)
+
+        def among(k: Any) -> tuple[tf.Tensor, tf.Tensor]:
+            values, tokens = tf.math.top_k(logits, k)
+            return tokens, tf.cumsum(masses(values), axis=1)
+
+        likely = among(tf.minimum(NUCLEUS, size))
+        enough = tf.reduce_all(likely[1][:, -1] >= mass)
+        tokens, reached = tf.cond(enough, lambda: likely, lambda: among(size))
+        return tf.gather(tokens, _draw(reached, mass, uniform), batch_dims=1)
+
+    def everything() -> tf.Tensor:
+        reached = tf.cumsum(masses(logits), axis=1)
+        return _draw(reached, reached[:, -1], uniform)
+
+    def sample() -> tf.Tensor:
+        truncated = (controls.top_k > 0) & (controls.top_k < size)
+        return tf.cond(
+            truncated, top_k, lambda: tf.cond(nucleus, top_p_alone, everything)
+        )
 
     def likeliest() -> tf.Tensor:
         return tf.argmax(logits, axis=1, output_type=tf.int32)
 
-    def everything() -> tf.Tensor:
-        return pick(logits - tf.reduce_max(logits, axis=1, keepdims=True))
-
-    def sample() -> tf.Tensor:
-        k = tf.minimum(tf.where(controls.top_k > 0, controls.top_k, size), size)
-        return tf.cond((k < size) | nucleus, lambda: among(k), everything)
-
     return tf.cond(controls.temperature > 0, sample, likeliest)
 
 
-def _pick(
-    values: tf.Tensor, uniform: tf.Tensor, top_p: tf.Tensor, nucleus: tf.Tensor
-) -> tf.Tensor:
-    """Draws an index [rows] from the softmax of values [rows, n]; for a nucleus they are sorted."""
-    reached = tf.cumsum(tf.cast(tf.exp(values), tf.float64), axis=1)
+def _draw(reached: tf.Tensor, mass: tf.Tensor, uniform: tf.Tensor) -> tf.Tensor:
+    """Draws an index [rows] by the inverse of a distribution function.
 
-    def within() -> tf.Tensor:
-        mass = tf.cast(top_p, tf.float64) * reached[:, -1:]
-        inside = tf.reduce_sum(tf.cast(reached < mass, tf.int32), axis=1)  # the last one's index
-        inside = tf.minimum(inside, tf.shape(values)[1] - 1)
-        return tf.gather(reached, inside, batch_dims=1)
+    Args:
+        reached: cumulative masses [rows, n].
+        mass: [rows]; the first index to reach it is the last that may come.
+        uniform: [rows] of numbers in [0, 1).
+    """
 
-    total = tf.cond(nucleus, within, lambda: reached[:, -1])
-    before = reached <= (uniform * total)[:, tf.newaxis]
-    index = tf.reduce_sum(tf.cast(before, tf.int32), axis=1)
-    return tf.minimum(index, tf.shape(values)[1] - 1)
+    def count(below: tf.Tensor) -> tf.Tensor:
+        indices = tf.reduce_sum(tf.cast(below, tf.int32), axis=1)
+        return tf.minimum(indices, tf.shape(reached)[1] - 1)
+
+    total = tf.gather(reached, count(reached < mass[:, tf.newaxis]), batch_dims=1)
+    return count(reached <= (uniform * total)[:, tf.newaxis])
 
 
 # --- Writing -----------------------------------------------------------------------------------
@@ -861,3 +882,135 @@ def _check_status(status: np.ndarray) -> None:
         raise ValueError(
             "bad_words, no_repeat_ngram_size and min_length leave no token to choose; allow more"
         )
+
+
+# --- What the model thinks of given tokens -----------------------------------------------------
+
+
+class Score(NamedTuple):
+    """What the model says of `tokens` [rows, time].
+
+    Attributes:
+        tokens: what it reads.
+        targets: [rows, time], what comes after each of them.
+        scores: log-probabilities of the targets [rows, time].
+        next: log-probabilities of what comes after the last column [rows, n_vocab].
+    """
+
+    tokens: Any
+    targets: Any
+    scores: Any
+    next: Any
+
+
+def score_tokens(
+    sess: tf.compat.v1.Session, rows: Sequence[Sequence[int]], stride: int | None = None
+) -> list[np.ndarray]:
+    """Log-probabilities (natural) of each row's tokens, given those before.
+
+    Args:
+        sess: a session that holds a model.
+        rows: token ids; the rows may differ in length and be longer than the context.
+        stride: how far the window moves along rows longer than n_ctx; None for n_ctx // 2. Tokens
+            then have at least n_ctx - stride tokens before them. Smaller is slower and better.
+
+    Returns:
+        A float32 array for each row, shorter than it by one: nothing comes before the first token.
+
+    Raises:
+        ValueError: an argument out of range.
+        RuntimeError: the session is closed or holds no model; weights that are not numbers.
+    """
+    score = _built(sess, "score", _build_score)
+    hparams = session.memory(sess).hparams
+    stride = max(1, hparams.n_ctx // 2) if stride is None else stride
+    _check_whole("stride", stride, 1)
+    if stride > hparams.n_ctx:
+        raise ValueError(f"stride={stride} must not be above n_ctx={hparams.n_ctx}")
+    texts = [_checked_tokens(row, hparams.n_vocab) for row in rows]
+    scores = [np.zeros(len(text) - 1, np.float32) for text in texts]
+    windows = _windows([len(text) - 1 for text in texts], hparams.n_ctx, stride)
+    while windows:
+        count = max(1, PREFILL_TOKENS // windows[0].length)
+        group, windows = windows[:count], windows[count:]
+        pairs = np.zeros([2, len(group), group[0].length], np.int32)
+        for i, (length, row, start, _) in enumerate(group):
+            text = texts[row][start : start + length + 1]
+            pairs[:, i, :length] = text[:-1], text[1:]
+        found = sess.run(score.scores, {score.tokens: pairs[0], score.targets: pairs[1]})
+        for (length, row, start, known), values in zip(group, found, strict=True):
+            scores[row][start + known : start + length] = values[known:length]
+    _check_status(np.where([np.isfinite(values).all() for values in scores], _HEALTHY, _BROKEN))
+    return scores
+
+
+class _Window(NamedTuple):
+    """A part of a row, of which another window tells the first `known` tokens better."""
+
+    length: int
+    row: int
+    start: int
+    known: int
+
+
+def _windows(lengths: list[int], n_ctx: int, stride: int) -> list[_Window]:
+    """Covers rows of these lengths; the longest windows first, as likes pad each other least."""
+    found = []
+    for row, length in enumerate(lengths):
+        starts = range(0, max(1, length - n_ctx + stride), stride) if length else ()
+        for start in starts:
+            known = n_ctx - stride if start else 0
+            found.append(_Window(min(n_ctx, length - start), row, start, known))
+    return sorted(found, reverse=True)
+
+
+def next_token_probs(
+    sess: tf.compat.v1.Session, tokens: Sequence[int], k: int = 10
+) -> tuple[np.ndarray, np.ndarray]:
+    """The likeliest next tokens.
+
+    Args:
+        sess: a session that holds a model.
+        tokens: the text so far, of which the last n_ctx are read.
+        k: how many; at most the whole vocabulary.
+
+    Returns:
+        Token ids int32 [k], the likeliest first, and their probabilities float32 [k].
+
+    Raises:
+        ValueError: an argument out of range.
+        RuntimeError: the session is closed or holds no model; weights that are not numbers.
+    """
+    score = _built(sess, "score", _build_score)
+    hparams = session.memory(sess).hparams
+    _check_whole("k", k, 1)
+    text = _checked_tokens(tokens, hparams.n_vocab)[-hparams.n_ctx :]
+    (found,) = sess.run(score.next, {score.tokens: [text]})
+    _check_status(np.where(np.isfinite(found).all(), _HEALTHY, _BROKEN))
+    best = np.argsort(-found, kind="stable")[:k].astype(np.int32)
+    return best, np.exp(found[best])
+
+
+def _build_score(weights: model.Weights, hparams: model.HParams) -> Score:
+    tokens, targets = (_placeholder(tf.int32, None, None) for _ in range(2))
+    time_ = tf.shape(tokens)[1]
+    mask = model.causal_mask(time_, time_)
+    x = tf.gather(weights.wte, tokens) + weights.wpe[:time_]
+    for block in weights.blocks:
+        x, _ = model.transformer_block(x, block, hparams.n_head, None, lambda *_: mask)
+    h = model.layer_norm(x, weights.ln_f)  # [rows, time, embd]
+    flat, wanted = tf.reshape(h, [-1, hparams.n_embd]), tf.reshape(targets, [-1])
+
+    def body(start: tf.Tensor, out: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
+        end = start + LOGITS_ROWS
+        scores = tf.nn.log_softmax(model.project(weights, flat[start:end]))
+        found = tf.gather(scores, wanted[start:end], batch_dims=1)
+        return end, out.write(start // LOGITS_ROWS, found)
+
+    out = tf.TensorArray(tf.float32, 0, True, infer_shape=False, element_shape=[None])
+    _, out = tf.while_loop(
+        lambda start, _: start < tf.shape(flat)[0], body, [tf.constant(0), out],
+        parallel_iterations=1,
+    )  # fmt: skip
+    scores = tf.reshape(out.concat(), tf.shape(targets))
+    return Score(tokens, targets, scores, tf.nn.log_softmax(model.project(weights, h[:, -1])))
