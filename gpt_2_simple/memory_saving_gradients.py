@@ -165,14 +165,14 @@ class _Forward:
             self.path.add(op)
             outputs = (t.name for t in op.outputs if _carries_gradient(t))
             self.tensors.update(name for name in outputs if name not in self.stops)
-            if op in self.kept and all(self.is_leaf(t) for t in inputs):
+            if op in self.kept and len(inputs) == 1 and self._is_leaf(inputs[0]):
                 self.leaves.add(op)
 
     def path_inputs(self, op: tf.Operation) -> list[tf.Tensor]:
         """The inputs of `op` that depend on a source."""
         return [t for t in op.inputs if t.name in self.tensors]
 
-    def is_leaf(self, t: tf.Tensor) -> bool:
+    def _is_leaf(self, t: tf.Tensor) -> bool:
         """Whether t is a source or one's value, as it was read."""
         return t.name in self.sources or t.op in self.leaves
 
@@ -374,7 +374,7 @@ class _Backward:
         before = len(graph.get_operations()) if copies else 0
         inputs = [copies.get(t.name, t) for t in segment.inputs]
         stops = [copies[name] for name in self.forward.stops if name in copies]
-        found = tf.gradients(
+        found = tf.compat.v1.gradients(
             [copies.get(t.name, t) for t in segment.outputs],
             inputs,
             [self.sums[t.name][1] for t in segment.outputs],
@@ -387,9 +387,15 @@ class _Backward:
 
     def _receive(self, t: tf.Tensor, part: Gradient) -> None:
         """Adds a part to the gradient of t, or of the x whose value t is."""
-        while t.name not in self.forward.sources and t.op in self.forward.leaves:
-            t, part = _through_leaf(t, part, self.forward.path_inputs(t.op))
-        total = add(self.sums[t.name][1] if t.name in self.sums else None, part)
+        forward = self.forward
+        while t.op in forward.leaves and t.name not in forward.stops:
+            if t.name in forward.sources:
+                self._add(t, part)
+            t, part = _through_leaf(t, part, forward.path_inputs(t.op)[0])
+        self._add(t, part)
+
+    def _add(self, t: tf.Tensor, part: Gradient) -> None:
+        total = add(self.gradient(t), part)
         self.sums[t.name] = t, total
         if self.on_part is not None and t.name in self.xs:
             self.done.append(self.on_part(self.xs[t.name], part))
@@ -434,23 +440,20 @@ def _tensor(gradient: Any) -> Any:
     return gradient.values if isinstance(gradient, tf.IndexedSlices) else gradient
 
 
-def _through_leaf(
-    t: tf.Tensor, part: Gradient, inputs: Sequence[tf.Tensor]
-) -> tuple[tf.Tensor, Gradient]:
-    """From a variable's value back to where it was read; tf.gradients would walk the whole graph.
+def _through_leaf(t: tf.Tensor, part: Gradient, before: tf.Tensor) -> tuple[tf.Tensor, Gradient]:
+    """From a variable's value back to what it was read from.
 
     Args:
         t: the value.
         part: of its gradient.
-        inputs: those of t's operation that depend on a source.
+        before: the input of t's operation that depends on a source.
 
     Returns:
-        The input, and the part of its gradient.
+        `before` and the part of its gradient.
     """
     if t.op.type not in VIEWS:
-        (found,) = tf.gradients([t], inputs, [part])
-        return inputs[0], found
-    before = t.op.inputs[0]
+        return before, tf.gradients([t], before, [part], stop_gradients=before)[0]
+    # By hand, since tf.gradients would walk all of the graph for it.
     if t.op.type in ("Identity", "ReadVariableOp") or t.shape.as_list() == before.shape.as_list():
         return before, part
     return before, tf.reshape(part, tf.shape(before))

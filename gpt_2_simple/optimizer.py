@@ -500,7 +500,8 @@ class AccumulatingOptimizer:
         """Updates the variables by the mean gradient; accumulators then hold that mean.
 
         Args:
-            scale: what gradients are multiplied by, such as 1 / loss scale.
+            scale: what gradients are multiplied by, such as 1 / loss scale, or
+                tf.minimum(1.0, clip / opt.global_norm()).
 
         Returns:
             The mean loss of the micro-batches, a scalar; evaluating it does the update.

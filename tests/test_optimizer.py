@@ -286,6 +286,20 @@ def test_reset_forgets_and_scale_multiplies():
         np.testing.assert_allclose(sess.run(x), [0.0, 1.0])
 
 
+def test_scale_clips_by_the_global_norm():
+    x, y = variable("x", [0.0, 0.0]), variable("y", [0.0])
+    opt = AccumulatingOptimizer(make_optimizer("sgd", 1.0), [x, y])
+    compute = opt.compute_gradients(3.0 * x[0] + 4.0 * y[0])
+    norm = opt.global_norm()
+    apply = opt.apply_gradients(scale=tf.minimum(1.0, 2.0 / norm))
+    with session() as sess:
+        sess.run(compute)
+        sess.run(compute)
+        assert sess.run(norm) == pytest.approx(5.0)
+        sess.run(apply)
+        np.testing.assert_allclose([*sess.run(x), *sess.run(y)], [-1.2, 0, -1.6], rtol=1e-6)
+
+
 def test_known_gradients_are_added():
     x, y = variable("x", [1.0]), variable("y", [1.0])
     opt = AccumulatingOptimizer(make_optimizer("sgd", 1.0), [x, y])
