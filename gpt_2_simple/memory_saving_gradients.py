@@ -85,6 +85,13 @@ def gradients(
         chosen = _choose(checkpoints, forward)
         backward = _Backward(forward, _levels(forward, chosen), xs, kwargs, on_gradient, on_part)
         backward.run(ys, _as_list(grad_ys) or [None] * len(ys))
+        if backward.random:
+            warnings.warn(
+                f"random values are kept, not recomputed: {', '.join(sorted(backward.random)[:3])}"
+                "; tf.random.stateless_uniform and its like, or "
+                "tf.nn.experimental.stateless_dropout, would save their memory",
+                stacklevel=2,
+            )
         found = [backward.gradient(_source(x)) for x in xs]
         if tf.UnconnectedGradients(unconnected_gradients) == tf.UnconnectedGradients.ZERO:
             found = [tf.zeros_like(x) if g is None else g for g, x in zip(found, xs, strict=True)]
@@ -172,6 +179,10 @@ class _Forward:
         """The inputs of `op` that depend on a source."""
         return [t for t in op.inputs if t.name in self.tensors]
 
+    def read_by(self, op: tf.Operation) -> Iterable[tuple[tf.Tensor, tf.Operation]]:
+        """The outputs of `op`, each with an operation that reads it."""
+        return ((t, reader) for t in op.outputs for reader in self.readers.get(t.name, ()))
+
     def _is_leaf(self, t: tf.Tensor) -> bool:
         """Whether t is a source or one's value, as it was read."""
         return t.name in self.sources or t.op in self.leaves
@@ -222,26 +233,19 @@ def _levels(forward: _Forward, checkpoints: set[str]) -> dict[tf.Operation, int]
         passed[op] = max(counts, default=0)
     top = max((n for op, n in passed.items() if op in forward.path), default=0)
     levels = {op: n for op, n in passed.items() if n}
-    for op in reversed(forward.ops):
-        if op in forward.path and op in passed and op not in levels:
-            later = [
-                levels[reader] - cuts(t, reader)
-                for t in op.outputs
-                for reader in forward.readers.get(t.name, ())
-                if reader in forward.path and reader in levels and t.name in forward.tensors
-            ]
-            levels[op] = min(later, default=top)
-    for op in forward.ops:
-        if op in passed and op not in levels:
-            before = [levels[t.op] for t in op.inputs if t.op in levels]
-            if before:
-                levels[op] = max(before)
-    for op in reversed(forward.ops):
-        if op in passed and op not in levels:
-            readers = (r for t in op.outputs for r in forward.readers.get(t.name, ()))
-            needed = {levels[reader] for reader in readers if reader in levels}
-            if len(needed) == 1:
-                levels[op] = needed.pop()
+    rest = [op for op in passed if op not in levels]
+    for op in reversed(rest):
+        if op in forward.path:
+            readers = ((t, r) for t, r in forward.read_by(op) if r in forward.path and r in levels)
+            levels[op] = min((levels[r] - cuts(t, r) for t, r in readers), default=top)
+    for op in rest:
+        before = [levels[t.op] for t in op.inputs if t.op in levels]
+        if op not in levels and before:
+            levels[op] = max(before)
+    for op in reversed(rest):
+        needed = {levels[r] for _, r in forward.read_by(op) if r in levels}
+        if op not in levels and len(needed) == 1:
+            levels[op] = needed.pop()
     return levels
 
 
@@ -283,6 +287,8 @@ class _Backward:
         self.top = max((levels[op] for op in forward.path if op in levels), default=0)
         # By tensor name, the tensor and the sum of the parts of its gradient so far.
         self.sums: dict[str, tuple[tf.Tensor, Gradient]] = {}
+        # Operations whose random values segments need that are run again.
+        self.random: set[str] = set()
         # What has to be done before another segment is run again.
         self.done: list[Any] = []
 
@@ -327,17 +333,13 @@ class _Backward:
 
     def _segments(self, level: int) -> list[_Segment]:
         """The operations of `level` that pass gradients on; each kept one is a segment alone."""
-        forward = self.forward
-        outputs = [
-            t
-            for t, _ in self.sums.values()
-            if self.levels.get(t.op) == level and t.op in forward.path
-            and t.name not in forward.stops
-        ]  # fmt: skip
-        copied = [t for t in outputs if t.op not in forward.kept]
-        alone = [[t for t in outputs if t.op is op] for op in {t.op: 0 for t in outputs}
-                 if op in forward.kept]  # fmt: skip
-        return [self._segment(level, group) for group in [copied, *alone] if group]
+        path, kept, stops = self.forward.path, self.forward.kept, self.forward.stops
+        known = [t for t, _ in self.sums.values() if t.op in path and t.name not in stops]
+        outputs = [t for t in known if self.levels.get(t.op) == level]
+        alone = [op for op in dict.fromkeys(t.op for t in outputs) if op in kept]
+        groups = [[t for t in outputs if t.op not in kept]]
+        groups += [[t for t in outputs if t.op is op] for op in alone]
+        return [self._segment(level, group) for group in groups if group]
 
     def _segment(self, level: int, outputs: list[tf.Tensor]) -> _Segment:
         """Walks back from `outputs` as far as operations belong to `level`."""
@@ -413,7 +415,7 @@ class _Backward:
         self.done = [last]
 
     def _check(self, segment: _Segment) -> None:
-        """Raises for what cannot be run again; warns of what costs the memory to be saved."""
+        """Raises for what cannot be run again, and notes what costs the memory to be saved."""
         for op in segment.ops:
             if op.type in FRAMES:
                 raise ValueError(
@@ -421,14 +423,7 @@ class _Backward:
                     "be recomputed: call tf.compat.v1.enable_control_flow_v2() before building "
                     "it, or make its result and what it starts from the last checkpoints"
                 )
-        random = [t.op.name for op in segment.ops for t in op.inputs if _is_random(t.op)]
-        if random:
-            warnings.warn(
-                f"random values are kept, not recomputed: {', '.join(sorted(random)[:3])}; "
-                "tf.random.stateless_uniform and its like, or "
-                "tf.nn.experimental.stateless_dropout, would save their memory",
-                stacklevel=5,
-            )
+            self.random.update(t.op.name for t in op.inputs if _is_random(t.op))
 
 
 def _is_random(op: tf.Operation) -> bool:
@@ -571,13 +566,13 @@ def _bottlenecks(forward: _Forward) -> list[_Bottleneck]:
     depth: dict[tf.Operation, int] = {}
     for op in trunk:
         depth[op] = 1 + max((depth.get(t.op, 0) for t in forward.path_inputs(op)), default=0)
-    ends = sorted((op for op in trunk if any(t.name in forward.ys for t in op.outputs)),
-                  key=depth.__getitem__, reverse=True)  # fmt: skip
-    waiting = {
-        t.name: len([r for r in forward.readers.get(t.name, ()) if r in depth])
-        + (t.name in forward.ys)
-        for op in trunk for t in op.outputs if t.name in forward.tensors
-    }  # fmt: skip
+    ends = [op for op in trunk if any(t.name in forward.ys for t in op.outputs)]
+    ends.sort(key=depth.__getitem__, reverse=True)
+    # By tensor name, how many still need it; a y is always needed.
+    waiting = {t.name: int(t.name in forward.ys) for op in trunk for t in op.outputs}
+    for op in trunk:
+        for t, reader in forward.read_by(op):
+            waiting[t.name] += reader in depth and t.name in forward.tensors
     live: dict[str, tf.Tensor] = {}
     found, total = [], 0
     for op in _deepest_first(ends, depth):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from gpt_2_simple import optimizer
+from gpt_2_simple import memory_saving_gradients, optimizer
 from gpt_2_simple.optimizer import AccumulatingOptimizer, make_optimizer
 
 v1 = tf.compat.v1
@@ -228,7 +228,9 @@ def regression(features=6, outputs=3):
     wte, b, unused = (variable(f"model/{name}", start[name]) for name in ("wte", "b", "unused"))
     ids = v1.placeholder(tf.int32, [None])
     x = tf.gather(wte, ids)
-    logits = tf.matmul(tf.tanh(x + b), wte, transpose_b=True)
+    hidden = tf.tanh(x + b)
+    v1.add_to_collection("checkpoints", hidden)
+    logits = tf.matmul(tf.sin(hidden), wte, transpose_b=True)
     losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=ids, logits=logits)
     return ids, tf.reduce_mean(losses), [wte, b, unused]
 
@@ -244,12 +246,13 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("maker", MAKERS)
-def test_micro_batches_equal_one_batch(maker):
+@pytest.mark.parametrize("gradients_function", [tf.gradients, memory_saving_gradients.gradients])
+def test_micro_batches_equal_one_batch(maker, gradients_function):
     results = []
-    for split in (True, False):
+    for split, function in ((True, gradients_function), (False, None)):
         with tf.Graph().as_default():
             ids, loss, variables = regression()
-            opt = AccumulatingOptimizer(opt=MAKERS[maker](), var_list=variables)
+            opt = AccumulatingOptimizer(MAKERS[maker](), variables, function)
             reset, compute = opt.reset(), opt.compute_gradients(loss)
             apply = opt.apply_gradients()
             with session() as sess:
@@ -302,7 +305,7 @@ def test_scale_clips_by_the_global_norm():
 
 def test_known_gradients_are_added():
     x, y = variable("x", [1.0]), variable("y", [1.0])
-    opt = AccumulatingOptimizer(make_optimizer("sgd", 1.0), [x, y])
+    opt = AccumulatingOptimizer(opt=make_optimizer("sgd", 1.0), var_list=[x, y])
     compute = opt.compute_gradients(tf.constant(5.0), gradients=[tf.constant([3.0]), None])
     apply = opt.apply_gradients()
     with session() as sess:
