@@ -48,9 +48,11 @@ __all__ = [
     "memory_saving_gradients",
     "model",
     "mount_gdrive",
+    "next_token_probs",
     "plot_history",
     "reset_session",
     "sample",
+    "score",
     "start_tf_sess",
 ]
 

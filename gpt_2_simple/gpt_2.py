@@ -70,9 +70,11 @@ __all__ = [
     "memory_saving_gradients",
     "model",
     "mount_gdrive",
+    "next_token_probs",
     "plot_history",
     "reset_session",
     "sample",
+    "score",
     "start_tf_sess",
 ]
 
@@ -550,6 +552,52 @@ def generate_stream(
     state = _loaded(sess, "run1", "checkpoint", None, "models")
     job = texts.with_tokens(job, state.encoder, stop_token, bad_words)
     yield from filter(None, texts.stream_text(sess, state, job))
+
+
+def score(
+    sess: tf.compat.v1.Session, texts_: str | Sequence[str], stride: int | None = None
+) -> list[texts.Score]:
+    """Tells how likely a model finds texts.
+
+    Args:
+        sess: a session with a model.
+        texts_: a text, or several.
+        stride: tokens by which the window moves along a text longer than the context; None means
+            half of it. Smaller is slower, and gives each token more to go by.
+
+    Returns:
+        For each text its tokens, their log-probabilities and its perplexity.
+
+    Raises:
+        RuntimeError: the session holds no model, or is closed.
+        ValueError: an empty text, or a stride out of range.
+    """
+    state = _loaded(sess, "run1", "checkpoint", None, "models")
+    given = [texts_] if isinstance(texts_, str) else list(texts_)
+    return texts.score_texts(sess, state.encoder, given, stride)
+
+
+def next_token_probs(
+    sess: tf.compat.v1.Session, prefix: str = "", k: int = 10
+) -> list[tuple[str, float]]:
+    """Tells what a model would go on with.
+
+    Args:
+        sess: a session with a model.
+        prefix: the text so far.
+        k: how many tokens to tell.
+
+    Returns:
+        The likeliest next tokens, as text, and their probabilities, the likeliest first.
+
+    Raises:
+        RuntimeError: the session holds no model, or is closed.
+        ValueError: k is out of range.
+    """
+    enc = _loaded(sess, "run1", "checkpoint", None, "models").encoder
+    found, shares = sample.next_token_probs(sess, texts.start_ids(enc, prefix), k)
+    pairs = zip(found, shares, strict=True)
+    return [(enc.decode([token], surrogates=False), float(share)) for token, share in pairs]
 
 
 def generate_to_file(

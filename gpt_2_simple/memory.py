@@ -31,7 +31,7 @@ FLOAT = 4
 MEGABYTE = 2**20
 
 # What the allocator loses between tensors, as a share of them: the BFC allocator of a GPU.
-FRAGMENTATION = 0.03
+FRAGMENTATION = 0.06
 
 # Tensors of [batch, time, n_embd] that one block stores for its gradient, and that its backward
 # pass makes on top of them: counted in model.transformer_block.

@@ -306,6 +306,45 @@ def _write(
     yield 0
 
 
+class Score(NamedTuple):
+    """What a model thinks of a text.
+
+    Attributes:
+        text: the text.
+        tokens: its token ids.
+        log_probabilities: natural logarithms of each token's probability given those before,
+            float32 [tokens]. The first token comes after `<|endoftext|>`, where the vocabulary
+            has that, and else counts for nothing: 0.
+        perplexity: the exponential of their negative mean.
+    """
+
+    text: str
+    tokens: list[int]
+    log_probabilities: np.ndarray
+    perplexity: float
+
+
+def score_texts(
+    sess: tf.compat.v1.Session, enc: Encoder, texts: Sequence[str], stride: int | None
+) -> list[Score]:
+    """Scores each text; see gpt_2.score.
+
+    Raises:
+        ValueError: an empty text.
+    """
+    rows = [enc.encode(text) for text in texts]
+    if not all(rows):
+        raise ValueError("an empty text has no score; leave it out")
+    start = [] if enc.end_of_text is None else [enc.end_of_text]
+    found = sample.score_tokens(sess, [start + row for row in rows], stride)
+    scores = []
+    for text, row, values in zip(texts, rows, found, strict=True):
+        known = values if start else np.concatenate([np.zeros(1, np.float32), values])
+        mean = float(values.mean()) if len(values) else 0.0
+        scores.append(Score(text, row, known, float(np.exp(-mean))))
+    return scores
+
+
 @contextlib.contextmanager
 def file_writer(path: str) -> Iterator[Callable[[str], None]]:
     """A function that adds text to a file, which gets its name when the block ends.

@@ -1,0 +1,298 @@
+"""A training step against the oracle and against plain TensorFlow."""
+
+import dataclasses
+
+import numpy as np
+import oracle
+import pytest
+import tensorflow as tf
+
+from gpt_2_simple import model, session, step
+from gpt_2_simple.step import StepConfig
+
+HPARAMS = model.HParams(n_vocab=23, n_ctx=12, n_embd=8, n_head=2, n_layer=3)
+TOKENS = np.random.default_rng(0).integers(0, 23, [2, 12])
+
+
+def load(sess, weights, hparams=HPARAMS):
+    state = session.build_model(sess, hparams, [])
+    for name, variable in session.named_variables(state).items():
+        sess.run(variable.initializer, {variable.initializer.inputs[1]: weights[name]})
+    return state
+
+
+def train(sess, state, config, steps, tokens=TOKENS, rate=0.05):
+    """Losses of some steps, and the weights after them."""
+    ops = step.build(sess, state, config, tokens.shape[1])
+    sess.run(ops.initialize)
+    share = np.full(ops.weights.shape, 1 / np.prod(ops.weights.shape.as_list()), np.float32)
+    losses = []
+    for _ in range(steps):
+        if ops.micro_step is None:
+            feed = {ops.tokens: tokens, ops.weights: share, ops.learning_rate: rate}
+            losses.append(sess.run(ops.apply, feed))
+            continue
+        sess.run(ops.reset)
+        for part in np.split(tokens, len(tokens) // config.batch_size):
+            sess.run(ops.micro_step, {ops.tokens: part, ops.weights: share})
+        if ops.finite is not None and not sess.run(ops.finite):
+            losses.append(sess.run(ops.skip))
+        else:
+            losses.append(sess.run(ops.apply, {ops.learning_rate: rate}))
+    names = session.named_variables(state)
+    return losses, dict(zip(names, sess.run(list(names.values())), strict=True))
+
+
+def oracle_adam(weights, steps, rate):
+    """Adam on the oracle's loss, its gradients by TensorFlow from the oracle's formula."""
+    moments = {name: (np.zeros_like(w), np.zeros_like(w)) for name, w in weights.items()}
+    losses = []
+    for count in range(1, steps + 1):
+        losses.append(oracle.loss(weights, HPARAMS, TOKENS))
+        gradients = plain_gradients(weights)
+        weights = dict(weights)
+        for name, gradient in gradients.items():
+            m, v = moments[name]
+            m = 0.9 * m + 0.1 * gradient
+            v = 0.999 * v + 0.001 * gradient**2
+            moments[name] = m, v
+            size = rate * np.sqrt(1 - 0.999**count) / (1 - 0.9**count)
+            weights[name] = weights[name] - size * m / (np.sqrt(v) + 1e-8)
+    return losses, weights
+
+
+def plain_gradients(weights):
+    """By tf.gradients of the plain loss: whole logits, nothing recomputed."""
+    with tf.Graph().as_default(), tf.compat.v1.Session() as sess:
+        state = load(sess, weights)
+        logits = model.model(HPARAMS, tf.constant(TOKENS[:, :-1], tf.int32), reuse=True)["logits"]
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
+            labels=tf.constant(TOKENS[:, 1:], tf.int32), logits=logits
+        )
+        names, variables = zip(*session.named_variables(state).items(), strict=True)
+        found = tf.gradients(tf.reduce_mean(losses), variables)
+        values = sess.run([tf.convert_to_tensor(g) for g in found])
+    return dict(zip(names, values, strict=True))
+
+
+@pytest.mark.parametrize("save_memory", [False, True])
+@pytest.mark.parametrize("batch_size", [2, 1])
+def test_ten_steps_of_adam_follow_the_oracle(sess, save_memory, batch_size):
+    weights = oracle.random_weights(HPARAMS, scale=0.2)
+    state = load(sess, weights)
+    config = StepConfig(
+        batch_size=batch_size,
+        accumulate_gradients=2 // batch_size,
+        use_memory_saving_gradients=save_memory,
+    )
+    losses, after = train(sess, state, config, 10, rate=0.01)
+    expected_losses, expected = oracle_adam(weights, 10, 0.01)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
+    for name in expected:
+        np.testing.assert_allclose(after[name], expected[name], rtol=1e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("rows", [3, 4, 6, 11, 100])
+def test_the_loss_in_chunks_is_the_plain_one_gradients_included(sess, monkeypatch, rows):
+    monkeypatch.setattr(step, "LOSS_ROWS", rows)
+    rng = np.random.default_rng(1)
+    h, wte = rng.standard_normal([11, 8]), rng.standard_normal([23, 8])
+    labels, weights = rng.integers(0, 23, [11]), rng.random([11]) / 11
+    with sess.graph.as_default():
+        h, wte = tf.constant(h, tf.float32), tf.constant(wte, tf.float32)
+        labels, weights = tf.constant(labels, tf.int32), tf.constant(weights, tf.float32)
+        head = step.output_head(h, wte, labels, weights)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
+            labels=labels, logits=tf.matmul(h, wte, transpose_b=True)
+        )
+        plain = tf.reduce_sum(losses * weights)
+        found, expected = sess.run([[*head], [plain, *tf.gradients(plain, [h, wte])]])
+        parts = []
+        other = step.output_head(
+            h, wte, labels, weights, on_part=lambda part: parts.append(part) or part.op
+        )
+        summed = sess.run(tf.add_n(parts))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6 * np.abs(b).max())
+    np.testing.assert_allclose(summed, expected[2], rtol=1e-6, atol=1e-6 * np.abs(summed).max())
+    assert other.dwte is None
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adafactor", "sgd"])
+def test_recomputing_and_accumulating_change_nothing(optimizer):
+    weights = oracle.random_weights(HPARAMS, scale=0.2)
+    results = []
+    for batch_size in (2, 1):
+        for save_memory in (False, True):
+            config = StepConfig(
+                batch_size=batch_size,
+                accumulate_gradients=2 // batch_size,
+                use_memory_saving_gradients=save_memory,
+                optimizer=optimizer,
+            )
+            with tf.Graph().as_default(), tf.compat.v1.Session() as sess:
+                results.append(train(sess, load(sess, weights), config, 3)[0])
+    np.testing.assert_allclose(results, results[:1] * 4, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "trained"),
+    [
+        ({"only_train_transformer_layers": True}, ("model/h",)),
+        ({"train_last_blocks": 1}, ("model/h2/",)),
+        ({"train_last_blocks": 2}, ("model/h1/", "model/h2/")),
+    ],
+)
+@pytest.mark.parametrize("save_memory", [False, True])
+def test_frozen_variables_stay_and_have_no_state(sess, change, trained, save_memory):
+    weights = oracle.random_weights(HPARAMS)
+    state = load(sess, weights)
+    config = StepConfig(
+        batch_size=2, accumulate_gradients=1, use_memory_saving_gradients=save_memory, **change
+    )
+    _, after = train(sess, state, config, 2)
+    for name, value in weights.items():
+        assert np.array_equal(after[name], value) is not name.startswith(trained), name
+    ops = step.build(sess, state, config, 12)
+    slots = [v.op.name for v in ops.state if "/m/" in v.op.name]
+    assert len(slots) == sum(name.startswith(trained) for name in weights)
+    assert all(any(part in slot for part in trained) for slot in slots)
+
+
+def test_the_backward_pass_stops_at_frozen_blocks(sess):
+    state = load(sess, oracle.random_weights(HPARAMS))
+    config = StepConfig(batch_size=2, accumulate_gradients=1, train_last_blocks=1)
+    before = {op.name for op in sess.graph.get_operations()}
+    step.build(sess, state, config, 12)
+    made = [op.name for op in sess.graph.get_operations() if op.name not in before]
+    gradients = [name for name in made if "gradients" in name]
+    assert any("/h2/" in name for name in gradients)
+    assert not any("/h1/" in name or "/h0/" in name for name in gradients)
+
+
+def test_dropout_is_the_same_in_both_passes(sess):
+    """Recomputed with other random numbers, the gradients would differ from the stored ones'."""
+    weights = oracle.random_weights(HPARAMS, scale=0.2)
+    results = []
+    for save_memory in (False, True):
+        config = StepConfig(batch_size=2, accumulate_gradients=1, dropout=0.3,
+                            use_memory_saving_gradients=save_memory)  # fmt: skip
+        with tf.Graph().as_default(), tf.compat.v1.Session() as own:
+            results.append(train(own, load(own, weights), config, 4)[0])
+    np.testing.assert_allclose(results[0], results[1], rtol=1e-5)
+    plain = train(sess, load(sess, weights), StepConfig(batch_size=2, accumulate_gradients=1), 4)[0]
+    assert abs(plain[0] - results[0][0]) > 1e-3
+
+
+def test_the_seed_decides_what_is_dropped(sess):
+    state = load(sess, oracle.random_weights(HPARAMS))
+    config = StepConfig(batch_size=2, accumulate_gradients=2, dropout=0.5)
+    ops = step.build(sess, state, config, 12)
+    sess.run(ops.initialize)
+    share = np.full(ops.weights.shape, 1 / 22, np.float32)
+
+    def loss(seed):
+        sess.run(ops.reset)
+        feed = {ops.tokens: TOKENS, ops.weights: share, ops.dropout_seed: seed}
+        sess.run(ops.micro_step, feed)
+        return sess.run(ops.apply, {ops.learning_rate: 0.0})
+
+    assert loss([1, 2]) == loss([1, 2])
+    assert len({float(loss([seed, 5])) for seed in range(6)}) == 6
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_sixteen_bits_reach_the_same_loss(precision):
+    hparams = dataclasses.replace(HPARAMS, n_embd=16)
+    tokens = np.tile(np.random.default_rng(2).integers(0, 23, [2, 6]), 2)
+    weights = oracle.random_weights(hparams, scale=0.05)
+    last = {}
+    for name in ("float32", precision):
+        config = StepConfig(batch_size=2, accumulate_gradients=1, precision=name,
+                            use_memory_saving_gradients=True)  # fmt: skip
+        with tf.Graph().as_default(), tf.compat.v1.Session() as sess:
+            losses, after = train(sess, load(sess, weights, hparams), config, 50, tokens, 0.002)
+            last[name] = losses[-1]
+            assert all(value.dtype == np.float32 for value in after.values())
+    assert last["float32"] < 2.9
+    assert abs(last[precision] / last["float32"] - 1) < 0.02
+
+
+def test_a_float16_step_that_overflows_is_skipped_and_halves_the_scale(sess, monkeypatch):
+    monkeypatch.setattr(step, "GOOD_STEPS", 3)
+    weights = oracle.random_weights(HPARAMS)
+    state = load(sess, weights)
+    config = StepConfig(batch_size=2, accumulate_gradients=1, precision="float16")
+    ops = step.build(sess, state, config, 12)
+    sess.run(ops.initialize)
+    (scale,) = [v for v in ops.state if v.op.name.endswith("loss_scale/scale")]
+    sess.run(scale.assign(2.0**40))
+    share = np.full(ops.weights.shape, 1 / 22, np.float32)
+
+    def attempt():
+        sess.run(ops.reset)
+        sess.run(ops.micro_step, {ops.tokens: TOKENS, ops.weights: share})
+        finite = sess.run(ops.finite)
+        loss = sess.run(ops.apply if finite else ops.skip, {ops.learning_rate: 0.01})
+        assert np.isfinite(loss)
+        return finite
+
+    assert not attempt()
+    assert sess.run(scale) == 2.0**39
+    wte = sess.run(state.weights.wte)
+    assert np.array_equal(wte, weights["model/wte"])
+    sess.run(scale.assign(1024.0))
+    assert [bool(attempt()) for _ in range(3)] == [True] * 3
+    assert sess.run(scale) == 2048.0
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    weights = oracle.random_weights(HPARAMS, scale=0.2)
+    norm = np.sqrt(
+        sum((g.astype(np.float64) ** 2).sum() for g in plain_gradients(weights).values())
+    )
+    moves = {}
+    for clip in (0.0, norm * 2, norm / 4):
+        config = StepConfig(
+            batch_size=2, accumulate_gradients=1, optimizer="sgd", gradient_clip=float(clip)
+        )
+        with tf.Graph().as_default(), tf.compat.v1.Session() as sess:
+            _, after = train(sess, load(sess, weights), config, 1, rate=0.1)
+        moves[clip] = after["model/h0/mlp/c_fc/w"] - weights["model/h0/mlp/c_fc/w"]
+    np.testing.assert_allclose(moves[norm * 2], moves[0.0], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(moves[norm / 4] * 4, moves[0.0], rtol=1e-3, atol=1e-6)
+
+
+def test_weight_decay_spares_biases_and_gains(sess):
+    weights = oracle.random_weights(HPARAMS)
+    state = load(sess, weights)
+    config = StepConfig(batch_size=2, accumulate_gradients=1, optimizer="sgd", weight_decay=0.5)
+    ops = step.build(sess, state, config, 12)
+    sess.run(ops.initialize)
+    none = np.zeros(ops.weights.shape, np.float32)  # no loss, no gradient: decay alone moves
+    sess.run(ops.apply, {ops.tokens: TOKENS, ops.weights: none, ops.learning_rate: 0.1})
+    for name, variable in session.named_variables(state).items():
+        factor = 1.0 if name.endswith(("/b", "/g")) else 0.95
+        np.testing.assert_allclose(sess.run(variable), weights[name] * factor, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"precision": "int8"}, "precision='int8' must be one of"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"dropout": -0.1}, "dropout=-0.1"),
+        ({"weight_decay": -1}, "weight_decay=-1"),
+        ({"gradient_clip": float("nan")}, "gradient_clip=nan"),
+        ({"train_last_blocks": 0}, "train_last_blocks=0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        StepConfig(**change)
+
+
+def test_more_blocks_than_there_are_cannot_be_trained(sess):
+    state = session.build_model(sess, HPARAMS, [])
+    with pytest.raises(ValueError, match="the model has 3 blocks"):
+        step.build(sess, state, StepConfig(train_last_blocks=4), 12)
