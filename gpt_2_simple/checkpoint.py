@@ -302,13 +302,13 @@ def _meta_graph(sizes: tuple[int, ...]) -> bytes:
 
 def save_model(
     sess: tf.compat.v1.Session,
-    ops: SaveOps,
     folder: str,
     base: str,
     hparams: model.HParams,
-    more: Mapping[str, SaveOps | str] | None = None,
+    saves: Mapping[str, SaveOps],
+    texts: Mapping[str, str] | None = None,
 ) -> str:
-    """Writes `<folder>/<base>.data-..., .index and .meta`, and more, all of it or nothing.
+    """Writes a model's `<base>.data-..., .index and .meta` and more, all of it or nothing.
 
     All is written into a folder of its own, `.saving-...`, and flushed to disk. It counts from when
     that is renamed to `.saved-<base>`; then its files are moved to their places. What a killed
@@ -316,11 +316,11 @@ def save_model(
 
     Args:
         sess: holds the variables.
-        ops: from build_save, for the model's variables.
         folder: a model or run folder.
-        base: the checkpoint's name in it.
+        base: the model's checkpoint in it.
         hparams: the model's sizes.
-        more: what belongs to it, by name: operations for other variables, or a file's text.
+        saves: operations by the checkpoint that they are to write: that of `base`, and maybe more.
+        texts: files that belong to it, and what is in them.
 
     Returns:
         The checkpoint's prefix, `<folder>/<base>`.
@@ -333,15 +333,14 @@ def save_model(
         recover(folder)
         unfinished = tempfile.mkdtemp(prefix=UNFINISHED, dir=folder)
         try:
-            for name, content in {base: ops, **(more or {})}.items():
-                path = os.path.join(unfinished, name)
-                if isinstance(content, SaveOps):
-                    sess.run(content.done, {content.prefix: path})
-                else:
-                    with open(path, "w", encoding="utf-8", newline="\n") as file:
-                        file.write(content)
-            with open(os.path.join(unfinished, f"{base}.meta"), "wb") as file:
-                file.write(_meta_graph(dataclasses.astuple(hparams)))
+            # In one call, so that they are written side by side.
+            paths = {save.prefix: os.path.join(unfinished, name) for name, save in saves.items()}
+            sess.run([save.done for save in saves.values()], paths)
+            contents = {name: text.encode("utf-8") for name, text in (texts or {}).items()}
+            contents[f"{base}.meta"] = _meta_graph(dataclasses.astuple(hparams))
+            for name, content in contents.items():
+                with open(os.path.join(unfinished, name), "wb") as file:
+                    file.write(content)
             for name in os.listdir(unfinished):
                 sync(os.path.join(unfinished, name))
             sync(unfinished)
@@ -483,7 +482,7 @@ def write_model(folder: str, hparams: model.HParams, seed: int | None) -> None:
         for name, variable in variables.items():
             value = initial_value(name, variable.shape.as_list(), hparams.n_layer, rng)
             sess.run(variable.initializer, {variable.initializer.inputs[1]: value})
-        save_model(sess, save, folder, MODEL_CHECKPOINT, hparams)
+        save_model(sess, folder, MODEL_CHECKPOINT, hparams, {MODEL_CHECKPOINT: save})
     sizes = json.dumps(dataclasses.asdict(hparams), indent=2)
     write_file(os.path.join(folder, "hparams.json"), sizes + "\n")
     write_state(folder, [MODEL_CHECKPOINT])

@@ -348,30 +348,30 @@ class Saves:
             return self.latest
         say("Saving", os.path.join(self.folder, base))
         names = [name for name in self.names if name != base] + [base]
-        more = {
-            f"{OPTIMIZER}-{run.step}": self._save_optimizer,
+        saves = {base: self._save_model, f"{OPTIMIZER}-{run.step}": self._save_optimizer}
+        texts = {
             f"state-{run.step}.json": json.dumps(dataclasses.asdict(run)) + "\n",
             checkpoint.COUNTER: f"{run.step}\n",
             "checkpoint": checkpoint.state_text(names),
         }
-        self.failed = True
-        self.latest = checkpoint.save_model(
-            self.sess, self._save_model, self.folder, base, self.state.hparams, more
-        )
+        self.latest = self._write(base, saves, texts)
         self.names = names
         if self.max_checkpoints:
             self.prune(self.names[-self.max_checkpoints :])
-        self.failed = False
         self.state.folder = os.path.abspath(self.folder)
         return self.latest
 
     def save_best(self) -> None:
         """Saves the weights alone, as the best so far."""
+        self._write(checkpoint.BEST, {checkpoint.BEST: self._save_model})
+
+    def _write(self, base: str, saves: Any, texts: Any = None) -> str:
         self.failed = True
-        checkpoint.save_model(
-            self.sess, self._save_model, self.folder, checkpoint.BEST, self.state.hparams
+        prefix = checkpoint.save_model(
+            self.sess, self.folder, base, self.state.hparams, saves, texts
         )
         self.failed = False
+        return prefix
 
     def prune(self, keep: Sequence[str]) -> None:
         """Removes the run's checkpoints but those named; a kill leaves the rest listed."""

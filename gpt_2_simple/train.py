@@ -224,6 +224,7 @@ class Trainer:
                 self.loop()
                 if self.interruption.requested:
                     say("interrupted")
+                say(f"data seen {self.sampler.times_seen:.1f} times so far")
                 self.save()
             except Diverged as error:
                 raise Diverged(f"{error}; {self.go_back()}") from None

@@ -171,10 +171,11 @@ def send(number, at, times=1):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_returns(small, sess, capsys, number):
     before = signal.getsignal(number)
-    result = finetune(sess, -1, on_step=send(number, 3), verbose=1)
+    result = finetune(sess, -1, on_step=send(number, 3), verbose=1, sampling="epoch")
     assert (result.step, result.interrupted) == (3, True)
     assert result.checkpoint == "checkpoint/run1/model-3"
-    assert "interrupted\nSaving checkpoint/run1/model-3\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "interrupted\ndata seen 0.3 times so far\nSaving checkpoint/run1/model-3\n" in out
     assert signal.getsignal(number) is before
 
 
@@ -322,6 +323,8 @@ def test_the_best_weights_are_kept_and_patience_ends_the_training(small, sess, m
     variable = next(v for v in sess.graph.get_collection("variables") if v.op.name == "model/wte")
     assert np.array_equal(sess.run(variable), best["model/wte"])
     assert tf.train.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-10"
+    with pytest.raises(FileNotFoundError, match="no whole .*model-11; .* model-9, model-10, best"):
+        gpt2.load_gpt2(sess, "model-11")
 
 
 def test_patience_lives_on_in_a_resumed_run(small, sess, monkeypatch):
@@ -411,7 +414,7 @@ def test_padding_weighs_nothing_and_each_token_as_much(small, sess):
         ({"patience": -1}, "patience=-1 must be"),
         (
             {"patience": 2, "steps": 1},
-            "patience=2 needs val_dataset or val_split",
+            "patience=2 needs a validation set: give val_dataset or",
         ),
         ({"val_split": 0.1, "val_dataset": "text.txt"}, "give val_dataset='text.txt' or val_split"),
         ({"val_split": 1.5, "steps": 1}, "val_split=1.5 must be above 0 and below 1"),
