@@ -25,9 +25,9 @@ from . import model, session
 # Columns by which a full cache grows: each time costs a copy of it, each unused column some work.
 GROWTH = 64
 
-# Tokens of a prefix that go through the model at once, over all rows: bounds memory and the time
-# for which a run cannot be interrupted.
-PREFILL_TOKENS = 4096
+# Given tokens that go through the model at once, over all rows: bounds the memory, and the time for
+# which a run cannot be interrupted.
+TOKENS_AT_ONCE = 1024
 
 # A chunk of new tokens should take about this long, so that Ctrl-C and streams wait no longer.
 CHUNK_SECONDS = 0.4
@@ -139,6 +139,7 @@ class Begin(NamedTuple):
 class Extend(NamedTuple):
     """Writes the keys and values of `tokens` [rows, time] to the cache, from column `used` on."""
 
+    key: Any
     tokens: Any
     pads: Any
     used: Any
@@ -195,7 +196,6 @@ class Engine(NamedTuple):
 
     key: Any
     begin: Begin
-    extend: Extend
     merge: Merge
     free: Any
     held: Any
@@ -223,18 +223,19 @@ def _built(sess: tf.compat.v1.Session, name: str, build: Callable[..., Any]) -> 
         if state.weights is None:
             raise RuntimeError("this session holds no model; call load_gpt2() or finetune() first")
         with sess.graph.as_default(), tf.compat.v1.name_scope("sample"), tf.device(None):
-            if "weights" not in state.built:
-                state.built["weights"] = model.read(state.weights)
-            if name not in state.built:
-                state.built[name] = build(state.built["weights"], state.hparams)
-        return state.built[name]
+            if "sample: weights" not in state.built:
+                state.built["sample: weights"] = model.read(state.weights)
+            weights, key = state.built["sample: weights"], f"sample: {name}"
+            if key not in state.built:
+                state.built[key] = build(weights, state.hparams)
+        return state.built[key]
 
 
 def _placeholder(dtype: tf.DType, *shape: int | None) -> tf.Tensor:
     return tf.compat.v1.placeholder(dtype, shape)
 
 
-def _build_engine(weights: model.Weights, hparams: model.HParams) -> Engine:
+def _build_engine(_weights: model.Weights, hparams: model.HParams) -> Engine:
     key, rows, columns = _placeholder(tf.int64), _placeholder(tf.int32), _placeholder(tf.int32)
     shape = _cache_shape(hparams)
     empty = tf.zeros([shape[0], rows, shape[2], columns, shape[4]])
@@ -244,7 +245,6 @@ def _build_engine(weights: model.Weights, hparams: model.HParams) -> Engine:
     return Engine(
         key=key,
         begin=Begin(rows, columns, _stage(key, empty)),
-        extend=_build_extend(weights, hparams, key, shape),
         merge=_build_merge(key, shape),
         free=free.op,
         held=tf.raw_ops.MapSize(dtypes=[tf.float32], shared_name=_STORE),
@@ -339,16 +339,15 @@ def _masked(visible: tf.Tensor) -> tf.Tensor:
     return tf.where(visible, 0.0, model.MASKED_SCORE)
 
 
-def _build_extend(
-    weights: model.Weights, hparams: model.HParams, key: tf.Tensor, shape: list[int | None]
-) -> Extend:
+def _build_extend(weights: model.Weights, hparams: model.HParams) -> Extend:
+    key, shape = _placeholder(tf.int64), _cache_shape(hparams)
     tokens, pads = _placeholder(tf.int32, None, None), _placeholder(tf.int32, None)
     used = _placeholder(tf.int32)
     cache = _take(key, shape)
     time_ = tf.shape(tokens)[1]
     forward = _build_forward(weights, hparams, tf.shape(cache), pads, time_, MANY_ROWS)
     _, flat = forward(tf.reshape(cache, [-1, shape[-1]]), tokens, used)
-    return Extend(tokens, pads, used, _stage(key, tf.reshape(flat, tf.shape(cache))))
+    return Extend(key, tokens, pads, used, _stage(key, tf.reshape(flat, tf.shape(cache))))
 
 
 def _controls() -> Controls:
@@ -671,7 +670,9 @@ def generate_tokens(
     sampling = sampling or Sampling()
     if sampling.stop_token is not None and sampling.stop_token >= hparams.n_vocab:
         raise ValueError(f"stop_token={sampling.stop_token} must be below {hparams.n_vocab}")
-    texts = _cut(texts, hparams.n_ctx - min(length, hparams.n_ctx // 2))
+    for word in sampling.bad_words:
+        _checked_tokens(word, hparams.n_vocab)
+    texts = _cut(texts, hparams.n_ctx, length)
     rows = [_Row(text, stream) for text, stream in zip(texts, _noise(seed, ids), strict=True)]
     return _Call(sess, rows, sampling).write(length, chunk)
 
@@ -686,19 +687,24 @@ def _checked_tokens(tokens: Sequence[int], n_vocab: int) -> list[int]:
     return tokens
 
 
-def _cut(texts: list[list[int]], most: int) -> list[list[int]]:
-    cut = sum(max(0, len(text) - most) for text in texts)
+def _cut(texts: list[list[int]], n_ctx: int, length: int) -> list[list[int]]:
+    """Takes from texts that are too long their start, leaving room for at most half a context."""
+    kept = n_ctx - min(length, n_ctx // 2)
+    cut = sum(len(text) - kept for text in texts if len(text) > n_ctx)
     if cut:
         warnings.warn(
-            f"the context is full: the first {cut} tokens of the prefix are not read", stacklevel=3
+            f"a prefix is longer than the context of {n_ctx} tokens: its first {cut} tokens are "
+            "not read",
+            stacklevel=3,
         )
-    return [text[-most:] for text in texts]
+    return [text[-kept:] if len(text) > n_ctx else text for text in texts]
 
 
 def _noise(seed: int | None, ids: Sequence[int]) -> list[np.random.Philox]:
     """One stream of random numbers a row; the n-th number belongs to the n-th new token."""
     seed = random.SystemRandom().getrandbits(64) if seed is None else int(seed)
-    return [np.random.Philox(key=[seed % 2**64, int(row) % 2**64]) for row in ids]
+    keys = [np.array([seed % 2**64, int(row) % 2**64], np.uint64) for row in ids]
+    return [np.random.Philox(key=key) for key in keys]
 
 
 @dataclasses.dataclass(eq=False)
@@ -794,15 +800,19 @@ class _Call:
 
     def fill(self, key: int, contexts: list[tuple[int, ...]]) -> int:
         """Makes a cache of these contexts, as wide as the longest; returns its width."""
-        begin, extend = self.engine.begin, self.engine.extend
+        begin = self.engine.begin
         longest = max(map(len, contexts), default=0)
         self.run(begin.run, {begin.rows: len(contexts), begin.columns: longest}, key)
+        if not longest:
+            return 0
+        extend = _built(self.sess, "extend", _build_extend)
         pads = [longest - len(context) for context in contexts]
         tokens = np.array([[0] * pad + [*c] for pad, c in zip(pads, contexts, strict=True)])
-        block = PREFILL_TOKENS // max(1, len(contexts)) + 1
+        block = max(1, TOKENS_AT_ONCE // len(contexts))
         for at in range(0, longest, block):
-            feeds = {extend.tokens: tokens[:, at : at + block], extend.pads: pads, extend.used: at}
-            self.run(extend.run, feeds, key)
+            part = tokens[:, at : at + block]
+            feeds = {extend.key: key, extend.tokens: part, extend.pads: pads, extend.used: at}
+            self.sess.run(extend.run, feeds)
         return longest
 
     def decode(self, steps: int, written: int, length: int) -> np.ndarray:
@@ -931,7 +941,7 @@ def score_tokens(
     scores = [np.zeros(len(text) - 1, np.float32) for text in texts]
     windows = _windows([len(text) - 1 for text in texts], hparams.n_ctx, stride)
     while windows:
-        count = max(1, PREFILL_TOKENS // windows[0].length)
+        count = max(1, TOKENS_AT_ONCE // windows[0].length)
         group, windows = windows[:count], windows[count:]
         pairs = np.zeros([2, len(group), group[0].length], np.int32)
         for i, (length, row, start, _) in enumerate(group):
