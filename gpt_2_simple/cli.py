@@ -11,8 +11,10 @@ import argparse
 import contextlib
 import importlib
 import importlib.metadata
+import json
 import os
 import re
+import secrets
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -39,12 +41,14 @@ class Option(NamedTuple):
         help: what it means; one sentence without a full stop.
         kind: makes the value from the text; by default the type of the default, or str.
         shown: the default in words, where repr(default) would not tell.
+        many: whether it may be given several times, which makes a list.
     """
 
     default: Any
     help: str
     kind: Callable[[str], Any] | None = None
     shown: str | None = None
+    many: bool = False
 
 
 class Command(NamedTuple):
@@ -113,25 +117,104 @@ def _finetune(options: Options) -> int:
 
 def _generate(options: Options) -> int:
     options = _GENERATE.own_defaults | options
-    nfiles, folder = options.pop("nfiles"), options.pop("folder")
-    wanted = options.pop("destination_path", None)
-    if wanted is not None and nfiles > 1:
-        raise ValueError(f"--destination_path is one file, but --nfiles asks for {nfiles}")
-    if wanted is not None and os.path.lexists(wanted):
-        raise FileExistsError(f"{wanted} exists, and no file is replaced: give it another name")
+    output = _take_output(options)
+    if "prefix_file" in options:
+        _take_prefixes(options)
     gpt2 = _module("gpt_2")
     _ensure_model(gpt2, options)
     load = {name: options.pop(name) for name in _LOAD if name in options}
-    verbose, seed = options.get("verbose", 1), options.get("seed")
+    verbose, seed, stream = options.get("verbose", 1), options.get("seed"), options.get("stream")
     with verbosity(verbose), contextlib.closing(gpt2.start_tf_sess()) as sess:
-        gpt2.load_gpt2(sess, **load, verbose=verbose)
-        for number in _counted(nfiles):
+        gpt2.load_gpt2(sess, **load, verbose=0 if stream else verbose)
+        if stream:
+            gpt2.generate(sess, **options)
+            return 0
+        for number in _counted(output.nfiles):
             if seed is not None:
                 options["seed"] = seed + number
-            with _new_file(wanted, folder) as path:
-                gpt2.generate_to_file(sess, destination_path=path, **options)
-            say(f"Wrote {path}")
+            with _new_file(output) as path, _format(output, path, options) as settings:
+                gpt2.generate(sess, destination_path=path, **settings)
     return 0
+
+
+class _Output(NamedTuple):
+    """Where texts go.
+
+    Attributes:
+        nfiles: how many files.
+        folder: made if need be, for files with names of the present second.
+        path: the file's path, if it was given a name.
+        json_lines: whether each text is a line of JSON, with its prefix.
+    """
+
+    nfiles: int
+    folder: str
+    path: str | None
+    json_lines: bool
+
+
+def _take_output(options: Options) -> _Output:
+    """Takes what concerns files out of `options`, and checks it."""
+    wanted, form = options.pop("destination_path", None), options.pop("format", None)
+    output = _Output(
+        nfiles=options.pop("nfiles"),
+        folder=options.pop("folder"),
+        path=wanted,
+        json_lines=form == "jsonl" if form else (wanted or "").endswith(".jsonl"),
+    )
+    if options.get("stream") and (wanted or form or output.nfiles > 1):
+        raise ValueError(
+            "--stream prints the text and writes no file: leave out --destination_path, --format "
+            "and --nfiles"
+        )
+    if wanted is not None and output.nfiles > 1:
+        raise ValueError(f"--destination_path is one file, but --nfiles asks for {output.nfiles}")
+    if wanted is not None and os.path.lexists(wanted):
+        raise FileExistsError(f"{wanted} exists, and no file is replaced: give it another name")
+    return output
+
+
+def _take_prefixes(options: Options) -> None:
+    """Puts the lines of --prefix_file in the place of --prefix."""
+    path = options.pop("prefix_file")
+    if "prefix" in options:
+        raise ValueError(f"give --prefix {options['prefix']!r} or --prefix_file {path}, not both")
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = [line.removesuffix("\n") for line in file]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from error
+    options["prefix"] = [line for line in lines if line.strip()]
+    if not options["prefix"]:
+        raise ValueError(f"{path} holds no prefix: write one a line")
+    options.setdefault("batch_size", None)
+
+
+@contextlib.contextmanager
+def _format(output: _Output, path: str, options: Options) -> Iterator[Options]:
+    """Yields generate()'s options; what the block wrote to `path` then gets its form.
+
+    JSON lines are made of texts between delimiters that no text holds, also when Ctrl-C or an error
+    ended the block.
+    """
+    if not output.json_lines:
+        yield options
+        return
+    delimiter = f"{secrets.token_hex(16)}\n"
+    try:
+        yield options | {"sample_delim": delimiter}
+    finally:
+        with open(path, encoding="utf-8", errors="surrogatepass", newline="") as file:
+            *texts, rest = file.read().split(f"\n{delimiter}")
+        if rest:  # a single text has no delimiter
+            texts.append(rest.removesuffix("\n"))
+        prefix, nsamples = options.get("prefix", ""), options.get("nsamples", 1)
+        prefixes = [prefix] if isinstance(prefix, str) else prefix
+        # JSON writes a lone surrogate as Python's backslashreplace does.
+        with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            for number, text in enumerate(texts):
+                record = {"prefix": prefixes[number // nsamples], "text": text}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def _counted(nfiles: int) -> Iterator[int]:
@@ -145,37 +228,81 @@ def _counted(nfiles: int) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _new_file(wanted: str | None, folder: str) -> Iterator[str]:
-    """Makes an empty file that nobody else has; if the block fails and it still is empty, it goes.
+def _new_file(output: _Output) -> Iterator[str]:
+    """Makes an empty file that nobody else has, and says what it was when it is written.
 
-    Args:
-        wanted: the file's path; None is a name of the present second in `folder`.
-        folder: made if need be.
+    If the block fails and it still is empty, it goes.
     """
-    if wanted is not None:
-        path = wanted
+    if output.path is not None:
+        path = output.path
         with open(path, "x"):
             pass
     else:
-        os.makedirs(folder, exist_ok=True)
-        path = _claim_free_name(folder)
+        os.makedirs(output.folder, exist_ok=True)
+        path = _claim_free_name(output.folder, "jsonl" if output.json_lines else "txt")
     try:
         yield path
     except BaseException:
-        with contextlib.suppress(OSError):
-            if os.path.getsize(path) == 0:
-                os.remove(path)
+        if os.path.exists(path) and os.path.getsize(path) == 0:
+            os.remove(path)
+        else:
+            say(f"Wrote {path}")
         raise
+    say(f"Wrote {path}")
 
 
-def _claim_free_name(folder: str) -> str:
+def _claim_free_name(folder: str, ending: str) -> str:
     stem = os.path.join(folder, f"gpt2_gentext_{datetime.now(timezone.utc):%Y%m%d_%H%M%S}")
     number = 1
     while True:
-        path = f"{stem}.txt" if number == 1 else f"{stem}-{number}.txt"
+        path = f"{stem}.{ending}" if number == 1 else f"{stem}-{number}.{ending}"
         with contextlib.suppress(FileExistsError), open(path, "x"):
             return path
         number += 1
+
+
+def _memory(options: Options) -> int:
+    memory = _module("memory")
+    name = options.pop("model_name", "124M")
+    hparams = _sizes(name, options.pop("model_dir", "models"))
+    gigabytes = options.pop("gpu_gb", None)
+    flag = "use_memory_saving_gradients"
+    choices = [options[flag]] if flag in options else [False, True]
+    if gigabytes is not None and not options:
+        fitting = memory.fitting_plans(hparams, int(gigabytes * 2**30))
+    else:
+        plans = [memory.memory_plan(hparams, **options | {flag: choice}) for choice in choices]
+        if gigabytes is None:
+            for choice, plan in zip(choices, plans, strict=True):
+                say(f"{flag}={choice}:\n{plan}")
+            return 0
+        fitting = [plan for plan in plans if plan.total <= gigabytes * 2**30]
+    for plan in fitting:
+        say(f"{memory.as_call(plan, name)}  # {plan.total / memory.MEGABYTE:,.0f} MB")
+    if fitting:
+        return 0
+    complain(
+        f"{PROGRAM}: nothing fits: {name} with these settings needs more than {gigabytes:g} GB. "
+        "Take a smaller model, or see what --train_last_blocks, --sequence_length, --optimizer "
+        "and --precision save"
+    )
+    return 1
+
+
+def _sizes(model_name: str, model_dir: str) -> Any:
+    """The sizes of the model in a folder, or else of the published one."""
+    checkpoint = _module("checkpoint")
+    try:
+        return checkpoint.read_hparams(checkpoint.model_folder(model_dir, model_name))
+    except FileNotFoundError:
+        with contextlib.suppress(ValueError):
+            return _module("memory").published_hparams(model_name)
+        raise
+
+
+def _plot(options: Options) -> int:
+    say(_module("gpt_2").plot_history(**options))
+    return 0
 
 
 # --- what the commands take ---------------------------------------------------------------------
@@ -193,12 +320,36 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _batch_size(text: str) -> int | None:
+    return None if text == "auto" else int(text)
+
+
+def _word_or_number(text: str) -> str | int:
+    return int(text) if re.fullmatch(r"\d+", text) else text
+
+
+def _gigabytes(text: str) -> float:
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size")
+    return float(text)
+
+
+def _form(text: str) -> str:
+    if text not in ("text", "jsonl"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 'text' nor 'jsonl'")
+    return text
+
+
 # load_gpt2's; generate needs no names after it.
 _LOAD = ("checkpoint", "run_name", "checkpoint_dir", "model_name", "model_dir", "multi_gpu")
 
 _MULTI_GPU = Option(False, "Spread the model's layers over all GPUs, if there are several")
 _COMBINE = Option(50000, "Join small files until they hold this many characters")
 _ENCODING = Option(None, "Encoding of the text files", shown="UTF-8")
+_COLUMN = Option(
+    None, "Column of a table, by name or by number from 0", _word_or_number, "the first"
+)
+_TEMPLATE = Option(None, "Several columns, as in '{title}: {body}'", shown="one column")
 _VERBOSE = Option(1, "Print nothing but errors if this is 0")
 
 _FINETUNE = Command(
@@ -239,24 +390,69 @@ _FINETUNE = Command(
             ),
             "combine": _COMBINE,
             "encoding": _ENCODING,
+            "column": _COLUMN,
+            "template": _TEMPLATE,
         },
         "training": {
             "steps": Option(-1, "Steps to train now; -1 goes on until Ctrl-C"),
+            "epochs": Option(
+                None, "How often to go through the text now, instead of --steps", float, "none"
+            ),
             "batch_size": Option(1, "Windows of text in a micro-batch"),
             "accumulate_gradients": Option(5, "Micro-batches in a step"),
             "sequence_length": Option(
                 None, "Tokens in a window; fewer need less memory", int, "the model's n_ctx"
             ),
-            "learning_rate": Option(0.0001, "Size of the optimizer's step"),
+            "sampling": Option(
+                "random",
+                "Windows: at 'random', or by 'epoch', in which each token comes once",
+            ),
+            "pad_documents": Option(
+                False, "Let no window reach from one file or row into the next"
+            ),
+            "seed": Option(None, "Whole number that makes a run repeatable", int, "random"),
+        },
+        "optimizer": {
             "optimizer": Option("adam", "Update rule: adam, adafactor or sgd"),
+            "learning_rate": Option(0.0001, "Size of the optimizer's step"),
+            "warmup_steps": Option(0, "First steps, over which the learning rate rises"),
+            "lr_schedule": Option(
+                "constant",
+                "Learning rate: 'constant', or 'linear' or 'cosine', which fall to the last step",
+            ),
+            "min_learning_rate": Option(0.0, "Where they fall to"),
+            "weight_decay": Option(0.0, "Share of the weights that decays, as in AdamW"),
+            "gradient_clip": Option(0.0, "Limit of the gradients' global norm; 0 for none"),
+            "dropout": Option(0.0, "Share of activations that is dropped"),
+        },
+        "memory and speed": {
+            "use_memory_saving_gradients": Option(
+                None,
+                "Recompute activations instead of storing them: less memory, more time",
+                bool,
+                "where the device's memory is too small otherwise",
+            ),
             "only_train_transformer_layers": Option(
                 False, "Leave the embeddings as they are, which saves memory"
             ),
-            "use_memory_saving_gradients": Option(
-                False, "Recompute activations instead of storing them: less memory, more time"
+            "train_last_blocks": Option(
+                None, "Train only so many blocks, the last ones", int, "the whole model"
+            ),
+            "precision": Option(
+                "float32", "Activations in float32, bfloat16 or float16; weights stay float32"
             ),
             "multi_gpu": _MULTI_GPU,
-            "seed": Option(None, "Whole number that makes a run repeatable", int, "random"),
+        },
+        "validation": {
+            "val_dataset": Option(
+                None, "Text to measure the validation loss on, as --dataset", shown="none"
+            ),
+            "val_split": Option(0.0, "Share of the text's end to keep for that, such as 0.05"),
+            "val_every": Option(100, "Steps between validations"),
+            "val_batch_count": Option(40, "Batches in a validation, at most"),
+            "patience": Option(
+                0, "Validations in a row without a better loss that end the training; 0 for never"
+            ),
         },
         "saving and printing": {
             "save_every": Option(1000, "Steps between checkpoints"),
@@ -277,6 +473,8 @@ _GENERATE = Command(
         "gpt_2_simple generate --nsamples 5 --length 200",
         "gpt_2_simple generate --run_name poems --prefix 'Shall I' --top_k 40 --seed 1",
         "gpt_2_simple generate --model_name 124M --nfiles 10 --folder texts",
+        "gpt_2_simple generate --prefix 'Shall I' --stop END --stop '###' --stream",
+        "gpt_2_simple generate --prefix_file titles.txt --format jsonl",
     ),
     own_defaults={"nfiles": 1, "folder": "gen", "multi_gpu": True},
     groups={
@@ -297,10 +495,13 @@ _GENERATE = Command(
             "prefix": Option(
                 None, "Text to go on from; write --prefix='-x' if it starts with '-'", shown="none"
             ),
-            "include_prefix": Option(True, "Keep the prefix in the text"),
-            "truncate": Option(
-                None, "Cut the text where this first occurs after the prefix", shown="no cut"
+            "prefix_file": Option(
+                None,
+                "UTF-8 file with a prefix in each line, in place of --prefix; a file of texts then "
+                "has --nsamples of each",
+                shown="none",
             ),
+            "include_prefix": Option(True, "Keep the prefix in the text"),
             "temperature": Option(0.7, "Above 1 is wilder, below 1 tamer, 0 takes the likeliest"),
             "top_k": Option(0, "Choose among the k likeliest tokens; 0 means all"),
             "top_p": Option(
@@ -314,10 +515,43 @@ _GENERATE = Command(
                 "random",
             ),
         },
+        "end of the text": {
+            "truncate": Option(
+                None, "Cut the text where this first occurs after the prefix", shown="no cut"
+            ),
+            "stop": Option(None, "The same; may be given several times", shown="none", many=True),
+            "stop_token": Option(
+                None,
+                "Token that ends a text: its number, or its text, such as '<|endoftext|>'",
+                _word_or_number,
+                "none",
+            ),
+            "include_stop": Option(False, "Keep the --stop or --stop_token in the text"),
+            "min_length": Option(0, "Tokens before --stop_token may come"),
+        },
+        "rules": {
+            "repetition_penalty": Option(
+                1.0, "Above 1 makes tokens of the text so far less likely"
+            ),
+            "no_repeat_ngram_size": Option(
+                0, "No run of this many tokens comes twice; 0 for no such rule"
+            ),
+            "bad_words": Option(
+                None,
+                "Words that must not be written; may be given several times",
+                shown="none",
+                many=True,
+            ),
+        },
         "files": {
             "nfiles": Option(1, "Files to write", _count),
             "nsamples": Option(1, "Texts in a file"),
-            "batch_size": Option(1, "Texts to write at once; must divide --nsamples"),
+            "batch_size": Option(
+                1,
+                "Texts to write at once, which must divide --nsamples, or 'auto', which is what "
+                "--prefix_file has",
+                _batch_size,
+            ),
             "sample_delim": Option("=" * 20 + "\n", "What separates the texts of a file"),
             "folder": Option(
                 "gen",
@@ -327,6 +561,13 @@ _GENERATE = Command(
             "destination_path": Option(
                 None, "Write one file of this name instead; it must not exist", shown="none"
             ),
+            "format": Option(
+                None,
+                "Either 'text', or 'jsonl', which makes each text a line of JSON with its prefix",
+                _form,
+                "text, but jsonl if --destination_path ends in .jsonl",
+            ),
+            "stream": Option(False, "Print the text as it comes, and write no file"),
             "verbose": _VERBOSE,
         },
     },
@@ -417,11 +658,58 @@ _ENCODE_CSV = Command(
             "header": Option(True, "Whether the first row names the columns"),
             "start_token": Option("<|startoftext|>", "Put before each row"),
             "end_token": Option("<|endoftext|>", "Put after each row"),
-            "column": Option(None, "Column to take, by name", shown="the first"),
-            "template": Option(
-                None, "Several columns, as in '{title}: {body}'", shown="one column"
-            ),
+            "column": _COLUMN,
+            "template": _TEMPLATE,
             "encoding": Option(None, "Encoding of the table", shown="UTF-8"),
+        }
+    },
+)
+
+_MEMORY = Command(
+    run=_memory,
+    summary="Tell how much memory training needs, or what fits in yours: the best comes first.",
+    examples=(
+        "gpt_2_simple memory 774M --gpu_gb 16",
+        "gpt_2_simple memory --model_name 355M --batch_size 2 --optimizer adafactor",
+    ),
+    positional="model_name",
+    groups={
+        "model and device": {
+            "model_name": Option("124M", "Folder in --model_dir, or a published model's name"),
+            "model_dir": Option("models", "Folder that holds the models"),
+            "gpu_gb": Option(
+                None,
+                "Memory that training may take, in GB of 2**30 bytes; a GPU leaves somewhat less "
+                "than it has",
+                _gigabytes,
+                "none: tables of what is needed",
+            ),
+        },
+        "settings": {
+            name: _FINETUNE.options()[name]
+            for name in (
+                "batch_size", "sequence_length", "optimizer", "accumulate_gradients",
+                "only_train_transformer_layers", "train_last_blocks", "precision", "gradient_clip",
+            )
+        }
+        | {
+            "use_memory_saving_gradients": Option(
+                True, "Recompute activations instead of storing them", shown="with and without"
+            )
+        },
+    },
+)  # fmt: skip
+
+_PLOT = Command(
+    run=_plot,
+    summary="Draw a run's losses and learning rates into a PNG file.",
+    examples=("gpt_2_simple plot run1",),
+    positional="run_name",
+    groups={
+        "files": {
+            "run_name": Option("run1", "Run to draw: a folder in --checkpoint_dir"),
+            "checkpoint_dir": Option("checkpoint", "Folder that holds the runs"),
+            "path": Option(None, "File to write", shown="history.png in the run's folder"),
         }
     },
 )
@@ -433,9 +721,13 @@ COMMANDS = {
     "create": _CREATE,
     "encode": _ENCODE,
     "encode_csv": _ENCODE_CSV,
+    "memory": _MEMORY,
+    "plot": _PLOT,
 }
 
-_METAVARS: dict[Any, str] = {str: "TEXT", float: "X"}
+_METAVARS: dict[Any, str] = {
+    str: "TEXT", float: "X", _gigabytes: "X", _word_or_number: "TEXT", _form: "FORM"
+}  # fmt: skip
 
 # gpt-2-simple 0.8.1 had one list of flags for both its modes.
 _SHARED_FLAGS = (
@@ -560,6 +852,8 @@ def _add_flag(group: Any, name: str, option: Option, default: Any, hidden: bool 
     settings: dict[str, Any] = {"type": kind, "metavar": _METAVARS.get(kind, "N")}
     if kind is bool:
         settings = {"type": _boolean, "nargs": "?", "const": True, "metavar": "True|False"}
+    if option.many:
+        settings["action"] = "append"
     text = f"{option.help} (default: {shown})"
     group.add_argument(
         f"--{name}",
@@ -628,11 +922,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The way of Python's own documentation: what is still buffered must go somewhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_CLOSED_PIPE
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        if "--debug" in argv or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0"):
+    except Exception as error:
+        message = _message(error)
+        wanted = "--debug" in argv or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
+        if message is None or wanted:
             raise
-        complain(f"{PROGRAM}: error: {' '.join(str(error).split()) or type(error).__name__}")
+        complain(f"{PROGRAM}: error: {message}")
         return 1
+
+
+def _message(error: Exception) -> str | None:
+    """What an error says, in one line; None if it is no error that a user can do anything about."""
+    name = type(error).__name__
+    if type(error).__module__.startswith("tensorflow"):
+        # Its own words stand among places in the graph and in the code.
+        noise = r"\s|$|Graph execution error|Detected at|Node:|Hint:|Original stack trace"
+        lines = [line for line in str(error).splitlines() if not re.match(noise, line)]
+        return f"{name}: {lines[0]}" if lines else name
+    if isinstance(error, (ValueError, OSError, RuntimeError, ImportError, MemoryError)):
+        return " ".join(str(error).split()) or name
+    return None
 
 
 @contextlib.contextmanager

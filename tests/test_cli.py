@@ -1,7 +1,10 @@
 """Command lines in; which functions they call with what, what they print and how they end."""
 
+import ast
 import functools
 import inspect
+import io
+import json
 import os
 import re
 import shlex
@@ -14,8 +17,9 @@ import warnings
 from pathlib import Path
 
 import pytest
+import tensorflow as tf
 
-from gpt_2_simple import cli, dataset, download, gpt_2
+from gpt_2_simple import cli, dataset, download, gpt_2, memory, model
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,6 +30,11 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.delenv(cli.DEBUG_VARIABLE, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
     return tmp_path
+
+
+@functools.cache
+def small_plan():
+    return memory.memory_plan(model.HParams(n_vocab=300, n_ctx=32, n_embd=16, n_head=2, n_layer=1))
 
 
 class Calls(list):
@@ -48,6 +57,8 @@ def calls(monkeypatch):
     calls = Calls()
     session = types.SimpleNamespace(close=lambda: calls.append(("close", {})))
     calls.results = {"start_tf_sess": session, "is_gpt2_downloaded": True}
+    calls.results["memory_plan"] = small_plan()
+    calls.results["fitting_plans"] = [small_plan()]
     targets = [
         (module, name)
         for command in FUNCTIONS.values()
@@ -55,6 +66,7 @@ def calls(monkeypatch):
         for name in names
     ]
     targets += [(gpt_2, name) for name in ("start_tf_sess", "is_gpt2_downloaded", "download_gpt2")]
+    targets.append((memory, "fitting_plans"))
     for module, name in set(targets):
         signature = inspect.signature(getattr(module, name))
         monkeypatch.setattr(module, name, functools.partial(record, calls, name, signature))
@@ -65,7 +77,7 @@ def record(calls, name, signature, *args, **kwargs):
     arguments = dict(signature.bind(*args, **kwargs).arguments)
     assert arguments.pop("sess", None) in (None, calls.results["start_tf_sess"])
     calls.append((name, arguments))
-    if name == "generate_to_file":
+    if "destination_path" in arguments:
         Path(arguments["destination_path"]).write_text("a text")
     result = calls.results.get(name)
     if isinstance(result, BaseException):
@@ -75,16 +87,23 @@ def record(calls, name, signature, *args, **kwargs):
 
 FUNCTIONS = {
     "finetune": {gpt_2: ["finetune"]},
-    "generate": {gpt_2: ["generate_to_file", "load_gpt2"]},
+    "generate": {gpt_2: ["generate", "load_gpt2"]},
     "download": {download: ["download_gpt2"]},
     "create": {gpt_2: ["create_gpt2"]},
     "encode": {gpt_2: ["encode_dataset"]},
     "encode_csv": {dataset: ["encode_csv"]},
+    "memory": {memory: ["memory_plan"]},
+    "plot": {gpt_2: ["plot_history"]},
 }
 # What a shell has no use for.
-NOT_FLAGS = {"sess", "reuse", "on_step"}
+NOT_FLAGS = {"sess", "reuse", "on_step", "return_as_list", "sample_dir"}
 # What the command line adds to the functions.
-OWN_FLAGS = {"generate": {"nfiles", "folder"}}
+OWN_FLAGS = {
+    "generate": {"nfiles", "folder", "prefix_file", "format"},
+    "memory": {"model_dir", "gpu_gb"},
+}
+# Flags that do not reach the function as they are.
+CHANGED = {"destination_path", ("memory", "model_name")}
 
 # The tables and the functions
 
@@ -113,7 +132,7 @@ def test_every_argument_is_a_flag_and_every_flag_an_argument(command):
 def test_the_defaults_in_the_help_are_the_functions(command):
     options = cli.COMMANDS[command].options()
     for name, parameter in parameters(command).items():
-        if parameter.default is not inspect.Parameter.empty and name != "destination_path":
+        if parameter.default is not inspect.Parameter.empty:
             assert options[name].default == parameter.default, name
             assert type(options[name].default) is type(parameter.default), name
 
@@ -127,11 +146,13 @@ def test_a_required_argument_is_the_one_that_has_no_default(command):
 
 @pytest.mark.parametrize("command", FUNCTIONS)
 def test_flags_without_a_default_have_the_functions_type(command):
-    kinds = {int: "int", float: "float", None: "str", str: "str"}
+    kinds = {int: "int", float: "float", None: "str", bool: "bool"}
+    kinds[cli._word_or_number] = "str | int"
     options = cli.COMMANDS[command].options()
     for name, parameter in parameters(command).items():
         if options[name].default is None:
             assert kinds[options[name].kind] in str(parameter.annotation), name
+            assert ("Sequence" in str(parameter.annotation)) >= options[name].many, name
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)
@@ -170,14 +191,15 @@ def test_the_defaults_of_0_8_1s_command_line_stay():
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)
-def test_the_examples_are_accepted(command, calls):
+def test_the_examples_are_accepted(command, calls, workplace):
+    (workplace / "titles.txt").write_text("A title\n")
     for example in cli.COMMANDS[command].examples:
         calls.clear()
         program, *argv = shlex.split(example)
         assert program == "gpt_2_simple"
         assert cli.main(argv) == 0
-        functions = next(iter(FUNCTIONS[command].values()))
-        assert functions[0] in calls.names()
+        functions = {name for names in FUNCTIONS[command].values() for name in names}
+        assert {*functions, "fitting_plans"} & {*calls.names()}
 
 
 # Forms of a command line
@@ -238,41 +260,41 @@ def test_booleans(calls, given, value):
 
 
 def sample_value(name, option):
+    if isinstance(option.default, bool) or option.kind is bool:
+        return str(not option.default), not option.default
     if option.kind in (int, cli._count) or isinstance(option.default, int):
         return "3", 3
-    if isinstance(option.default, float):
+    if option.kind is float or isinstance(option.default, float):
         return "0.5", 0.5
-    return f"some {name}", f"some {name}"
+    return f"some {name}", [f"some {name}"] if option.many else f"some {name}"
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)
 def test_every_flag_reaches_its_function(command, calls):
     for name, option in cli.COMMANDS[command].options().items():
-        if name in OWN_FLAGS.get(command, ()) or name == "destination_path":
+        if name in OWN_FLAGS.get(command, ()) or {name, (command, name)} & CHANGED:
             continue
         calls.clear()
         text, value = sample_value(name, option)
-        if isinstance(option.default, bool):
-            text, value = str(not option.default), not option.default
         spec = cli.COMMANDS[command]
         needed = [f"--{spec.positional}", "x"] if spec.required and name != spec.positional else []
         assert cli.main([command, *needed, f"--{name}", text]) == 0
         functions = [function for names in FUNCTIONS[command].values() for function in names]
         seen = [c[name] for function in functions for c in calls.of(function) if name in c]
         assert seen
-        assert set(seen) == {value}
+        assert all(given == value for given in seen)
 
 
 def test_texts_that_look_like_something_else(calls):
     line = ["generate", "--prefix", "finetune", "--truncate=--end", "--sample_delim", "-- end --"]
     assert cli.main(line) == 0
-    call = calls.one("generate_to_file")
+    call = calls.one("generate")
     assert call["prefix"] == "finetune"
     assert call["truncate"] == "--end"
     assert call["sample_delim"] == "-- end --"
     assert cli.main(["--prefix", "", "--temperature", "-1", "generate"]) == 0
-    assert calls.of("generate_to_file")[1]["prefix"] == ""
-    assert calls.of("generate_to_file")[1]["temperature"] == -1.0
+    assert calls.of("generate")[1]["prefix"] == ""
+    assert calls.of("generate")[1]["temperature"] == -1.0
 
 
 FLAGS_OF_0_8_1 = {
@@ -399,7 +421,7 @@ def test_generate_loads_the_model_that_is_named(calls, there):
 
 def test_generate_loads_a_run_without_looking_for_a_model(calls):
     assert cli.main(["generate", "--run_name", "r", "--checkpoint", "model-5"]) == 0
-    assert calls.names() == ["start_tf_sess", "load_gpt2", "generate_to_file", "close"]
+    assert calls.names() == ["start_tf_sess", "load_gpt2", "generate", "close"]
     load = calls.one("load_gpt2")
     assert (load["run_name"], load["checkpoint"]) == ("r", "model-5")
 
@@ -447,22 +469,22 @@ def test_files_of_the_same_second_stay_apart(calls, stopped_clock, workplace):
 def test_a_name_is_taken_before_the_text_is_generated(calls, stopped_clock, monkeypatch):
     seen = []
 
-    def generate_to_file(sess, destination_path, **options):
+    def generate(sess, destination_path, **options):
         seen.append(destination_path)
         if len(seen) == 1:  # another process starts in the same second
             assert cli.main(["generate"]) == 0
 
-    monkeypatch.setattr(gpt_2, "generate_to_file", generate_to_file)
+    monkeypatch.setattr(gpt_2, "generate", generate)
     assert cli.main(["generate"]) == 0
     assert len(set(seen)) == 2
 
 
 def test_each_file_has_a_seed_of_its_own(calls):
     assert cli.main(["generate", "--seed", "7", "--nfiles", "3"]) == 0
-    assert [call["seed"] for call in calls.of("generate_to_file")] == [7, 8, 9]
+    assert [call["seed"] for call in calls.of("generate")] == [7, 8, 9]
     calls.clear()
     assert cli.main(["generate", "--nfiles", "2"]) == 0
-    assert not any("seed" in call for call in calls.of("generate_to_file"))
+    assert not any("seed" in call for call in calls.of("generate"))
 
 
 def test_one_file_of_a_given_name(calls, workplace, capsys):
@@ -483,21 +505,21 @@ def test_one_name_is_not_for_several_files(calls, capsys):
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError("no"), 1), (KeyboardInterrupt(), 130)])
 def test_a_failed_text_leaves_no_empty_file(calls, monkeypatch, error, status):
-    def generate_to_file(sess, destination_path, **options):
+    def generate(sess, destination_path, **options):
         raise error
 
-    monkeypatch.setattr(gpt_2, "generate_to_file", generate_to_file)
+    monkeypatch.setattr(gpt_2, "generate", generate)
     assert cli.main(["generate"]) == status
     assert contents("gen") == {}
     assert calls.names()[-1] == "close"
 
 
 def test_a_half_written_text_stays(calls, monkeypatch):
-    def generate_to_file(sess, destination_path, **options):
+    def generate(sess, destination_path, **options):
         Path(destination_path).write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gpt_2, "generate_to_file", generate_to_file)
+    monkeypatch.setattr(gpt_2, "generate", generate)
     assert cli.main(["generate"]) == 130
     assert list(contents("gen").values()) == ["half"]
 
@@ -512,7 +534,172 @@ def test_a_file_in_the_folders_place_is_an_error(calls, workplace, capsys):
 def test_verbose_0_prints_nothing(calls, capsys):
     assert cli.main(["generate", "--verbose", "0"]) == 0
     assert capsys.readouterr() == ("", "")
-    assert calls.one("load_gpt2")["verbose"] == calls.one("generate_to_file")["verbose"] == 0
+    assert calls.one("load_gpt2")["verbose"] == calls.one("generate")["verbose"] == 0
+
+
+def test_a_stop_may_be_given_several_times(calls):
+    line = ["--stop", "END", "--stop=###", "--bad_words", "a b", "--stop_token", "50256"]
+    assert cli.main(["generate", *line]) == 0
+    call = calls.one("generate")
+    assert (call["stop"], call["bad_words"], call["stop_token"]) == (["END", "###"], ["a b"], 50256)
+
+
+def test_batch_size_auto(calls):
+    assert cli.main(["generate", "--batch_size", "auto"]) == 0
+    assert calls.one("generate")["batch_size"] is None
+
+
+def test_a_stream_goes_to_the_screen_alone(calls, workplace, capsys):
+    assert cli.main(["generate", "--stream"]) == 0
+    assert "destination_path" not in calls.one("generate")
+    assert calls.one("load_gpt2")["verbose"] == 0
+    assert list(workplace.iterdir()) == []
+    for more in (["--nfiles", "2"], ["--format", "text"], ["--destination_path", "a.txt"]):
+        assert cli.main(["generate", "--stream", *more]) == 1
+        assert "--stream prints" in capsys.readouterr().err
+
+
+# Prefixes from a file, and JSON lines
+
+
+def lines_of(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def writing(calls, monkeypatch):
+    """Lets generate() write each text with its prefix, as the real one does."""
+
+    def generate(sess, destination_path, prefix="", nsamples=1, sample_delim="=\n", **options):
+        prefixes = [prefix] if isinstance(prefix, str) else prefix
+        texts = [f"{p}\n\u00e9 {n}\n" for p in prefixes for n in range(nsamples)]
+        delimiter = sample_delim if len(texts) > 1 else ""
+        written = "".join(f"{text}\n{delimiter}" for text in texts)
+        with open(destination_path, "w", encoding="utf-8", errors="surrogatepass") as file:
+            file.write(written)
+
+    monkeypatch.setattr(gpt_2, "generate", generate)
+    return calls
+
+
+def test_a_prefix_a_line_makes_one_call(calls, workplace):
+    text = "\ufeffone\r\n\n two \n   \nthr\u00e9e"
+    (workplace / "p.txt").write_text(text, encoding="utf-8", newline="")
+    assert cli.main(["generate", "--prefix_file", "p.txt"]) == 0
+    call = calls.one("generate")
+    assert call["prefix"] == ["one", " two ", "thr\u00e9e"]
+    assert call["batch_size"] is None
+    assert list(contents("gen").values()) == ["a text"]
+    calls.clear()
+    assert cli.main(["generate", "--prefix_file", "p.txt", "--batch_size", "1"]) == 0
+    assert calls.one("generate")["batch_size"] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "message"),
+    [
+        (None, [], "No such file"),
+        (b"", [], "p.txt holds no prefix"),
+        (b"\n  \n", [], "p.txt holds no prefix"),
+        (b"caf\xe9", [], "p.txt is not UTF-8"),
+        (b"a", ["--prefix", "b"], "--prefix_file p.txt, not both"),
+    ],
+)
+def test_a_file_of_prefixes_that_is_none(calls, workplace, capsys, content, more, message):
+    if content is not None:
+        (workplace / "p.txt").write_bytes(content)
+    assert cli.main(["generate", "--prefix_file", "p.txt", *more]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert calls == []
+
+
+def test_json_lines(writing, workplace):
+    (workplace / "p.txt").write_text("a\nb\n")
+    assert cli.main("generate --prefix_file p.txt --nsamples 2 --format jsonl".split()) == 0
+    (name,) = contents("gen")
+    assert re.fullmatch(r"gpt2_gentext_\d{8}_\d{6}\.jsonl", name)
+    expected = [{"prefix": p, "text": f"{p}\n\u00e9 {n}\n"} for p in "ab" for n in (0, 1)]
+    assert lines_of(f"gen/{name}") == expected
+    assert "\u00e9" in Path("gen", name).read_text(encoding="utf-8")
+    assert cli.main(["generate", "--destination_path", "one.jsonl"]) == 0
+    assert lines_of("one.jsonl") == [{"prefix": "", "text": "\n\u00e9 0\n"}]
+    assert cli.main("generate --destination_path text.jsonl --format text".split()) == 0
+    assert (workplace / "text.jsonl").read_text(encoding="utf-8") == "\n\u00e9 0\n\n"
+    assert cli.main(["generate", "--format", "xml"]) == 2
+
+
+def test_what_utf_8_cannot_hold_still_is_json(writing):
+    assert cli.main(["generate", "--prefix", "\udcff", "--destination_path", "a.jsonl"]) == 0
+    assert lines_of("a.jsonl") == [{"prefix": "\udcff", "text": "\udcff\n\u00e9 0\n"}]
+
+
+@pytest.mark.parametrize(("error", "status"), [(MemoryError(), 1), (KeyboardInterrupt(), 130)])
+def test_json_lines_of_what_there_is(calls, monkeypatch, capsys, error, status):
+    def generate(sess, destination_path, sample_delim, **options):
+        Path(destination_path).write_text(f"whole\n{sample_delim}half\n")
+        raise error
+
+    monkeypatch.setattr(gpt_2, "generate", generate)
+    assert cli.main(["generate", "--nsamples", "5", "--destination_path", "a.jsonl"]) == status
+    assert [line["text"] for line in lines_of("a.jsonl")] == ["whole", "half"]
+    assert capsys.readouterr().out == "Wrote a.jsonl\n"
+
+
+# Plans of memory, and plots
+
+
+def test_the_tables_of_memory(calls, capsys):
+    assert cli.main(["memory", "355M", "--batch_size", "2"]) == 0
+    with_and_without = calls.of("memory_plan")
+    flag = "use_memory_saving_gradients"
+    assert [call.pop(flag) for call in with_and_without] == [False, True]
+    expected = {"model_name": memory.published_hparams("355M"), "batch_size": 2}
+    assert with_and_without == [expected] * 2
+    out = capsys.readouterr().out
+    assert f"{flag}=False:\n{small_plan()}\n" in out
+    assert f"{flag}=True:\n{small_plan()}\n" in out
+    calls.clear()
+    assert cli.main(["memory", f"--{flag}", "False"]) == 0
+    assert calls.one("memory_plan")[flag] is False
+
+
+def test_calls_that_fit_can_be_pasted(tiny, capsys):
+    assert cli.main("memory tiny --gpu_gb 1".split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 5
+    pattern = r'gpt2\.(finetune\(sess, "your\.txt", model_name=\'tiny\', .*\))  # [\d,]+ MB'
+    for line in lines:
+        call = ast.parse(re.fullmatch(pattern, line)[1], mode="eval").body
+        given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        inspect.signature(gpt_2.finetune).bind(None, "your.txt", **given)
+    assert cli.main("memory tiny --gpu_gb 1 --batch_size 3".split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all("batch_size=3" in line for line in lines)
+
+
+@pytest.mark.parametrize("more", [[], ["--batch_size", "3"]])
+def test_nothing_fits(tiny, capsys, more):
+    assert cli.main(["memory", "tiny", "--gpu_gb", "0.00001", *more]) == 1
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("gpt_2_simple: nothing fits: tiny")
+    assert error.count("\n") == 1
+
+
+def test_sizes_of_a_model_that_nobody_has(workplace, capsys):
+    assert cli.main(["memory", "huge"]) == 1
+    assert "no model in models/huge" in capsys.readouterr().err
+    assert cli.main(["memory", "--gpu_gb", "-1"]) == 2
+
+
+def test_a_plot_names_its_file(calls, capsys):
+    calls.results["plot_history"] = "checkpoint/run2/history.png"
+    assert cli.main(["plot", "run2"]) == 0
+    assert calls.one("plot_history") == {"run_name": "run2"}
+    assert capsys.readouterr().out == "checkpoint/run2/history.png\n"
 
 
 # Errors
@@ -525,6 +712,7 @@ def test_verbose_0_prints_nothing(calls, capsys):
         FileNotFoundError("temperature=-1 must be\n  at least 0"),
         RuntimeError("temperature=-1 must be\n  at least 0"),
         ImportError("temperature=-1 must be\n  at least 0"),
+        MemoryError("temperature=-1 must be\n  at least 0"),
     ],
 )
 def test_an_error_is_one_line_and_1(calls, capsys, error):
@@ -533,6 +721,18 @@ def test_an_error_is_one_line_and_1(calls, capsys, error):
     message = "gpt_2_simple: error: temperature=-1 must be at least 0\n"
     assert capsys.readouterr() == ("", message)
     assert calls.names()[-1] == "close"
+
+
+def test_tensorflows_own_words_are_one_line(calls, capsys, monkeypatch):
+    def finetune(sess, **options):
+        with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+            index = tf.compat.v1.placeholder_with_default(7, [])
+            session.run(tf.gather([1, 2], index, name="choose"))
+
+    monkeypatch.setattr(gpt_2, "finetune", finetune)
+    assert cli.main(["finetune", "a.txt"]) == 1
+    message = "gpt_2_simple: error: InvalidArgumentError: indices = 7 is not in [0, 2)\n"
+    assert capsys.readouterr().err == message
 
 
 def test_an_error_without_words_has_its_name(calls, capsys):
@@ -590,39 +790,43 @@ def test_ctrl_c(calls, capsys):
 # In a process of its own
 
 
-# The package's folder without its __init__, which may import TensorFlow: this is about cli.py.
-ALONE = f"""
-import sys, types
-sys.modules["tensorflow"] = None
-package = types.ModuleType("gpt_2_simple")
-package.__path__ = [{str(ROOT / "gpt_2_simple")!r}]
-sys.modules["gpt_2_simple"] = package
-from gpt_2_simple.cli import main
-sys.exit(main())
-"""
-
-
-def run(*argv, **options):
+def python(*argv, **options):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
-    command = [sys.executable, "-c", ALONE, *argv]
+    environment["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, *argv]
     return subprocess.run(command, text=True, timeout=60, env=environment, **options)
 
 
-@pytest.mark.parametrize(
-    ("line", "status"),
-    [("--help", 0), ("finetune --help", 0), ("--version", 0), ("finetune", 2), ("generate x=1", 1)],
-)
-def test_no_tensorflow_before_there_is_work(line, status):
-    done = run(*line.split(), capture_output=True)
-    assert done.returncode == status
-    assert ("tensorflow" in done.stderr) is (status == 1)
+WITHOUT_TENSORFLOW = """
+import sys
+sys.modules["tensorflow"] = None
+from gpt_2_simple.cli import main
+for line in sys.argv[1:]:
+    print("ended with", main(line.split()))
+    print("after", line, file=sys.stderr)
+"""
 
 
-def test_a_download_needs_no_tensorflow():
-    done = run("download", "frobnicate", capture_output=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith("gpt_2_simple: error: model_name='frobnicate'")
-    assert done.stderr.count("\n") == 1
+def test_no_tensorflow_before_there_is_work():
+    lines = [
+        "--help", "finetune --help", "--version", "finetune", "download frobnicate", "generate x=1"
+    ]  # fmt: skip
+    done = python("-c", WITHOUT_TENSORFLOW, *lines, capture_output=True)
+    assert re.findall(r"ended with (\d)", done.stdout) == list("000211")
+    *_, download, generate = re.split(r"after .*\n", done.stderr)[:-1]
+    assert download.startswith("gpt_2_simple: error: model_name='frobnicate'")
+    assert download.count("\n") == 1
+    assert "tensorflow" in generate
+    assert done.stderr.count("tensorflow") == generate.count("tensorflow")
+
+
+def test_help_as_a_module_imports_no_tensorflow():
+    done = python("-X", "importtime", "-m", "gpt_2_simple", "--help", capture_output=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: gpt_2_simple")
+    imported = re.findall(r"\| +([\w.]+)$", done.stderr, re.M)
+    assert "gpt_2_simple.cli" in imported
+    assert not [name for name in imported if name.startswith(("tensorflow", "keras"))]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes break in other ways there")
@@ -630,7 +834,7 @@ def test_a_reader_that_goes_away_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        done = run("--help", stdout=writer, stderr=subprocess.PIPE)
+        done = python("-m", "gpt_2_simple", "--help", stdout=writer, stderr=subprocess.PIPE)
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
@@ -674,10 +878,20 @@ def test_from_a_new_model_to_texts(workplace, capsys):
     samples = [sample for text in texts for sample in text.split("=" * 20 + "\n")[:2]]
     assert all(sample.startswith("Jack") for sample in samples)
     assert len(set(samples)) == 4
-    assert cli.main(line) == 0
-    again = re.findall(r"Wrote (\S+)", capsys.readouterr().out)
-    assert [Path(path).read_text() for path in again] == texts
-    assert len(contents("gen")) == 4
+
+
+def test_json_lines_and_a_stream_of_a_real_model(tiny, capsys):
+    (tiny / "titles.txt").write_text("All work\nA\n")
+    line = "generate --model_name tiny --length 3 --seed 1".split()
+    assert cli.main([*line, "--prefix_file", "titles.txt", "--destination_path", "a.jsonl"]) == 0
+    first, second = map(json.loads, (tiny / "a.jsonl").read_text(encoding="utf-8").splitlines())
+    assert first["prefix"] == "All work"
+    assert first["text"].startswith("All work")
+    assert len(first["text"]) > len("All work")
+    assert second["text"].startswith("A")
+    assert capsys.readouterr().out.endswith("Wrote a.jsonl\n")
+    assert cli.main([*line, "--prefix", "All work", "--stream"]) == 0
+    assert capsys.readouterr().out == first["text"] + "\n"
 
 
 def test_generating_from_a_model_as_it_is(tiny, capsys):
@@ -709,27 +923,21 @@ def test_errors_of_the_library_are_one_line(tiny, capsys, line, message):
     assert error.count("\n") == 1
 
 
-# Python leaves SIGINT alone where it is ignored, as it is in a shell's background jobs.
-INTERRUPTIBLE = f"""
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.path.insert(0, {str(ROOT)!r})
-from gpt_2_simple.cli import main
-sys.exit(main())
-"""
+class Interrupter(io.StringIO):
+    """A screen before which someone presses Ctrl-C when the second step is shown."""
+
+    def write(self, text):
+        if text.startswith("[2 |"):
+            signal.raise_signal(signal.SIGINT)
+        return super().write(text)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="there is no such signal to send there")
-def test_ctrl_c_in_training_saves_and_ends_with_130(tiny):
-    line = "finetune text.txt --model_name tiny --steps 5000 --print_every 1".split()
-    command = [sys.executable, "-c", INTERRUPTIBLE, *line]
-    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as process:
-        for printed in process.stdout:
-            if printed.startswith("[2 |"):
-                process.send_signal(signal.SIGINT)
-                break
-        rest = process.stdout.read()
-    assert process.returncode == 130
-    assert "interrupted" in rest
-    saved = re.search(r"Saving checkpoint/run1/(model-\d+)\n$", rest)[1]
+def test_ctrl_c_in_training_saves_and_ends_with_130(tiny, monkeypatch):
+    screen = Interrupter()
+    monkeypatch.setattr(sys, "stdout", screen)
+    line = "finetune text.txt --model_name tiny --steps 5000 --print_every 1"
+    assert cli.main(line.split()) == 130
+    printed = screen.getvalue()
+    assert "interrupted" in printed
+    saved = re.search(r"Saving checkpoint/run1/(model-\d+)\n$", printed)[1]
     assert (tiny / "checkpoint" / "run1" / f"{saved}.index").exists()
