@@ -681,7 +681,8 @@ def test_calls_that_fit_can_be_pasted(tiny, capsys):
 
 
 @pytest.mark.parametrize("more", [[], ["--batch_size", "3"]])
-def test_nothing_fits(tiny, capsys, more):
+def test_nothing_fits(tiny, calls, capsys, more):
+    calls.results["fitting_plans"] = []
     assert cli.main(["memory", "tiny", "--gpu_gb", "0.00001", *more]) == 1
     out, error = capsys.readouterr()
     assert out == ""
