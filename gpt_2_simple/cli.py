@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from .download import MODEL_NAMES
+from .files import write_whole
 from .report import complain, progress, say, verbosity
 
 PROGRAM = "gpt_2_simple"
@@ -211,10 +212,11 @@ def _format(output: _Output, path: str, options: Options) -> Iterator[Options]:
         prefix, nsamples = options.get("prefix", ""), options.get("nsamples", 1)
         prefixes = [prefix] if isinstance(prefix, str) else prefix
         # JSON writes a lone surrogate as Python's backslashreplace does.
-        with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        with write_whole(path) as lines:
             for number, text in enumerate(texts):
                 record = {"prefix": prefixes[number // nsamples], "text": text}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                line = json.dumps(record, ensure_ascii=False) + "\n"
+                lines.write(line.encode("utf-8", "backslashreplace"))
 
 
 def _counted(nfiles: int) -> Iterator[int]:

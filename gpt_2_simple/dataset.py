@@ -11,6 +11,7 @@ import numpy as np
 
 from . import documents
 from .documents import END_TOKEN, START_TOKEN, DataFile, ReadReport, RowFormat
+from .files import write_whole
 from .parallel_encode import (
     MOST_PROCESSES,
     PackedBlock,
@@ -30,7 +31,6 @@ from .token_file import (
     id_dtype,
     read_tokens,
     write_tokens,
-    write_whole,
 )
 
 LARGE_BYTES = 20_000_000

@@ -24,6 +24,8 @@ from pathlib import Path
 import numpy as np
 import regex
 
+from .files import write_text
+
 END_OF_TEXT = "<|endoftext|>"
 _MERGES_HEADER = "#version"
 
@@ -447,8 +449,8 @@ def save_vocabulary(encoder: Encoder, folder: str | os.PathLike[str]) -> None:
     """Writes encoder.json and vocab.bpe as GPT-2 has them, each of them whole or not at all."""
     merges = "".join(f"{left} {right}\n" for left, right in encoder.bpe_merges)
     os.makedirs(folder, exist_ok=True)
-    _write_whole(Path(folder, "encoder.json"), json.dumps(encoder.encoder))
-    _write_whole(Path(folder, "vocab.bpe"), f"{_MERGES_HEADER}: 0.2\n{merges}")
+    write_text(Path(folder, "encoder.json"), json.dumps(encoder.encoder))
+    write_text(Path(folder, "vocab.bpe"), f"{_MERGES_HEADER}: 0.2\n{merges}")
 
 
 def _chunks(text: str) -> Iterator[str]:
@@ -536,16 +538,3 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
             raise ValueError(f"{path}, line {number}: {line!r} is not two tokens and a space")
         merges.append((left, right))
     return merges
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Replaces a file by another of this content, so that no reader ever sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

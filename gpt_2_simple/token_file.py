@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import secrets
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, overload
+from collections.abc import Iterable, Sequence
+from typing import Any, overload
 
 import numpy as np
 
+from .files import write_whole
 from .parallel_encode import PackedBlock
 
 MAGIC = b"GPT2TOKS"
@@ -127,23 +126,6 @@ class _Ends:
             if ends_chunk and self.count > (self.found[-1] if self.found else 0):
                 self.found.append(self.count)
         return block.ids
-
-
-@contextlib.contextmanager
-def write_whole(path: str) -> Iterator[BinaryIO]:
-    """Opens a temporary file beside `path` that takes its place if the block ends well."""
-    folder, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise
 
 
 def hash_file(path: str) -> str:

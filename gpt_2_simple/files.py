@@ -1,0 +1,44 @@
+"""Contents in, files that land whole out: nobody ever sees, or keeps, half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def write_whole(path: str | os.PathLike[str], mark: str = ".") -> Iterator[BinaryIO]:
+    """Opens a temporary file beside `path` that takes its place if the block ends well.
+
+    Whatever ends the block otherwise leaves `path` as it was, and nothing else behind.
+
+    Args:
+        path: the file to make or to replace; its folder must exist.
+        mark: what the temporary file's name starts with; a killed process leaves it, and this
+            tells it from what users keep there.
+
+    Raises:
+        OSError: the folder is missing or cannot be written, or the disk is full.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    temporary = os.path.join(folder, f"{mark}{name}.{secrets.token_hex(4)}.tmp")
+    file = open(temporary, "xb")
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, os.path.join(folder, name))
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def write_text(path: str | os.PathLike[str], text: str, mark: str = ".") -> None:
+    """Writes a text file whole, in UTF-8 and with line ends as they are; see write_whole()."""
+    with write_whole(path, mark) as file:
+        file.write(text.encode("utf-8"))
