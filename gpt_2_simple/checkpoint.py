@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from . import bundle, model
+from . import bundle, files, model
 
 VOCABULARY_FILES = ("encoder.json", "vocab.bpe")
 MODEL_CHECKPOINT = "model.ckpt"
@@ -422,24 +422,8 @@ def sync(path: str) -> None:
 
 
 def write_file(path: str, text: str) -> None:
-    """Writes a text file whole: other name, flush, rename."""
-    descriptor, temporary = tempfile.mkstemp(
-        dir=os.path.dirname(path) or ".", prefix=UNFINISHED, suffix=os.path.basename(path)
-    )
-    try:
-        with open(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp's files are for their owner alone; give the rights that open() would give.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise
+    """Writes a text file whole; recover() removes what a killed process leaves of it."""
+    files.write_text(path, text, UNFINISHED)
 
 
 def state_text(names: Sequence[str]) -> str:
