@@ -166,7 +166,8 @@ def main() -> int:
         differ = differing("killed", "peaceful")
         left = sorted(os.listdir(os.path.join("checkpoint", "killed")))
         os.chdir("/")
-    print(f"left in the run's folder: {' '.join(left)}")
+    left = [name for name in left if not name.startswith("events.")]
+    print(f"left in the run's folder, but for events: {' '.join(left)}")
     print(
         f"{options.kills} kills, {in_save} of them in a save, {lost} runs lost; "
         f"after {last} steps {len(differ)} tensors differ from an undisturbed run's; "

@@ -158,6 +158,7 @@ class Trainer:
         folder: str,
         start: str,
         resume: bool,
+        overwrite: bool = False,
         on_step: OnStep | None = None,
     ):
         """Builds what is missing in the session's graph, and goes to where the run was.
@@ -170,6 +171,7 @@ class Trainer:
             folder: the run's folder, locked.
             start: the checkpoint that the weights came from.
             resume: whether that is the run's own latest: its steps go on counting.
+            overwrite: with `resume`, remove the run's older checkpoints and events.
             on_step: called with each step's entry; training ends when it returns False.
         """
         self.sess, self.state, self.data, self.config = sess, state, data, config
@@ -192,6 +194,8 @@ class Trainer:
         self.run = self._resumed() if resume else self._new()
         steps = steps_to_take(data.chunks, config, window)
         self.last = None if steps is None else self.run.step + steps
+        if overwrite and resume:
+            self.saves.overwrite()
         self.watch = Watch(folder, self.run, steps, config.print_every)
         self.interruption = Interruption()
         self.has_ended = False

@@ -117,6 +117,20 @@ def test_what_a_run_lacks_is_said_when_it_goes_on(small, sess, capsys):
     assert "is of another optimizer" in out
 
 
+def test_overwriting_keeps_the_latest_checkpoint_and_what_is_written_from_then_on(small, sess):
+    finetune(sess, 3, save_every=1, max_checkpoints=0)
+    (small / "checkpoint" / "run1" / "mine.txt").write_text("mine")
+    finetune(sess, 1, overwrite=True)
+    assert checkpoint.named_checkpoints("checkpoint/run1") == ["model-4"]
+    names = os.listdir("checkpoint/run1")
+    assert not [name for name in names if re.search(r"-[123]\.", name)]
+    assert "mine.txt" in names
+    (events,) = glob.glob("checkpoint/run1/events*")
+    steps = [event.step for event in tf.compat.v1.train.summary_iterator(events) if event.step]
+    assert steps == [4]
+    assert [entry.step for entry in read_history("checkpoint/run1")] == [1, 2, 3, 4]
+
+
 def test_kills_at_random_moments_lose_no_run():
     script = Path(__file__).parents[1] / "benchmarks" / "faults.py"
     done = subprocess.run(
