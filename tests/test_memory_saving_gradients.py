@@ -212,6 +212,15 @@ def test_batch_of_unknown_size():
     assert_same(tf.reduce_sum(h), [w, x], hidden[:-1], feed=feed)
 
 
+def test_copies_know_the_shapes_that_were_set():
+    shape, w = v1.placeholder_with_default([2, 2], [None]), variable("w", 2, 2)
+    hidden = tf.tanh(tf.reshape(tf.matmul(w, w), shape))
+    hidden.set_shape([2, 2])
+    checkpoint = tf.sin(hidden)
+    assert_same(tf.reduce_sum(tf.square(checkpoint)), [w], [checkpoint])
+    assert [op.outputs[0].shape for op in copies() if op.type == "Tanh"] == [[2, 2]]
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_random_graphs(seed):
     rng = np.random.default_rng(seed)
