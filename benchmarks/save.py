@@ -2,8 +2,8 @@
 
     python benchmarks/save.py --rounds 5 --folder .
 
-Each round saves once and runs dd once, in turns, so that both meet the same disk. The weights are
-random, and nothing is trained.
+Each round saves once and runs dd once, in turns, so that both meet the same disk. Nothing is
+trained: the weights are random, the optimizer's state is zeros.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SIZES = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer"
 
 
 def make_saves(sess: tf.compat.v1.Session, folder: str) -> runs.Saves:
-    """A model and its Adam state, random, in the session."""
+    """The operations that save a new model and its Adam state, which the session then holds."""
     state = session.build_model(sess, model.HParams(**SIZES), [])
     variables = model.flatten(state.weights)
     with sess.graph.as_default():
@@ -36,9 +36,7 @@ def make_saves(sess: tf.compat.v1.Session, folder: str) -> runs.Saves:
         for variable in variables:
             optimizer.apply(tf.zeros(variable.shape), variable)
         slots = optimizer.variables()
-        for variable in [*variables, *slots[1:]]:
-            sess.run(variable.assign(tf.random.normal(variable.shape), read_value=False))
-        sess.run(slots[0].initializer)
+        sess.run([variable.initializer for variable in [*variables, *slots]])
     return runs.Saves(sess, state, folder, 1, slots, None)
 
 
