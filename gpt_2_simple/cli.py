@@ -245,10 +245,11 @@ def _new_file(output: _Output) -> Iterator[str]:
     try:
         yield path
     except BaseException:
-        if os.path.exists(path) and os.path.getsize(path) == 0:
-            os.remove(path)
-        else:
-            say(f"Wrote {path}")
+        with contextlib.suppress(OSError):
+            if os.path.getsize(path) == 0:
+                os.remove(path)
+            else:
+                say(f"Wrote {path}")
         raise
     say(f"Wrote {path}")
 
