@@ -17,8 +17,12 @@ TOKENS = np.random.default_rng(0).integers(0, 23, [2, 12])
 def load(sess, weights, hparams=HPARAMS):
     state = session.build_model(sess, hparams, [])
     for name, variable in session.named_variables(state).items():
-        sess.run(variable.initializer, {variable.initializer.inputs[1]: weights[name]})
+        give(sess, variable, weights[name])
     return state
+
+
+def give(sess, variable, value):
+    sess.run(variable.initializer, {variable.initializer.inputs[1]: value})
 
 
 def train(sess, state, config, steps, tokens=TOKENS, rate=0.05):
@@ -43,13 +47,41 @@ def train(sess, state, config, steps, tokens=TOKENS, rate=0.05):
     return losses, dict(zip(names, sess.run(list(names.values())), strict=True))
 
 
-def oracle_adam(weights, steps, rate):
-    """Adam on the oracle's loss, its gradients by TensorFlow from the oracle's formula."""
+class Plain:
+    """tf.gradients of the plain loss: whole logits, nothing recomputed."""
+
+    def __init__(self):
+        self.sess = tf.compat.v1.Session(graph=tf.Graph())
+        with self.sess.graph.as_default():
+            self.state = session.build_model(self.sess, HPARAMS, [])
+            tokens = tf.constant(TOKENS, tf.int32)
+            logits = model.model(HPARAMS, tokens[:, :-1], reuse=True)["logits"]
+            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
+                labels=tokens[:, 1:], logits=logits
+            )
+            self.variables = session.named_variables(self.state)
+            found = tf.gradients(tf.reduce_mean(losses), list(self.variables.values()))
+            self.found = [tf.convert_to_tensor(g) for g in found]
+
+    def gradients(self, weights):
+        load(self.sess, weights)
+        return dict(zip(self.variables, self.sess.run(self.found), strict=True))
+
+
+@pytest.fixture(scope="module")
+def plain():
+    found = Plain()
+    yield found
+    found.sess.close()
+
+
+def adam(plain, weights, steps, rate):
+    """The oracle's losses and the weights, after Adam in NumPy."""
     moments = {name: (np.zeros_like(w), np.zeros_like(w)) for name, w in weights.items()}
     losses = []
     for count in range(1, steps + 1):
         losses.append(oracle.loss(weights, HPARAMS, TOKENS))
-        gradients = plain_gradients(weights)
+        gradients = plain.gradients(weights)
         weights = dict(weights)
         for name, gradient in gradients.items():
             m, v = moments[name]
@@ -61,23 +93,9 @@ def oracle_adam(weights, steps, rate):
     return losses, weights
 
 
-def plain_gradients(weights):
-    """By tf.gradients of the plain loss: whole logits, nothing recomputed."""
-    with tf.Graph().as_default(), tf.compat.v1.Session() as sess:
-        state = load(sess, weights)
-        logits = model.model(HPARAMS, tf.constant(TOKENS[:, :-1], tf.int32), reuse=True)["logits"]
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
-            labels=tf.constant(TOKENS[:, 1:], tf.int32), logits=logits
-        )
-        names, variables = zip(*session.named_variables(state).items(), strict=True)
-        found = tf.gradients(tf.reduce_mean(losses), variables)
-        values = sess.run([tf.convert_to_tensor(g) for g in found])
-    return dict(zip(names, values, strict=True))
-
-
 @pytest.mark.parametrize("save_memory", [False, True])
 @pytest.mark.parametrize("batch_size", [2, 1])
-def test_ten_steps_of_adam_follow_the_oracle(sess, save_memory, batch_size):
+def test_ten_steps_of_adam_follow_the_oracle(sess, plain, save_memory, batch_size):
     weights = oracle.random_weights(HPARAMS, scale=0.2)
     state = load(sess, weights)
     config = StepConfig(
@@ -86,7 +104,7 @@ def test_ten_steps_of_adam_follow_the_oracle(sess, save_memory, batch_size):
         use_memory_saving_gradients=save_memory,
     )
     losses, after = train(sess, state, config, 10, rate=0.01)
-    expected_losses, expected = oracle_adam(weights, 10, 0.01)
+    expected_losses, expected = adam(plain, weights, 10, 0.01)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
     for name in expected:
         np.testing.assert_allclose(after[name], expected[name], rtol=1e-2, atol=2e-3)
@@ -226,7 +244,7 @@ def test_a_float16_step_that_overflows_is_skipped_and_halves_the_scale(sess, mon
     ops = step.build(sess, state, config, 12)
     sess.run(ops.initialize)
     (scale,) = [v for v in ops.state if v.op.name.endswith("loss_scale/scale")]
-    sess.run(scale.assign(2.0**40))
+    give(sess, scale, 2.0**40)
     share = np.full(ops.weights.shape, 1 / 22, np.float32)
 
     def attempt():
@@ -241,16 +259,15 @@ def test_a_float16_step_that_overflows_is_skipped_and_halves_the_scale(sess, mon
     assert sess.run(scale) == 2.0**39
     wte = sess.run(state.weights.wte)
     assert np.array_equal(wte, weights["model/wte"])
-    sess.run(scale.assign(1024.0))
+    give(sess, scale, 1024.0)
     assert [bool(attempt()) for _ in range(3)] == [True] * 3
     assert sess.run(scale) == 2048.0
 
 
-def test_gradients_are_clipped_by_their_global_norm():
+def test_gradients_are_clipped_by_their_global_norm(plain):
     weights = oracle.random_weights(HPARAMS, scale=0.2)
-    norm = np.sqrt(
-        sum((g.astype(np.float64) ** 2).sum() for g in plain_gradients(weights).values())
-    )
+    gradients = plain.gradients(weights).values()
+    norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradients))
     moves = {}
     for clip in (0.0, norm * 2, norm / 4):
         config = StepConfig(
