@@ -138,9 +138,7 @@ def measure_tiktoken(path: str, vocabulary: str) -> dict[str, float]:
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-    ranks = data_gym_to_mergeable_bpe_ranks(
-        f"{vocabulary}/vocab.bpe", f"{vocabulary}/encoder.json"
-    )
+    ranks = data_gym_to_mergeable_bpe_ranks(f"{vocabulary}/vocab.bpe", f"{vocabulary}/encoder.json")
     enc = tiktoken.Encoding(
         "gpt2", pat_str=TIKTOKEN_PATTERN, mergeable_ranks=ranks, special_tokens={}
     )

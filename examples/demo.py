@@ -43,7 +43,9 @@ result = gpt2.finetune(
 counts = Counter(text.read_bytes())
 shares = [count / sum(counts.values()) for count in counts.values()]
 entropy = -sum(share * math.log(share) for share in shares)
-print(f"\nUnigram entropy of the text: {entropy:.2f} nats a byte: what knowing letters alone gives.")
+print(
+    f"\nUnigram entropy of the text: {entropy:.2f} nats a byte: what knowing letters alone gives."
+)
 print(f"Loss on text it never saw:   {result.validation_loss:.2f} nats a byte.\n")
 
 gpt2.generate(sess, prefix="The ", length=250, temperature=0.7, seed=1)

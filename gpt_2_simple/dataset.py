@@ -165,9 +165,7 @@ class _Plan(NamedTuple):
         return hash_json([CACHE_VERSION, content, options, hash_vocabulary(self.enc)])
 
 
-def _chunk_parts(
-    plan: _Plan, report: ReadReport, on_bytes: Any
-) -> Iterator[tuple[str, bool]]:
+def _chunk_parts(plan: _Plan, report: ReadReport, on_bytes: Any) -> Iterator[tuple[str, bool]]:
     """Joins documents into chunks: yields parts of text, and whether a chunk ends with each."""
     end_token, lone = plan.rows.end_token, len(plan.files) == 1
     gathered = 0

@@ -288,8 +288,7 @@ def _csv_cells(
             header = any(name in first for name in rows.fields) or _names_columns(first)
         if not header and rows.header is None:
             report.lines.append(
-                f"{file.path}: the first row reads like data, so it is used; "
-                "header=True skips it"
+                f"{file.path}: the first row reads like data, so it is used; header=True skips it"
             )
         wanted = [_column_index(name, first, header, file.path) for name in rows.fields]
         wider = 0

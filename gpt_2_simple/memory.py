@@ -334,9 +334,10 @@ def advice(current: Plan) -> str:
         {"sequence_length": max(2, current.time // 2)},
     ]
     for change in changes:
-        saved = current.total - plan(
-            current.hparams, dataclasses.replace(current.config, **change)
-        ).total
+        saved = (
+            current.total
+            - plan(current.hparams, dataclasses.replace(current.config, **change)).total
+        )
         if saved > 0:
             name, value = next(iter(change.items()))
             return f"try {name}={value!r}, which saves about {saved / MEGABYTE:,.0f} MB"

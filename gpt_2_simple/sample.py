@@ -264,9 +264,7 @@ def _stage(key: tf.Tensor, cache: tf.Tensor) -> tf.Operation:
 
 def _take(key: tf.Tensor, shape: list[int | None]) -> tf.Tensor:
     """Removes the cache from the session, so that its memory is freed after its last use."""
-    (cache,) = tf.raw_ops.MapUnstage(
-        key=key, indices=[0], dtypes=[tf.float32], shared_name=_STORE
-    )
+    (cache,) = tf.raw_ops.MapUnstage(key=key, indices=[0], dtypes=[tf.float32], shared_name=_STORE)
     return tf.ensure_shape(cache, shape)
 
 
@@ -409,9 +407,7 @@ def _build_decode(weights: model.Weights, hparams: model.HParams, matmul: Matmul
 
 def _grown(cache: tf.Tensor, columns: tf.Tensor) -> tf.Tensor:
     shape = tf.concat([tf.shape(cache)[:3], [columns], tf.shape(cache)[4:]], axis=0)
-    return tf.cond(
-        columns > 0, lambda: tf.concat([cache, tf.zeros(shape)], axis=3), lambda: cache
-    )
+    return tf.cond(columns > 0, lambda: tf.concat([cache, tf.zeros(shape)], axis=3), lambda: cache)
 
 
 def _build_forward(
@@ -590,9 +586,7 @@ def _choose(logits: tf.Tensor, uniform: tf.Tensor, controls: Controls) -> tf.Ten
 
     def sample() -> tf.Tensor:
         truncated = (controls.top_k > 0) & (controls.top_k < size)
-        return tf.cond(
-            truncated, top_k, lambda: tf.cond(nucleus, top_p_alone, everything)
-        )
+        return tf.cond(truncated, top_k, lambda: tf.cond(nucleus, top_p_alone, everything))
 
     def likeliest() -> tf.Tensor:
         return tf.argmax(logits, axis=1, output_type=tf.int32)

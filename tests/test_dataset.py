@@ -418,7 +418,7 @@ def test_encode_csv_writes_what_it_always_did(tmp_path):
     assert encode_csv(path, out) == 4
     assert out.read_bytes() == "".join(wrapped("a", 'b, "c"', "d\ne", "ü")).encode()
     assert encode_csv(path, str(out), False, "[", "]") == 5
-    assert out.read_bytes() == "[text]\n[a]\n[b, \"c\"]\n[d\ne]\n[ü]\n".encode()
+    assert out.read_bytes() == '[text]\n[a]\n[b, "c"]\n[d\ne]\n[ü]\n'.encode()
 
 
 def test_encode_csv_options(tmp_path, capsys):
@@ -817,9 +817,10 @@ def test_large_text_is_encoded_into_a_file_with_the_same_ids(tmp_path, large, pr
     (kept,) = (tmp_path / "cache").iterdir()
     assert f"tokens are kept in {kept}" in capsys.readouterr().out
     windows = Sampler(load_dataset(ENC, path), seed=1).sample_batch(3, 50)
-    assert windows.tolist() == Sampler([np.array(ENC.encode(text))], seed=1).sample_batch(
-        3, 50
-    ).tolist()
+    assert (
+        windows.tolist()
+        == Sampler([np.array(ENC.encode(text))], seed=1).sample_batch(3, 50).tolist()
+    )
 
 
 def test_the_cache_is_found_again_and_only_for_the_same(tmp_path, large, monkeypatch):
@@ -883,8 +884,10 @@ def test_helper_processes_import_no_tensorflow(monkeypatch):
         helper.close()
     packed = list(parallel_encode.pack_blocks(iter(blocks), ENC, np.uint16, False, 2))
     assert len(packed) == 20
-    assert all(np.frombuffer(p.ids, np.uint16).tolist() == ENC.encode(text) + ENC.encode("two")
-               for p in packed)
+    assert all(
+        np.frombuffer(p.ids, np.uint16).tolist() == ENC.encode(text) + ENC.encode("two")
+        for p in packed
+    )
 
 
 class NotPicklable(WordEncoder):

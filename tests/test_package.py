@@ -102,9 +102,7 @@ def python(code, *flags):
 def test_old_arguments_keep_their_places_and_defaults(name):
     parameters = list(inspect.signature(getattr(gpt2, name)).parameters.values())
     old = OLD[name]
-    found = {
-        p.name: ... if p.default is p.empty else p.default for p in parameters[: len(old)]
-    }
+    found = {p.name: ... if p.default is p.empty else p.default for p in parameters[: len(old)]}
     assert list(found.items()) == list(old.items())
     optional = (p.default is not p.empty or p.kind is p.VAR_KEYWORD for p in parameters[len(old) :])
     assert all(optional)

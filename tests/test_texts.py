@@ -87,9 +87,7 @@ def test_a_text_ends_at_its_first_stop_however_it_comes(write, piece, end, expec
 
 @pytest.mark.parametrize("piece", [1, 2, 7])
 def test_a_stream_never_shows_what_may_become_a_stop_or_half_a_character(write, piece):
-    found, _ = write(
-        "naïve ✓ 日本 ENX END", piece=piece, stop=("END",), collect=texts.stream_text
-    )
+    found, _ = write("naïve ✓ 日本 ENX END", piece=piece, stop=("END",), collect=texts.stream_text)
     pieces = list(found)
     assert "".join(pieces) == "naïve ✓ 日本 ENX "
     assert "\ufffd" not in "".join(pieces)
@@ -113,9 +111,7 @@ def test_the_engine_rests_when_all_rows_have_ended(write):
 def test_a_stop_token_ends_a_text(write):
     row = [*b"abc", END]
     assert list(write(row, stop_token="<|endoftext|>", length=9)[0]) == ["abc"]
-    assert list(write(row, stop_token=END, length=9, include_stop=True)[0]) == [
-        "abc<|endoftext|>"
-    ]
+    assert list(write(row, stop_token=END, length=9, include_stop=True)[0]) == ["abc<|endoftext|>"]
     assert list(write([*row, *b"de"], length=9)[0]) == ["abc<|endoftext|>de"]
 
 
@@ -177,9 +173,10 @@ def test_bad_words_are_given_with_and_without_a_space():
     job = texts.Job(("",), 1, 1, 5, sample.Sampling(), None, texts.End())
     settings = texts.with_tokens(job, ENC, None, ["no"]).settings
     space = ENC.encode(" ")[0]
-    assert settings.bad_words == tuple(sorted([(110, 111), (space, 110, 111)])) or len(
-        settings.bad_words
-    ) == 2
+    assert (
+        settings.bad_words == tuple(sorted([(110, 111), (space, 110, 111)]))
+        or len(settings.bad_words) == 2
+    )
     with pytest.raises(ValueError, match="empty string"):
         texts.with_tokens(job, ENC, None, [""])
 
