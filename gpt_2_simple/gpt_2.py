@@ -261,6 +261,7 @@ def finetune(
         resume = restore_from == "latest" and os.path.dirname(start) == run
         settings = {"model_name": model_name, **sources, **config.named()}
         runs.note_settings(run, settings, resume)
+        stack.enter_context(memory.explained(state.hparams, config.step))
         trainer = train.Trainer(sess, state, data, config, run, start, resume, overwrite, on_step)
         return trainer.train()
 

@@ -6,11 +6,13 @@ The terms are counted from what model.py, step.py and optimizer.py keep at their
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -158,11 +160,10 @@ def memory_plan(
 def plan(hparams: model.HParams, config: StepConfig) -> Plan:
     """The plan of a step's settings; see memory_plan."""
     time = min(config.sequence_length or hparams.n_ctx, hparams.n_ctx)
-    with tf.Graph().as_default():
-        weights = model.variables(hparams)
-        trained = [variable.shape for variable in trained_variables(weights, config)]
-        total = sum(v.shape.num_elements() for v in model.flatten(weights))
-    trained_size = FLOAT * sum(shape.num_elements() for shape in trained)
+    weights = _shapes(dataclasses.astuple(hparams))
+    trained = trained_variables(weights, config)
+    total = sum(map(math.prod, model.flatten(weights)))
+    trained_size = FLOAT * sum(map(math.prod, trained))
     width = PRECISIONS[config.precision].size
     stream = width * config.batch_size * time * hparams.n_embd
     stored = STORED * stream + _attention_weights(hparams, config.batch_size, time, width)
@@ -174,12 +175,32 @@ def plan(hparams: model.HParams, config: StepConfig) -> Plan:
         config=config,
         time=time,
         weights=FLOAT * total,
-        optimizer_state=sum(_state_size(config.optimizer, shape.as_list()) for shape in trained),
+        optimizer_state=sum(_state_size(config.optimizer, shape) for shape in trained),
         accumulators=trained_size if config.accumulates else 0,
         stored_activations=layers * (stored if keeps_all else stream) + gradients,
         block=TRANSIENT * stream + (0 if keeps_all else stored),
         loss=_loss_size(hparams, config, time, width),
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(sizes: tuple[int, ...]) -> model.Weights:
+    """The shapes of a model's variables, each where the variable would be."""
+    n_vocab, n_ctx, width, _, n_layer = sizes
+
+    def affine(nx: int, nf: int) -> model.Affine:
+        return model.Affine((1, nx, nf), (nf,))
+
+    norm = model.Norm((width,), (width,))
+    block = model.Block(
+        ln_1=norm,
+        c_attn=affine(width, 3 * width),
+        c_proj=affine(width, width),
+        ln_2=norm,
+        mlp_c_fc=affine(width, 4 * width),
+        mlp_c_proj=affine(4 * width, width),
+    )
+    return model.Weights((n_vocab, width), (n_ctx, width), (block,) * n_layer, norm)
 
 
 def _state_size(optimizer: str, shape: Sequence[int]) -> int:
@@ -322,6 +343,22 @@ def _closest(hparams: model.HParams, limit: int, model_name: str) -> str:
         f"Nothing fits: the least, {least.total / MEGABYTE:,.0f} MB, is that of "
         f"{as_call(least, model_name)}; take a smaller model"
     )
+
+
+@contextlib.contextmanager
+def explained(hparams: model.HParams, config: StepConfig) -> Iterator[None]:
+    """TensorFlow's error about too little memory, as one that says which setting to change.
+
+    Raises:
+        MemoryError: within the block the device's memory was too small.
+    """
+    try:
+        yield
+    except tf.errors.ResourceExhaustedError as error:
+        raise MemoryError(
+            f"the device's memory is too small for this training: {advice(plan(hparams, config))}. "
+            "The run's last checkpoint is intact"
+        ) from error
 
 
 def advice(current: Plan) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from . import checkpoint, evaluate, history, memory, runs, sample, session, texts
+from . import checkpoint, evaluate, history, runs, sample, session, texts
 from .interruption import Interruption
 from .report import say
 from .sampler import SAMPLING, Sampler, fixed_windows, window_length
@@ -272,12 +272,6 @@ class Trainer:
         batches = self.draw()
         try:
             loss = self.feed(batches, rate)
-        except tf.errors.ResourceExhaustedError as error:
-            plan = memory.plan(self.state.hparams, self.config.step)
-            raise MemoryError(
-                f"the device's memory is too small for this training step: {memory.advice(plan)}. "
-                f"The last checkpoint is {self.saves.latest or self.start}"
-            ) from error
         finally:
             if loss is None:
                 self.sampler.restore(before)
