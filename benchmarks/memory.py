@@ -66,9 +66,9 @@ def prepare(folder: Path, size: str) -> None:
     """A model of random weights in `folder`/models, and tokens to train it on."""
     sys.path.insert(0, str(ROOT))
     import numpy as np
+    from generate import synthetic_vocabulary
 
     from gpt_2_simple import checkpoint, memory
-    from models import synthetic_vocabulary
 
     model = folder / "models" / size
     if not (model / "checkpoint").exists():
@@ -127,14 +127,51 @@ def smallest(folder: Path, row: Row, steps: int, log: Path, share: float) -> tup
     return high, said
 
 
+CARDS = [4, 6, 8, 11, 16, 24]
+
+# What a card has for TensorFlow of what it is sold as; a T4 of 16 GB has 15.
+USABLE = 0.93
+
+
+def fits_table() -> str:
+    """The README's table of what fits, from the plan: a row a card, a column a model."""
+    from gpt_2_simple import memory
+
+    sizes = list(memory.PUBLISHED)
+    lines = [f"| card | {' | '.join(sizes)} |", "|---" * (len(sizes) + 1) + "|"]
+    for card in CARDS:
+        cells = []
+        for size in sizes:
+            limit = int(card * USABLE * 1024 * MEGABYTE)
+            found = memory.fitting_plans(memory.published_hparams(size), limit)
+            cells.append(cell(found[0]) if found else "no")
+        lines.append(f"| {card} GB | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cell(plan) -> str:
+    """A plan in a few words."""
+    words = [plan.config.optimizer, f"accumulate {plan.config.accumulate_gradients}"]
+    if plan.config.use_memory_saving_gradients:
+        words.append("recompute")
+    if plan.time < plan.hparams.n_ctx:
+        words.append(f"windows of {plan.time}")
+    return f"{', '.join(words)}: {plan.total / 2**30:.1f} GB"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="*", help="sizes to run, such as 124M 355M")
     parser.add_argument("--bisect", action="store_true")
+    parser.add_argument("--table", action="store_true", help="print the README's table and end")
     parser.add_argument("--share", type=float, default=0.02, help="precision of the bisection")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gpt2-sizes")
     arguments = parser.parse_args()
+    if arguments.table:
+        sys.path.insert(0, str(ROOT))
+        print(fits_table())
+        return
     arguments.folder.mkdir(parents=True, exist_ok=True)
     log = arguments.folder / "memory.log"
     sys.path.insert(0, str(ROOT))

@@ -232,6 +232,8 @@ class Trainer:
                 self.save()
             except Diverged as error:
                 raise Diverged(f"{error}; {self.go_back()}") from None
+            except tf.errors.ResourceExhaustedError:
+                raise  # The weights may be those of half a step.
             except Exception:
                 self.rescue()
                 raise

@@ -1,6 +1,8 @@
 """The plan's terms against the graph, and what finetune makes of a limit."""
 
 import dataclasses
+import importlib.util
+from pathlib import Path
 
 import pytest
 import tensorflow as tf
@@ -159,3 +161,13 @@ def test_the_advice_goes_on_to_what_is_left():
     seen.append(memory.advice(memory.plan(SMALL, config)))
     expected = ["saving_gradients=True", "'adafactor'", "gradients=1", "sequence_length=32"]
     assert all(part in said for part, said in zip(expected, seen, strict=True)), seen
+
+
+def test_the_readme_tells_what_the_plan_says():
+    root = Path(__file__).parent.parent
+    source = importlib.util.spec_from_file_location("bench", root / "benchmarks" / "memory.py")
+    bench = importlib.util.module_from_spec(source)
+    source.loader.exec_module(bench)
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    told = readme.partition("<!-- fits -->\n")[2].partition("<!-- /fits -->")[0]
+    assert told.strip() == bench.fits_table()
