@@ -8,13 +8,15 @@ columns from its `pads` on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
+import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -293,7 +295,7 @@ class Matmul(NamedTuple):
     """How to multiply so many rows: which of TensorFlow's kernels is quickest depends on it.
 
     Attributes:
-        project: x [rows, nx], w [nx, nf] -> [rows, nf].
+        project: x [rows, nx], w [nx, nf], terms -> x w + terms, [rows, nf].
         embed: h [rows, embd], wte [n_vocab, embd] -> logits [rows, n_vocab].
     """
 
@@ -301,22 +303,45 @@ class Matmul(NamedTuple):
     embed: Callable[..., tf.Tensor]
 
 
-def _project_one(x: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
-    # Four products that run side by side: two cores then read w 1.5 times as fast. BatchMatMulV3
-    # because oneDNN has no kernel for it, and Eigen's is quicker here.
-    parts = math.gcd(4, w.shape[0])
+def _side_by_side() -> int:
+    # Twice the cores, so that one that is late has less to do. TensorFlow runs the products of a
+    # BatchMatMulV3 with one row on a thread each; one thread alone cannot read memory fast enough.
+    return min(16, 2 ** (2 * (os.cpu_count() or 1) - 1).bit_length())
+
+
+def _project_one(x: tf.Tensor, w: tf.Tensor, *terms: tf.Tensor) -> tf.Tensor:
+    parts = math.gcd(_side_by_side(), w.shape[0])
     x = tf.reshape(x, [parts, 1, w.shape[0] // parts])
     w = tf.reshape(w, [parts, w.shape[0] // parts, w.shape[1]])
-    return tf.reduce_sum(tf.raw_ops.BatchMatMulV3(x=x, y=w, Tout=x.dtype), axis=0)
+    # oneDNN has no kernel for V3, and the one that it has for MatMul is slower here.
+    products = tf.unstack(tf.raw_ops.BatchMatMulV3(x=x, y=w, Tout=x.dtype))
+    return tf.add_n([*products, *(tf.reshape(term, [1, -1]) for term in terms)])
 
 
-ONE_ROW = Matmul(_project_one, lambda h, wte: tf.matmul(h, wte, transpose_b=True))
-# einsum because with transpose_b=True, a few rows and so long a wte, oneDNN's matmul is half as
-# quick.
-FEW_ROWS = Matmul(
-    lambda x, w: tf.einsum("bi,ij->bj", x, w), lambda h, wte: tf.einsum("bi,ji->bj", h, wte)
-)
-MANY_ROWS = Matmul(tf.matmul, lambda h, wte: tf.matmul(h, wte, transpose_b=True))
+def _embed_one(h: tf.Tensor, wte: tf.Tensor) -> tf.Tensor:
+    middle = wte.shape[0] // 2
+    halves = [wte[:middle], wte[middle:]]
+    return tf.concat(
+        [tf.raw_ops.BatchMatMulV3(x=h, y=half, adj_y=True, Tout=h.dtype) for half in halves], axis=1
+    )
+
+
+def _project_few(x: tf.Tensor, w: tf.Tensor, *terms: tf.Tensor) -> tf.Tensor:
+    return sum(terms, tf.einsum("bi,ij->bj", x, w))
+
+
+def _embed_few(h: tf.Tensor, wte: tf.Tensor) -> tf.Tensor:
+    # Twice as quick as oneDNN's MatMul with transpose_b=True, for a few rows and so long a wte.
+    return tf.einsum("bi,ji->bj", h, wte)
+
+
+def _project_many(x: tf.Tensor, w: tf.Tensor, *terms: tf.Tensor) -> tf.Tensor:
+    return sum(terms, tf.matmul(x, w))
+
+
+ONE_ROW = Matmul(_project_one, _embed_one)
+FEW_ROWS = Matmul(_project_few, _embed_few)
+MANY_ROWS = Matmul(_project_many, _embed_few)
 
 
 def _block(
@@ -324,13 +349,13 @@ def _block(
 ) -> tf.Tensor:
     """One transformer block; x [rows, embd], attend: q, k and v in [rows, 3 * embd] -> as x."""
 
-    def affine(x: tf.Tensor, layer: model.Affine) -> tf.Tensor:
-        return matmul.project(x, layer.w) + layer.b
+    def affine(x: tf.Tensor, layer: model.Affine, *terms: tf.Tensor) -> tf.Tensor:
+        return matmul.project(x, layer.w, layer.b, *terms)
 
     qkv = affine(model.layer_norm(x, block.ln_1), block.c_attn)
-    x = x + affine(attend(qkv), block.c_proj)
+    x = affine(attend(qkv), block.c_proj, x)
     hidden = model.gelu(affine(model.layer_norm(x, block.ln_2), block.mlp_c_fc))
-    return x + affine(hidden, block.mlp_c_proj)
+    return affine(hidden, block.mlp_c_proj, x)
 
 
 def _masked(visible: tf.Tensor) -> tf.Tensor:
@@ -396,13 +421,29 @@ def _build_decode(weights: model.Weights, hparams: model.HParams, matmul: Matmul
         tf.constant(0), tf.reshape(cache, [-1, shape[-1]]), last, texts, ended,
         tf.fill(tf.shape(last), _HEALTHY), tf.TensorArray(tf.int32, steps, element_shape=[None]),
     ]  # fmt: skip
-    done = tf.while_loop(more, body, start, parallel_iterations=1)
+    with _plain_loops():
+        done = tf.while_loop(more, body, start, parallel_iterations=1)
     tokens = tf.transpose(done[-1].gather(tf.range(done[0])))  # [rows, steps]
     run = _stage(key, tf.reshape(done[1], tf.shape(cache)))
     return Decode(
         key, last, pads, used, grow, uniform, texts, ended, written, controls, tokens, done[-2],
         run,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _plain_loops() -> Iterator[None]:
+    """Loops made within consist of single operations, not of functions.
+
+    Those hand on every weight from step to step and take half a second longer to optimize.
+    """
+    functional = tf.compat.v1.control_flow_v2_enabled()
+    tf.compat.v1.disable_control_flow_v2()
+    try:
+        yield
+    finally:
+        if functional:
+            tf.compat.v1.enable_control_flow_v2()
 
 
 def _grown(cache: tf.Tensor, columns: tf.Tensor) -> tf.Tensor:
