@@ -41,6 +41,9 @@ LOGITS_ROWS = 256
 # top_p alone first looks for its nucleus among this many of the likeliest tokens, then among all.
 NUCLEUS = 1024
 
+# Drawing from the whole vocabulary first draws a stretch of so many tokens.
+STRETCH = 256
+
 _STORE = "gpt_2_simple"
 
 _HEALTHY, _BROKEN, _NOTHING_LEFT = 0, 1, 2
@@ -596,60 +599,84 @@ def _completions(history: tf.Tensor, words: tf.Tensor) -> tuple[tf.Tensor, tf.Te
 def _choose(logits: tf.Tensor, uniform: tf.Tensor, controls: Controls) -> tf.Tensor:
     """Next tokens [rows], from logits [rows, n_vocab] and one number in [0, 1) a row."""
     size = tf.shape(logits)[1]
-    best = tf.reduce_max(logits, axis=1, keepdims=True)
     nucleus = (controls.top_p > 0) & (controls.top_p < 1)
     top_p = tf.cast(controls.top_p, tf.float64)
 
-    def masses(logits: tf.Tensor) -> tf.Tensor:
-        return tf.cast(tf.exp((logits - best) / controls.temperature), tf.float64)
+    def masses(logits: tf.Tensor, best: tf.Tensor) -> tf.Tensor:
+        return tf.exp((logits - best) / controls.temperature)
+
+    def best() -> tf.Tensor:
+        return tf.reduce_max(logits, axis=1, keepdims=True)
+
+    def likeliest(k: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        values, tokens = tf.math.top_k(logits, k)
+        return tokens, _cumulate(masses(values, values[:, :1]))
 
     def top_k() -> tf.Tensor:
-        values, tokens = tf.math.top_k(logits, controls.top_k)
-        reached = tf.cumsum(masses(values), axis=1)
-        mass = reached[:, -1] * tf.where(nucleus, top_p, 1.0)
-        return tf.gather(tokens, _draw(reached, mass, uniform), batch_dims=1)
+        tokens, reached = likeliest(controls.top_k)
+        within = reached[:, -1] * tf.where(nucleus, top_p, 1.0)
+        return tf.gather(tokens, _draw(reached, uniform, within)[0], batch_dims=1)
 
     def top_p_alone() -> tf.Tensor:
-        mass = top_p * tf.reduce_sum(masses(logits), axis=1)
-
-        def among(k: Any) -> tuple[tf.Tensor, tf.Tensor]:
-            values, tokens = tf.math.top_k(logits, k)
-            return tokens, tf.cumsum(masses(values), axis=1)
-
-        likely = among(tf.minimum(NUCLEUS, size))
-        enough = tf.reduce_all(likely[1][:, -1] >= mass)
-        tokens, reached = tf.cond(enough, lambda: likely, lambda: among(size))
-        return tf.gather(tokens, _draw(reached, mass, uniform), batch_dims=1)
+        within = top_p * tf.cast(tf.reduce_sum(masses(logits, best()), axis=1), tf.float64)
+        few = likeliest(tf.minimum(NUCLEUS, size))
+        enough = tf.reduce_all(few[1][:, -1] >= within)
+        tokens, reached = tf.cond(enough, lambda: few, lambda: likeliest(size))
+        return tf.gather(tokens, _draw(reached, uniform, within)[0], batch_dims=1)
 
     def everything() -> tf.Tensor:
-        reached = tf.cumsum(masses(logits), axis=1)
-        return _draw(reached, reached[:, -1], uniform)
+        return _draw_among_many(masses(logits, best()), uniform)
 
     def sample() -> tf.Tensor:
         truncated = (controls.top_k > 0) & (controls.top_k < size)
         return tf.cond(truncated, top_k, lambda: tf.cond(nucleus, top_p_alone, everything))
 
-    def likeliest() -> tf.Tensor:
+    def greedy() -> tf.Tensor:
         return tf.argmax(logits, axis=1, output_type=tf.int32)
 
-    return tf.cond(controls.temperature > 0, sample, likeliest)
+    return tf.cond(controls.temperature > 0, sample, greedy)
 
 
-def _draw(reached: tf.Tensor, mass: tf.Tensor, uniform: tf.Tensor) -> tf.Tensor:
-    """Draws an index [rows] by the inverse of a distribution function.
+def _cumulate(masses: tf.Tensor) -> tf.Tensor:
+    return tf.cumsum(tf.cast(masses, tf.float64), axis=1)
+
+
+def _draw(
+    reached: tf.Tensor, uniform: tf.Tensor, within: tf.Tensor | None = None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Draws an index by the inverse of a distribution function.
 
     Args:
         reached: cumulative masses [rows, n].
-        mass: [rows]; the first index to reach it is the last that may come.
         uniform: [rows] of numbers in [0, 1).
+        within: [rows]; the first index to reach it is the last that may come. None for all.
+
+    Returns:
+        Indices [rows], and what is left of `uniform`: again uniform in [0, 1), and independent.
     """
 
     def count(below: tf.Tensor) -> tf.Tensor:
         indices = tf.reduce_sum(tf.cast(below, tf.int32), axis=1)
         return tf.minimum(indices, tf.shape(reached)[1] - 1)
 
-    total = tf.gather(reached, count(reached < mass[:, tf.newaxis]), batch_dims=1)
-    return count(reached <= (uniform * total)[:, tf.newaxis])
+    total = reached[:, -1]
+    if within is not None:
+        total = tf.gather(reached, count(reached < within[:, tf.newaxis]), batch_dims=1)
+    wanted = uniform * total
+    index = count(reached <= wanted[:, tf.newaxis])
+    start = tf.gather(tf.pad(reached, [[0, 0], [1, 0]]), index, batch_dims=1)
+    end = tf.gather(reached, index, batch_dims=1)
+    return index, tf.minimum((wanted - start) / (end - start), 1.0 - 2.0**-53)
+
+
+def _draw_among_many(masses: tf.Tensor, uniform: tf.Tensor) -> tf.Tensor:
+    """Draws an index [rows] with probabilities like masses [rows, n]: first a stretch, then one."""
+    size = tf.shape(masses)[1]
+    masses = tf.pad(masses, [[0, 0], [0, -size % STRETCH]])
+    masses = tf.reshape(masses, [tf.shape(masses)[0], -1, STRETCH])
+    stretch, uniform = _draw(_cumulate(tf.reduce_sum(masses, axis=2)), uniform)
+    index, _ = _draw(_cumulate(tf.gather(masses, stretch, batch_dims=1)), uniform)
+    return tf.minimum(stretch * STRETCH + index, size - 1)
 
 
 # --- Writing -----------------------------------------------------------------------------------

@@ -159,6 +159,13 @@ def test_a_nucleus_of_more_than_the_few(monkeypatch):
             check_frequencies(sess, name)
 
 
+def test_drawing_in_two_stages(monkeypatch):
+    monkeypatch.setattr(sample, "STRETCH", 7)
+    with started() as sess:
+        for name in ["all", "cold"]:
+            check_frequencies(sess, name)
+
+
 def check_frequencies(sess, name):
     """Pearson's chi-square test, with a fixed seed, at about four standard deviations."""
     settings, change = SETTINGS[name]
@@ -375,18 +382,18 @@ def test_bad_words(sess):
 
 
 def test_min_length_holds_the_stop_token_back(sess):
-    stop = expected(MANY[1], 1)[0]
+    def held_back(prefix, stop):
+        def change(logits, _, written):
+            logits[stop] = logits[stop] if written >= 4 else -np.inf
+            return logits
 
-    def change(logits, _, written):
-        logits[stop] = logits[stop] if written >= 9 else -np.inf
-        return logits
+        return expected(prefix, 5, change)
 
-    settings = Sampling(temperature=0, stop_token=stop, min_length=9)
-    found = write(sess, [MANY[1]], 40, settings, chunk=4)[0].tolist()
-    whole = expected(MANY[1], 40, change)
-    end = whole.index(stop) + 1 if stop in whole else 40
-    assert end > 9
-    assert found[:end] == whole[:end]
+    # A token that would come before the fourth, and that comes as soon as it may.
+    cases = (([start], stop) for start in range(61) for stop in set(expected([start], 4)))
+    prefix, stop = next(case for case in cases if held_back(*case)[4] == case[1])
+    settings = Sampling(temperature=0, stop_token=stop, min_length=4)
+    assert write(sess, [prefix], 40, settings, chunk=3)[0].tolist() == held_back(prefix, stop)
 
 
 def test_nothing_left_to_choose_is_an_error(sess):
