@@ -1,0 +1,153 @@
+"""Seconds a training step, side by side with Hugging Face on PyTorch: 124M, 1 x 1,024 tokens, Adam.
+
+    python benchmarks/train.py --reference-python /path/to/python   # has torch and transformers
+
+Random float32 weights of the real sizes. Each variant runs in a process of its own; steps take
+turns, one at a time, so that all meet the same weather. Medians, without each one's first step.
+Prints the ratios, each variant's peak RSS, and how often the loss agrees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {"124M": (12, 12, 768), "355M": (24, 16, 1024)}
+TOKENS = 1024
+VOCABULARY = 50257
+
+
+class Ours:
+    def __init__(self, size, recompute):
+        sys.path.insert(0, str(ROOT))
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        import numpy as np
+        import tensorflow as tf
+
+        import gpt_2_simple  # noqa: F401 (sets TF_ENABLE_ONEDNN_OPTS)
+        from gpt_2_simple import model, session, step
+
+        layers, heads, width = SIZES[size]
+        hparams = model.HParams(VOCABULARY, TOKENS, width, heads, layers)
+        self.sess = session.start_tf_sess()
+        state = session.build_model(self.sess, hparams, [])
+        config = step.StepConfig(accumulate_gradients=1, use_memory_saving_gradients=recompute)
+        self.ops = step.build(self.sess, state, config, TOKENS)
+        with self.sess.graph.as_default():
+            self.sess.run(tf.compat.v1.global_variables_initializer())
+        self.feed = {
+            self.ops.tokens: np.random.default_rng(0).integers(0, VOCABULARY, [1, TOKENS]),
+            self.ops.weights: np.full([1, TOKENS - 1], 1 / (TOKENS - 1), np.float32),
+            self.ops.learning_rate: 1e-4,
+        }
+
+    def step(self):
+        return float(self.sess.run(self.ops.apply, self.feed))
+
+
+class HuggingFace:
+    def __init__(self, size, recompute):
+        import numpy as np
+        import torch
+        import transformers
+
+        layers, heads, width = SIZES[size]
+        config = transformers.GPT2Config(
+            n_layer=layers, n_head=heads, n_embd=width, use_cache=False,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )  # fmt: skip
+        self.model = transformers.GPT2LMHeadModel(config)
+        self.model.train()
+        if recompute:
+            self.model.gradient_checkpointing_enable()
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)
+        tokens = np.random.default_rng(0).integers(0, VOCABULARY, [1, TOKENS])
+        self.tokens = torch.tensor(tokens)
+
+    def step(self):
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.model(input_ids=self.tokens, labels=self.tokens).loss
+        loss.backward()
+        self.optimizer.step()
+        return float(loss)
+
+
+VARIANTS = {
+    "ours": (Ours, False),
+    "ours, recomputing": (Ours, True),
+    "Hugging Face": (HuggingFace, False),
+    "Hugging Face, recomputing": (HuggingFace, True),
+}
+
+
+def serve(variant, size):
+    """Takes a step for each line on standard input; answers with its seconds and loss."""
+    kind, recompute = VARIANTS[variant]
+    trainer = kind(size, recompute)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    print(json.dumps("ready"), file=answers, flush=True)
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        loss = trainer.step()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        said = {"seconds": time.perf_counter() - began, "loss": loss, "peak": peak}
+        print(json.dumps(said), file=answers, flush=True)
+
+
+def start(variant, python, size):
+    process = subprocess.Popen(
+        [python, __file__, "--serve", variant, "--size", size],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    process.stdout.readline()
+    return process
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--reference-python", help="has torch and transformers")
+    parser.add_argument("--size", default="124M", choices=SIZES)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--serve", choices=VARIANTS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.serve:
+        serve(arguments.serve, arguments.size)
+        return
+    running = {}
+    for variant, (kind, _) in VARIANTS.items():
+        python = sys.executable if kind is Ours else arguments.reference_python
+        if python:
+            running[variant] = start(variant, python, arguments.size)
+    found = {variant: [] for variant in running}
+    for _ in range(arguments.rounds + 1):
+        for variant, process in running.items():
+            process.stdin.write("\n")
+            process.stdin.flush()
+            found[variant].append(json.loads(process.stdout.readline()))
+    for process in running.values():
+        process.stdin.close()
+        process.wait()
+    medians = {v: statistics.median(s["seconds"] for s in said[1:]) for v, said in found.items()}
+    base = medians.get("Hugging Face", medians["ours"])
+    print(f"{'variant':28}{'s/step':>8}{'ratio':>8}{'peak MB':>9}  losses")
+    for variant, said in found.items():
+        losses = " ".join(f"{s['loss']:.2f}" for s in said)
+        print(f"{variant:28}{medians[variant]:8.2f}{medians[variant] / base:8.2f}"
+              f"{said[-1]['peak']:9}  {losses}")  # fmt: skip
+    print(f"recomputing costs us {medians['ours, recomputing'] / medians['ours']:.2f} of a step")
+    if "Hugging Face, recomputing" in medians:
+        ratio = medians["ours, recomputing"] / medians["Hugging Face, recomputing"]
+        print(f"recomputing on both sides: {ratio:.2f} of theirs")
+
+
+if __name__ == "__main__":
+    main()
