@@ -1,9 +1,8 @@
 """Token ids in, token ids out: the cached decode loop, and what the model thinks of given tokens.
 
-A call keeps its keys and values in the session, under a key of its own, between one chunk of
-tokens and the next. They lie in one tensor, `cache` [2 * n_layer, rows, n_head, columns, width],
-to which the loop writes in place. Rows of unequal length are padded on the left: a row sees the
-columns from its `pads` on.
+A call keeps its cache in the session, under a key of its own, between one chunk of tokens and the
+next: each block's keys and its values [rows, n_head, columns, width], to which the loop writes in
+place. Rows of unequal length are padded on the left: a row sees the columns from its `pads` on.
 """
 
 from __future__ import annotations
@@ -154,6 +153,7 @@ class Extend(NamedTuple):
 class Merge(NamedTuple):
     """Of each of two caches takes `columns` up to `used`, and leaves the named rows of both."""
 
+    key: Any
     other: Any
     used: Any
     columns: Any
@@ -201,7 +201,6 @@ class Engine(NamedTuple):
 
     key: Any
     begin: Begin
-    merge: Merge
     free: Any
     held: Any
 
@@ -242,48 +241,62 @@ def _placeholder(dtype: tf.DType, *shape: int | None) -> tf.Tensor:
 
 def _build_engine(_weights: model.Weights, hparams: model.HParams) -> Engine:
     key, rows, columns = _placeholder(tf.int64), _placeholder(tf.int32), _placeholder(tf.int32)
-    shape = _cache_shape(hparams)
-    empty = tf.zeros([shape[0], rows, shape[2], columns, shape[4]])
-    nothing = _stage(key, tf.zeros([shape[0], 0, shape[2], 0, shape[4]]))
-    with tf.control_dependencies([nothing]):  # taking what is not there would wait for ever
-        free = _take(key, shape)
+
+    def empty(rows: Any, columns: Any) -> list[tf.Tensor]:
+        # Parts of one tensor: of equal tensors TensorFlow makes one, to which all would write.
+        shape = [2 * hparams.n_layer, rows, hparams.n_head, columns, _width(hparams)]
+        return tf.unstack(tf.zeros(shape), 2 * hparams.n_layer)
+
+    with tf.control_dependencies([_stage(key, empty(0, 0))]):  # taking nothing waits for ever
+        free = _take(key, hparams)
     return Engine(
         key=key,
-        begin=Begin(rows, columns, _stage(key, empty)),
-        merge=_build_merge(key, shape),
-        free=free.op,
-        held=tf.raw_ops.MapSize(dtypes=[tf.float32], shared_name=_STORE),
+        begin=Begin(rows, columns, _stage(key, empty(rows, columns))),
+        free=tf.group(*free),
+        held=tf.raw_ops.MapSize(dtypes=_types(free), shared_name=_STORE),
     )
 
 
-def _cache_shape(hparams: model.HParams) -> list[int | None]:
-    return [2 * hparams.n_layer, None, hparams.n_head, None, hparams.n_embd // hparams.n_head]
+def _width(hparams: model.HParams) -> int:
+    return hparams.n_embd // hparams.n_head
 
 
-def _stage(key: tf.Tensor, cache: tf.Tensor) -> tf.Operation:
+def _types(cache: Sequence[Any]) -> list[tf.DType]:
+    return [tf.float32] * len(cache)
+
+
+def _stage(key: tf.Tensor, cache: list[tf.Tensor]) -> tf.Operation:
     """Leaves the cache in the session; under a key that is taken it does nothing."""
+    indices = list(range(len(cache)))
     return tf.raw_ops.MapStage(
-        key=key, indices=[0], values=[cache], dtypes=[tf.float32], shared_name=_STORE
+        key=key, indices=indices, values=cache, dtypes=_types(cache), shared_name=_STORE
     )
 
 
-def _take(key: tf.Tensor, shape: list[int | None]) -> tf.Tensor:
+def _take(key: tf.Tensor, hparams: model.HParams) -> list[tf.Tensor]:
     """Removes the cache from the session, so that its memory is freed after its last use."""
-    (cache,) = tf.raw_ops.MapUnstage(key=key, indices=[0], dtypes=[tf.float32], shared_name=_STORE)
-    return tf.ensure_shape(cache, shape)
+    indices = list(range(2 * hparams.n_layer))
+    cache = tf.raw_ops.MapUnstage(
+        key=key, indices=indices, dtypes=_types(indices), shared_name=_STORE
+    )
+    return [tf.ensure_shape(x, [None, hparams.n_head, None, _width(hparams)]) for x in cache]
 
 
-def _build_merge(key: tf.Tensor, shape: list[int | None]) -> Merge:
-    other, rows = _placeholder(tf.int64), _placeholder(tf.int32, None)
+def _build_merge(_weights: model.Weights, hparams: model.HParams) -> Merge:
+    key, other, rows = _placeholder(tf.int64), _placeholder(tf.int64), _placeholder(tf.int32, None)
     used, columns = _placeholder(tf.int32, 2), _placeholder(tf.int32, 2)
 
-    def part(i: int) -> tf.Tensor:
-        cache = _take((key, other)[i], shape)[:, :, :, used[i] - columns[i] : used[i]]
+    def part(cache: tf.Tensor, i: int) -> tf.Tensor:
+        cache = cache[:, :, used[i] - columns[i] : used[i]]
         left = tf.reduce_max(columns) - columns[i]
-        return tf.pad(cache, [[0, 0], [0, 0], [0, 0], [left, 0], [0, 0]])
+        return tf.pad(cache, [[0, 0], [0, 0], [left, 0], [0, 0]])
 
-    merged = tf.gather(tf.concat([part(0), part(1)], axis=1), rows, axis=1)
-    return Merge(other, used, columns, rows, _stage(key, merged))
+    pairs = zip(_take(key, hparams), _take(other, hparams), strict=True)
+    merged = [
+        tf.gather(tf.concat([part(one, 0), part(another, 1)], axis=0), rows)
+        for one, another in pairs
+    ]
+    return Merge(key, other, used, columns, rows, _stage(key, merged))
 
 
 def _attend_one(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
@@ -366,14 +379,13 @@ def _masked(visible: tf.Tensor) -> tf.Tensor:
 
 
 def _build_extend(weights: model.Weights, hparams: model.HParams) -> Extend:
-    key, shape = _placeholder(tf.int64), _cache_shape(hparams)
+    key, used = _placeholder(tf.int64), _placeholder(tf.int32)
     tokens, pads = _placeholder(tf.int32, None, None), _placeholder(tf.int32, None)
-    used = _placeholder(tf.int32)
-    cache = _take(key, shape)
+    cache = _take(key, hparams)
     time_ = tf.shape(tokens)[1]
-    forward = _build_forward(weights, hparams, tf.shape(cache), pads, time_, MANY_ROWS)
-    _, flat = forward(tf.reshape(cache, [-1, shape[-1]]), tokens, used)
-    return Extend(key, tokens, pads, used, _stage(key, tf.reshape(flat, tf.shape(cache))))
+    forward = _build_forward(weights, hparams, tf.shape(cache[0]), pads, time_, MANY_ROWS)
+    _, cache = forward(cache, tokens, used)
+    return Extend(key, tokens, pads, used, _stage(key, cache))
 
 
 def _controls() -> Controls:
@@ -391,25 +403,24 @@ def _controls() -> Controls:
 
 
 def _build_decode(weights: model.Weights, hparams: model.HParams, matmul: Matmul) -> Decode:
-    key, shape = _placeholder(tf.int64), _cache_shape(hparams)
-    controls = _controls()
+    key, controls = _placeholder(tf.int64), _controls()
     last, pads = _placeholder(tf.int32, None), _placeholder(tf.int32, None)
     used, grow, written = (_placeholder(tf.int32) for _ in range(3))
     uniform, texts = _placeholder(tf.float64, None, None), _placeholder(tf.int32, None, None)
     ended = _placeholder(tf.bool, None)
     steps = tf.shape(uniform)[0]
-    cache = _grown(_take(key, shape), grow)
-    forward = _build_forward(weights, hparams, tf.shape(cache), pads, 1, matmul)
+    cache = [_grown(part, grow) for part in _take(key, hparams)]
+    forward = _build_forward(weights, hparams, tf.shape(cache[0]), pads, 1, matmul)
 
-    def body(step: Any, flat: Any, last: Any, history: Any, ended: Any, status: Any, out: Any):
-        h, flat = forward(flat, last[:, tf.newaxis], used + step)  # [rows, embd]
+    def body(step: Any, cache: Any, last: Any, history: Any, ended: Any, status: Any, out: Any):
+        h, cache = forward(cache, last[:, tf.newaxis], used + step)  # [rows, embd]
         logits = matmul.embed(h, weights.wte)
         end = tf.shape(history)[1] - steps + step
         token, fault = _next_token(logits, uniform[step], history, end, written + step, controls)
         here = tf.equal(tf.range(tf.shape(history)[1]), end)
         return (
             step + 1,
-            flat,
+            cache,
             token,
             tf.where(here, token[:, tf.newaxis], history),
             ended | tf.equal(token, controls.stop_token),
@@ -417,17 +428,17 @@ def _build_decode(weights: model.Weights, hparams: model.HParams, matmul: Matmul
             out.write(step, tf.where(ended, -1, token)),
         )
 
-    def more(step: Any, _flat: Any, _last: Any, _texts: Any, ended: Any, *_: Any) -> tf.Tensor:
+    def more(step: Any, _cache: Any, _last: Any, _texts: Any, ended: Any, *_: Any) -> tf.Tensor:
         return (step < steps) & ~tf.reduce_all(ended)
 
     start = [
-        tf.constant(0), tf.reshape(cache, [-1, shape[-1]]), last, texts, ended,
+        tf.constant(0), cache, last, texts, ended,
         tf.fill(tf.shape(last), _HEALTHY), tf.TensorArray(tf.int32, steps, element_shape=[None]),
     ]  # fmt: skip
     with _plain_loops():
         done = tf.while_loop(more, body, start, parallel_iterations=1)
     tokens = tf.transpose(done[-1].gather(tf.range(done[0])))  # [rows, steps]
-    run = _stage(key, tf.reshape(done[1], tf.shape(cache)))
+    run = _stage(key, done[1])
     return Decode(
         key, last, pads, used, grow, uniform, texts, ended, written, controls, tokens, done[-2],
         run,
@@ -450,8 +461,9 @@ def _plain_loops() -> Iterator[None]:
 
 
 def _grown(cache: tf.Tensor, columns: tf.Tensor) -> tf.Tensor:
-    shape = tf.concat([tf.shape(cache)[:3], [columns], tf.shape(cache)[4:]], axis=0)
-    return tf.cond(columns > 0, lambda: tf.concat([cache, tf.zeros(shape)], axis=3), lambda: cache)
+    _, heads, _, width = cache.shape
+    added = tf.zeros([tf.shape(cache)[0], heads, columns, width])
+    return tf.cond(columns > 0, lambda: tf.concat([cache, added], axis=2), lambda: cache)
 
 
 def _build_forward(
@@ -467,22 +479,20 @@ def _build_forward(
     Args:
         weights: tensors.
         hparams: sizes.
-        cache_shape: [2 * n_layer, rows, n_head, columns, width].
+        cache_shape: [rows, n_head, columns, width].
         pads: [rows].
         time_: tokens in a step; 1 saves transposes.
         matmul: how to multiply.
 
     Returns:
-        A function (flat cache [..., width], tokens [rows, time], column of the first of them) ->
-        (hidden states [rows * time, embd], the flat cache with the tokens' keys and values).
+        A function (cache, tokens [rows, time], column of the first of them) -> (hidden states
+        [rows * time, embd], the cache with the tokens' keys and values).
     """
-    heads, width = hparams.n_head, hparams.n_embd // hparams.n_head
-    rows, columns = cache_shape[1], cache_shape[3]
-    axes = [tf.range(rows), tf.range(time_), tf.range(2), tf.range(heads)]  # as in qkv
-    row, time_of, kind, head = tf.meshgrid(*axes, indexing="ij")
-    places = tf.reshape(((kind * rows + row) * heads + head) * columns + time_of, [-1])
-    half = rows * heads * columns  # flat rows of a layer's keys, or of its values
-    places += 2 * half * tf.range(hparams.n_layer)[:, tf.newaxis]
+    heads, width = hparams.n_head, _width(hparams)
+    rows, columns = cache_shape[0], cache_shape[2]
+    axes = [tf.range(rows), tf.range(time_), tf.range(heads)]  # as the keys come
+    row, time_of, head = tf.meshgrid(*axes, indexing="ij")
+    places = tf.reshape((row * heads + head) * columns + time_of, [-1])
     keys_shape = tf.stack([rows * heads, columns, width])
     key_column = tf.range(columns)
     left = key_column < pads[:, tf.newaxis, tf.newaxis]
@@ -498,20 +508,25 @@ def _build_forward(
             x = tf.transpose(tf.reshape(x, [rows, heads, time_, width]), [0, 2, 1, 3])
         return tf.reshape(x, [-1, hparams.n_embd])
 
-    def forward(flat: tf.Tensor, tokens: tf.Tensor, at: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def forward(
+        cache: list[tf.Tensor], tokens: tf.Tensor, at: tf.Tensor
+    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        cache = list(cache)
         column = at + tf.range(time_)
         mask = _masked(~left & (key_column <= column[:, tf.newaxis]))  # [rows, query, key]
         mask = tf.repeat(mask, heads, axis=0)
-        here = tf.unstack(places + at, hparams.n_layer)
+        here = places + at
+
+        def remember(part: int, new: tf.Tensor) -> tf.Tensor:
+            new = tf.reshape(new, [-1, width])
+            flat = tf.reshape(cache[part], [-1, width])
+            flat = tf.raw_ops.InplaceUpdate(x=flat, i=here, v=new)
+            cache[part] = tf.reshape(flat, cache_shape)
+            return tf.reshape(flat, keys_shape)
 
         def attend(layer: int, qkv: tf.Tensor) -> tf.Tensor:
-            nonlocal flat
-            q, kv = tf.split(qkv, [hparams.n_embd, 2 * hparams.n_embd], axis=1)
-            kv = tf.reshape(kv, [-1, width])
-            flat = tf.raw_ops.InplaceUpdate(x=flat, i=here[layer], v=kv)
-            middle = (2 * layer + 1) * half
-            k = tf.reshape(flat[middle - half : middle], keys_shape)
-            v = tf.reshape(flat[middle : middle + half], keys_shape)
+            q, k, v = tf.split(qkv, 3, axis=1)
+            k, v = remember(2 * layer, k), remember(2 * layer + 1, v)
             attend_rows = _attend_one if time_ == 1 else model.attend_rows
             return heads_last(attend_rows(heads_first(q * width**-0.5), k, v, mask))
 
@@ -521,7 +536,7 @@ def _build_forward(
         x = tf.reshape(x, [-1, hparams.n_embd])
         for layer, block in enumerate(weights.blocks):
             x = _block(x, block, functools.partial(attend, layer), matmul)
-        return model.layer_norm(x, weights.ln_f), flat
+        return model.layer_norm(x, weights.ln_f), cache
 
     return forward
 
@@ -844,16 +859,17 @@ class _Call:
         kept = [row for row in self.live if not row.ended and row not in rows]
         columns = max((row.cached for row in kept), default=0)
         if kept or len(contexts) < len(rows):
-            merge = self.engine.merge
+            merge = _built(self.sess, "merge", _build_merge)
             places = [self.live.index(row) for row in kept]
             places += [len(self.live) + contexts.index(row.context) for row in rows]
             feeds = {
+                merge.key: self.key,
                 merge.other: key,
                 merge.used: [self.used, longest],
                 merge.columns: [columns, longest],
                 merge.rows: places,
             }
-            self.run(merge.run, feeds)
+            self.sess.run(merge.run, feeds)
         else:
             self.run(self.engine.free, {})
             self.key = key

@@ -1,0 +1,283 @@
+"""Tokens a second of this library and of others, side by side: random float32 weights.
+
+    python benchmarks/generate.py
+    python benchmarks/generate.py --reference-python PATH  # has torch, transformers, ctranslate2
+    python benchmarks/generate.py --old-python PATH        # has gpt-2-simple 0.8.1
+    python benchmarks/generate.py --size 774M --cases 1x100
+
+Each library runs in a process of its own; the runs take turns, one at a time, so that all meet the
+same weather. Medians, after one run each to warm up. Ours and 0.8.1's are whole calls of
+generate(), text and all. The floor is the time in which all weights are read from memory once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SETTINGS = {"top_k": 40, "temperature": 0.7}
+CASES = "1x100 1x1000 8x100 20x100"
+SIZES = {  # layers, heads, width
+    "124M": (12, 12, 768),
+    "355M": (24, 16, 1024),
+    "774M": (36, 20, 1280),
+    "1558M": (48, 25, 1600),
+}
+END = 50256
+
+
+def write_vocabulary(folder: Path) -> None:
+    """The two files of a vocabulary of GPT-2's size, by both of their names; its words are junk."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]
+    pairs = [(a, b) for a in letters for b in letters][:50000]
+    tokens = [*letters, *map("".join, pairs), "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    encoder = json.dumps({token: i for i, token in enumerate(tokens)})
+    merges = "\n".join(["#version: 0.2", *map(" ".join, pairs), ""])
+    for name in ["encoder.json", "vocab.json"]:
+        (folder / name).write_text(encoder, encoding="utf-8")
+    for name in ["vocab.bpe", "merges.txt"]:
+        (folder / name).write_text(merges, encoding="utf-8")
+
+
+def write_run(size: str) -> None:
+    """checkpoint/run1/ with a model of random weights."""
+    import_ours()
+    import tensorflow as tf
+
+    from gpt_2_simple import model, session
+
+    run = Path("checkpoint/run1")
+    write_vocabulary(run)
+    layers, heads, width = SIZES[size]
+    hparams = {"n_vocab": END + 1, "n_embd": width, "n_head": heads, "n_layer": layers}
+    (run / "hparams.json").write_text(json.dumps({"n_ctx": 1024, **hparams}))
+    (run / "counter").write_text("0\n")
+    with session.start_tf_sess() as sess:
+        state = session.build_model(sess, model.HParams(**hparams), [])
+        with sess.graph.as_default():
+            sess.run(tf.compat.v1.global_variables_initializer())
+            saver = tf.compat.v1.train.Saver(session.named_variables(state))
+            saver.save(sess, str(run / "model"), global_step=0, write_meta_graph=False)
+
+
+def import_ours():
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import gpt_2_simple
+
+    return gpt_2_simple
+
+
+class Ours:
+    def __init__(self, size: str) -> None:
+        self.gpt2 = import_ours()
+        self.sess = self.gpt2.start_tf_sess()
+
+    def load(self) -> None:
+        self.gpt2.load_gpt2(self.sess)
+
+    def generate(self, batch: int, length: int) -> None:
+        texts = self.gpt2.generate(
+            self.sess, length=length, batch_size=batch, nsamples=batch, return_as_list=True,
+            **SETTINGS,
+        )  # fmt: skip
+        assert len(texts) == batch
+
+    def build_floor(self) -> None:
+        import tensorflow as tf
+
+        with self.sess.graph.as_default():
+            sums = [tf.reduce_sum(v.read_value()) for v in tf.compat.v1.global_variables()]
+            self.sum = tf.add_n(sums)
+
+    def floor(self) -> None:
+        self.sess.run(self.sum)
+
+
+class HuggingFace:
+    def __init__(self, size: str) -> None:
+        import torch
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        layers, heads, width = SIZES[size]
+        config = transformers.GPT2Config(n_layer=layers, n_head=heads, n_embd=width)
+        self.torch = torch
+        self.model = transformers.GPT2LMHeadModel(config).eval()
+
+    def generate(self, batch: int, length: int) -> None:
+        with self.torch.inference_mode():
+            out = self.model.generate(
+                self.torch.full([batch, 1], END), do_sample=True, max_new_tokens=length,
+                min_new_tokens=length, pad_token_id=END, **SETTINGS,
+            )  # fmt: skip
+        assert out.shape == (batch, length + 1)
+
+
+class CTranslate2:
+    def __init__(self, size: str) -> None:
+        import ctranslate2
+        import transformers
+
+        HuggingFace(size).model.save_pretrained("hf")
+        write_vocabulary(Path("hf"))
+        tokenizer = transformers.GPT2Tokenizer("hf/vocab.json", "hf/merges.txt")
+        tokenizer.save_pretrained("hf")
+        ctranslate2.converters.TransformersConverter("hf").convert("ct2", force=True)
+        self.generator = ctranslate2.Generator(
+            "ct2", device="cpu", compute_type="float32", intra_threads=os.cpu_count() or 1
+        )
+
+    def generate(self, batch: int, length: int) -> None:
+        out = self.generator.generate_batch(
+            [["<|endoftext|>"]] * batch, max_length=length, min_length=length,
+            sampling_topk=SETTINGS["top_k"], sampling_temperature=SETTINGS["temperature"],
+            include_prompt_in_result=False,
+        )  # fmt: skip
+        assert [len(result.sequences_ids[0]) for result in out] == [length] * batch
+
+
+class Old:
+    """gpt-2-simple 0.8.1."""
+
+    def __init__(self, size: str) -> None:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        import gpt_2_simple
+
+        self.gpt2 = gpt_2_simple
+        self.sess = gpt_2_simple.start_tf_sess()
+        gpt_2_simple.load_gpt2(self.sess)
+
+    generate = Ours.generate
+
+
+LIBRARIES = {"ours": Ours, "Hugging Face": HuggingFace, "CTranslate2": CTranslate2, "0.8.1": Old}
+
+
+def serve(library: str, size: str) -> None:
+    """Answers a line of input, a method and its arguments, with the seconds it took."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    worker = LIBRARIES[library](size)
+    print("{}", file=out, flush=True)
+    for line in sys.stdin:
+        method, *arguments = json.loads(line)
+        began = time.perf_counter()
+        getattr(worker, method)(*arguments)
+        seconds = time.perf_counter() - began
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({"seconds": seconds, "peak": peak}), file=out, flush=True)
+
+
+class Worker:
+    """A library in a process of its own."""
+
+    def __init__(self, python: str, library: str, size: str, folder: str) -> None:
+        log = open(f"{folder}/{library}.log", "w+")  # noqa: SIM115
+        command = [python, os.path.abspath(__file__), "--serve", library, "--size", size]
+        self.process = subprocess.Popen(
+            command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+            text=True,
+        )  # fmt: skip
+        self.log = log
+        self.answer()
+
+    def answer(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            raise SystemExit(self.log.read()[-3000:])
+        return json.loads(line)
+
+    def __call__(self, method: str, *arguments: int) -> dict:
+        self.process.stdin.write(json.dumps([method, *arguments]) + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def stop(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        self.log.close()
+
+
+def tell_start(ours: Worker) -> None:
+    """Loading, the first call and the memory."""
+    loaded = ours("load")
+    print(f"load_gpt2 {loaded['seconds']:.2f} s, peak RSS {loaded['peak'] / 1e6:.0f} MB")
+    first = ours("generate", 1, 20)["seconds"]
+    second = ours("generate", 1, 20)
+    more = first - second["seconds"]
+    print(f"first call of 20 tokens {first:.2f} s, {more:.2f} s more than the second")
+    print(f"peak RSS after that {second['peak'] / 1e6:.0f} MB")
+    ours("build_floor")
+
+
+def compare(workers: dict[str, Worker], batch: int, length: int, runs: int) -> None:
+    seconds: dict[str, list[float]] = {name: [] for name in [*workers, "floor"]}
+    peaks = {}
+    for run in range(runs + 1):
+        for name, worker in workers.items():
+            answer = worker("generate", batch, length)
+            peaks[name] = answer["peak"]
+            if run:
+                seconds[name].append(answer["seconds"])
+        reads = [workers["ours"]("floor")["seconds"] for _ in range(5)]
+        if run:
+            seconds["floor"].append(statistics.median(reads) * length)
+    ours = statistics.median(seconds["ours"])
+    print(f"\nbatch {batch}, {length} tokens: tokens/s (of {runs} runs, least-most), ours over it")
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        tokens = batch * length
+        spread = f"({tokens / max(values):.1f}-{tokens / min(values):.1f})"
+        peak = f"  peak RSS {peaks[name] / 1e6:.0f} MB" if name in peaks else ""
+        print(f"{name:14s} {tokens / median:8.1f} {spread:17s} {median / ours:6.2f}{peak}")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--reference-python", help="has torch, transformers and ctranslate2")
+    parser.add_argument("--old-python", help="has gpt-2-simple 0.8.1")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--size", choices=SIZES, default="124M")
+    parser.add_argument("--cases", default=CASES, help=f"batch x tokens, by default {CASES}")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve == "write":
+        return write_run(options.size)
+    if options.serve:
+        return serve(options.serve, options.size)
+    pythons = {"ours": sys.executable}
+    if options.reference_python:
+        pythons |= dict.fromkeys(["Hugging Face", "CTranslate2"], options.reference_python)
+    if options.old_python:
+        pythons["0.8.1"] = options.old_python
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, os.path.abspath(__file__), "--serve", "write"]
+        subprocess.run([*command, "--size", options.size], cwd=folder, check=True)
+        workers = {}
+        for name, python in pythons.items():
+            workers[name] = Worker(python, name, options.size, folder)
+            if name == "ours":
+                tell_start(workers[name])
+        for case in options.cases.split():
+            compare(workers, *map(int, case.split("x")), options.runs)
+        for worker in workers.values():
+            worker.stop()
+
+
+if __name__ == "__main__":
+    main()
