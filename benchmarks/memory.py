@@ -6,7 +6,9 @@
 
 A row: random weights of the real size are restored, two steps of 1 x 1,024 tokens are taken, and a
 checkpoint is saved, in a process whose CPU allocator is TensorFlow's BFC allocator, a GPU's, with a
-hard limit. The folder of random models is kept between calls (124M takes 0.5 GB, 1558M 6.2 GB).
+hard limit. 1558M takes one step where it accumulates, of two micro-batches; the bisection takes two
+micro-batches a step where a row has more: all after the second find the accumulators as it did. The
+folder of random models is kept between calls (124M takes 0.5 GB, 1558M 6.2 GB).
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +50,7 @@ class Row(NamedTuple):
     accumulate: int
     limit: int
     card: str
+    steps: int = 2
     precision: str = "float32"
 
 
@@ -58,7 +60,7 @@ ROWS = [
     Row("774M", "adam", 5, 13900, "16 GB"),
     Row("774M", "adafactor", 1, 5300, "6 GB"),
     Row("1558M", "adafactor", 1, 9600, "11 GB"),
-    Row("1558M", "adafactor", 5, 14900, "16 GB"),
+    Row("1558M", "adafactor", 2, 14900, "16 GB", steps=1),
 ]
 
 
@@ -66,19 +68,19 @@ def prepare(folder: Path, size: str) -> None:
     """A model of random weights in `folder`/models, and tokens to train it on."""
     sys.path.insert(0, str(ROOT))
     import numpy as np
-    from generate import synthetic_vocabulary
+    from generate import write_vocabulary
 
     from gpt_2_simple import checkpoint, memory
 
     model = folder / "models" / size
     if not (model / "checkpoint").exists():
-        synthetic_vocabulary(model)
+        write_vocabulary(model)
         checkpoint.write_model(str(model), memory.published_hparams(size), seed=0)
     tokens = np.random.default_rng(0).integers(0, 50257, 20000).astype(np.uint16)
     np.savez(folder / "tokens.npz", tokens)
 
 
-def trains(folder: Path, row: Row, limit: int, steps: int, log: Path) -> tuple[bool, str]:
+def trains(folder: Path, row: Row, limit: int, log: Path) -> tuple[bool, str]:
     """Whether a row trains under a limit in MB, and the line that says how."""
     environment = os.environ | {
         "TF_CPU_ALLOCATOR_USE_BFC": "true",
@@ -86,7 +88,7 @@ def trains(folder: Path, row: Row, limit: int, steps: int, log: Path) -> tuple[b
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "PYTHONPATH": str(ROOT),
     }
-    arguments = [row.size, row.optimizer, str(row.accumulate), str(steps), row.precision]
+    arguments = [row.size, row.optimizer, str(row.accumulate), str(row.steps), row.precision]
     with open(log, "a", encoding="utf-8") as output:
         output.write(f"== {row} limit={limit}\n")
         output.flush()
@@ -107,24 +109,26 @@ def trains(folder: Path, row: Row, limit: int, steps: int, log: Path) -> tuple[b
     return False, ""
 
 
-def smallest(folder: Path, row: Row, steps: int, log: Path, share: float) -> tuple[int, str]:
-    """The smallest limit that trains, to `share` of itself, by bisection below one that does."""
-    high, said = row.limit, ""
-    while True:
-        fits, said = trains(folder, row, high, steps, log)
-        if fits:
-            break
-        high = int(high * 1.15)
-    low = int(high * 0.5)
+def bisect(folder: Path, row: Row, plan: float, log: Path, share: float) -> int:
+    """The smallest limit in MB that trains, to `share` of itself; looks near the plan first."""
+
+    def fits(limit: int) -> bool:
+        found, said = trains(folder, row, limit, log)
+        print(f"    {row.size} {row.optimizer} {limit} MB: {said if found else 'no'}", flush=True)
+        return found
+
+    low, high = int(0.98 * plan), int(1.04 * plan)
+    if fits(high):
+        while fits(low):
+            low, high = int(0.94 * low), low
+    else:
+        low, high = high, int(1.06 * high)
+        while not fits(high):
+            low, high = high, int(1.06 * high)
     while high - low > share * high:
         middle = (high + low) // 2
-        fits, line = trains(folder, row, middle, steps, log)
-        if fits:
-            high, said = middle, line
-        else:
-            low = middle
-        print(f"    {row.size} {row.optimizer}: {low} < smallest <= {high} MB", flush=True)
-    return high, said
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
 
 
 CARDS = [4, 6, 8, 11, 16, 24]
@@ -165,7 +169,6 @@ def main() -> None:
     parser.add_argument("--bisect", action="store_true")
     parser.add_argument("--table", action="store_true", help="print the README's table and end")
     parser.add_argument("--share", type=float, default=0.02, help="precision of the bisection")
-    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gpt2-sizes")
     arguments = parser.parse_args()
     if arguments.table:
@@ -177,8 +180,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     from gpt_2_simple import memory
 
-    print(f"{'model':6} {'optimizer':9} {'k':>2} {'goal MB':>8} {'fits':>5} {'smallest':>8} "
-          f"{'plan MB':>8} {'floor':>6}  notes")  # fmt: skip
+    print("| model, optimizer, micro-batches | goal, MB | smallest, MB | plan | floor | notes |")
     for row in ROWS:
         if arguments.rows and row.size not in arguments.rows:
             continue
@@ -187,16 +189,16 @@ def main() -> None:
             row.size, optimizer=row.optimizer, accumulate_gradients=row.accumulate,
             use_memory_saving_gradients=True, precision=row.precision,
         )  # fmt: skip
-        began = time.time()
-        fits, said = trains(arguments.folder, row, row.limit, arguments.steps, log)
-        found = row.limit
+        found = ""
         if arguments.bisect:
-            found, said = smallest(arguments.folder, row, arguments.steps, log, arguments.share)
+            few = row._replace(accumulate=min(2, row.accumulate))
+            smallest = bisect(arguments.folder, few, plan.total / MEGABYTE, log, arguments.share)
+            found = f"{smallest:,}"
+        fits, said = trains(arguments.folder, row, row.limit, log)
         print(
-            f"{row.size:6} {row.optimizer:9} {row.accumulate:2} {row.limit:8} "
-            f"{'yes' if fits else 'no':>5} {found if arguments.bisect else '':>8} "
-            f"{plan.total / MEGABYTE:8.0f} {plan.floor / MEGABYTE:6.0f}  "
-            f"{said} ({time.time() - began:.0f} s)",
+            f"| {row.size}, {row.optimizer}, {row.accumulate} | {row.limit:,} "
+            f"{'fits' if fits else 'DOES NOT FIT'} | {found} | {plan.total / MEGABYTE:,.0f} "
+            f"| {plan.floor / MEGABYTE:,.0f} | {said} |",
             flush=True,
         )
 
