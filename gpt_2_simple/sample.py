@@ -196,6 +196,33 @@ class Decode(NamedTuple):
     run: Any
 
 
+class Branch(NamedTuple):
+    """One token further, and what could come next; names as in Decode.
+
+    Attributes:
+        parents: the rows of the cache that the texts go on from [rows].
+        count: how many next tokens to name.
+        tokens: the likeliest next tokens [rows, count], the likeliest first.
+        scores: their log-probabilities [rows, count].
+        status: whether the logits made sense [rows].
+    """
+
+    key: Any
+    parents: Any
+    last: Any
+    pads: Any
+    used: Any
+    grow: Any
+    history: Any
+    written: Any
+    count: Any
+    controls: Controls
+    tokens: Any
+    scores: Any
+    status: Any
+    run: Any
+
+
 class Engine(NamedTuple):
     """The parts of a session's graph that look after caches."""
 
@@ -445,6 +472,25 @@ def _build_decode(weights: model.Weights, hparams: model.HParams, matmul: Matmul
     )  # fmt: skip
 
 
+def _build_branch(weights: model.Weights, hparams: model.HParams) -> Branch:
+    key, controls, parents = _placeholder(tf.int64), _controls(), _placeholder(tf.int32, None)
+    last, pads = _placeholder(tf.int32, None), _placeholder(tf.int32, None)
+    used, grow, written, count = (_placeholder(tf.int32) for _ in range(4))
+    history = _placeholder(tf.int32, None, None)
+    cache = [_grown(tf.gather(part, parents), grow) for part in _take(key, hparams)]
+    forward = _build_forward(weights, hparams, tf.shape(cache[0]), pads, 1, FEW_ROWS)
+    h, cache = forward(cache, last[:, tf.newaxis], used)
+    logits, broken = _controlled(
+        FEW_ROWS.embed(h, weights.wte), history, tf.shape(history)[1], written, controls
+    )
+    scores, tokens = tf.math.top_k(tf.nn.log_softmax(logits), count)
+    status = tf.where(broken, _BROKEN, _HEALTHY)
+    return Branch(
+        key, parents, last, pads, used, grow, history, written, count, controls, tokens, scores,
+        status, _stage(key, cache),
+    )  # fmt: skip
+
+
 @contextlib.contextmanager
 def _plain_loops() -> Iterator[None]:
     """Loops made within consist of single operations, not of functions.
@@ -550,16 +596,24 @@ def _next_token(
     controls: Controls,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Logits [rows, n_vocab] -> tokens [rows] and what is wrong with the logits [rows]."""
+    logits, broken = _controlled(logits, history, end, count, controls)
+    token = _choose(logits, uniform, controls)
+    chosen = tf.math.is_finite(tf.gather(logits, token, batch_dims=1))
+    fault = tf.where(broken, _BROKEN, tf.where(chosen, _HEALTHY, _NOTHING_LEFT))
+    return token, fault
+
+
+def _controlled(
+    logits: tf.Tensor, history: tf.Tensor, end: tf.Tensor, count: tf.Tensor, controls: Controls
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Logits [rows, n_vocab] after the penalties, if any, and which made no sense [rows]."""
     broken = ~tf.math.is_finite(tf.reduce_sum(logits, axis=1))
     logits = tf.cond(
         controls.controlled,
         lambda: _control(logits, history, end, count, controls),
         lambda: logits,
     )
-    token = _choose(logits, uniform, controls)
-    chosen = tf.math.is_finite(tf.gather(logits, token, batch_dims=1))
-    fault = tf.where(broken, _BROKEN, tf.where(chosen, _HEALTHY, _NOTHING_LEFT))
-    return token, fault
+    return logits, broken
 
 
 def _control(
@@ -731,27 +785,34 @@ def generate_tokens(
         RuntimeError: the session is closed or holds no model; while writing, weights that are not
             numbers, or nothing left to choose from.
     """
-    engine(sess)
-    hparams = session.memory(sess).hparams
-    _check_whole("length", length, 1)
+    sampling = sampling or Sampling()
+    texts = _checked(sess, prefixes, length, sampling)
     if chunk is not None:
         _check_whole("chunk", chunk, 1)
     if seed is not None:
         _check_whole("seed", seed, -(2**63))
-    texts = [_checked_tokens(prefix, hparams.n_vocab) for prefix in prefixes]
-    if not texts:
-        raise ValueError("prefixes=[] must hold at least one prefix")
     ids = range(len(texts)) if row_ids is None else row_ids
     if len(ids) != len(texts):
         raise ValueError(f"{len(ids)} row_ids for {len(texts)} prefixes; give one each")
-    sampling = sampling or Sampling()
+    rows = [_Row(text, stream) for text, stream in zip(texts, _noise(seed, ids), strict=True)]
+    return _Call(sess, rows, sampling).write(length, chunk)
+
+
+def _checked(
+    sess: tf.compat.v1.Session, prefixes: Sequence[Sequence[int]], length: int, sampling: Sampling
+) -> list[list[int]]:
+    """The prefixes, as much of them as is read; raises as generate_tokens does."""
+    engine(sess)
+    hparams = session.memory(sess).hparams
+    _check_whole("length", length, 1)
+    texts = [_checked_tokens(prefix, hparams.n_vocab) for prefix in prefixes]
+    if not texts:
+        raise ValueError("prefixes=[] must hold at least one prefix")
     if sampling.stop_token is not None and sampling.stop_token >= hparams.n_vocab:
         raise ValueError(f"stop_token={sampling.stop_token} must be below {hparams.n_vocab}")
     for word in sampling.bad_words:
         _checked_tokens(word, hparams.n_vocab)
-    texts = _cut(texts, hparams.n_ctx, length)
-    rows = [_Row(text, stream) for text, stream in zip(texts, _noise(seed, ids), strict=True)]
-    return _Call(sess, rows, sampling).write(length, chunk)
+    return _cut(texts, hparams.n_ctx, length)
 
 
 def _checked_tokens(tokens: Sequence[int], n_vocab: int) -> list[int]:
@@ -772,7 +833,7 @@ def _cut(texts: list[list[int]], n_ctx: int, length: int) -> list[list[int]]:
         warnings.warn(
             f"a prefix is longer than the context of {n_ctx} tokens: its first {cut} tokens are "
             "not read",
-            stacklevel=3,
+            stacklevel=4,
         )
     return [text[-kept:] if len(text) > n_ctx else text for text in texts]
 
@@ -789,7 +850,7 @@ class _Row:
     """A text on its way: all its tokens, of which the model sees those from `start` on."""
 
     text: list[int]
-    noise: np.random.Philox
+    noise: np.random.Philox | None = None
     start: int = 0
     ended: bool = False
 
@@ -896,24 +957,15 @@ class _Call:
     def decode(self, steps: int, written: int, length: int) -> np.ndarray:
         """Writes up to `steps` tokens, int32 [rows, time]."""
         decode = decoder(self.sess, len(self.live))
-        missing = max(0, self.used + steps - self.columns)
-        grow = min(max(missing, GROWTH), length - written) if missing else 0
         raw = np.array([row.noise.random_raw(steps) for row in self.live]).T
         feeds = {
-            decode.last: [row.text[-1] for row in self.live],
-            decode.pads: [self.used - row.cached for row in self.live],
-            decode.used: self.used,
-            decode.grow: grow,
+            **self.feeds(decode, steps, written, length),
             decode.uniform: (raw >> np.uint64(11)) * 2.0**-53,
             decode.history: self.history(steps),
             decode.ended: [row.ended for row in self.live],
-            decode.written: written,
-            **self.controls(decode.controls),
-            decode.key: self.key,
         }
         new, status, _ = self.sess.run([decode.tokens, decode.status, decode.run], feeds)
         _check_status(status)
-        self.columns += grow
         self.used += new.shape[1]
         tokens = np.full([len(self.rows), new.shape[1]], -1, np.int32)
         for row, more in zip(self.live, new, strict=True):
@@ -921,6 +973,21 @@ class _Call:
             row.text.extend(more[more >= 0].tolist())
             row.ended = row.ended or row.text[-1] == self.sampling.stop_token
         return tokens
+
+    def feeds(self, ops: Decode | Branch, steps: int, written: int, length: int) -> dict[Any, Any]:
+        """What both ways to go on are told; counts on the cache to grow as they are told."""
+        missing = max(0, self.used + steps - self.columns)
+        grow = min(max(missing, GROWTH), length - written) if missing else 0
+        self.columns += grow
+        return {
+            ops.key: self.key,
+            ops.last: [row.text[-1] for row in self.live],
+            ops.pads: [self.used - row.cached for row in self.live],
+            ops.used: self.used,
+            ops.grow: grow,
+            ops.written: written,
+            **self.controls(ops.controls),
+        }
 
     def history(self, steps: int) -> np.ndarray:
         """The texts [rows, time] as Decode.history wants them."""
@@ -970,6 +1037,221 @@ def _check_status(status: np.ndarray) -> None:
         raise ValueError(
             "bad_words, no_repeat_ngram_size and min_length leave no token to choose; allow more"
         )
+
+
+# --- Searching ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Beams:
+    """Beam search: of all texts the likeliest are followed, none is drawn.
+
+    Attributes:
+        count: texts that are followed at once.
+        length_penalty: texts are compared by log-probability / length ** length_penalty; above 0 is
+            kind to long ones, below 0 to short ones (as in Hugging Face's generate).
+    """
+
+    count: int = 1
+    length_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value out of its range."""
+        _check_whole("num_beams", self.count, 1)
+        _check_number("length_penalty", self.length_penalty, "a finite number", -1e9)
+
+    def score(self, log_probability: float, length: int) -> float:
+        """What texts are compared by."""
+        return log_probability / length**self.length_penalty
+
+
+class Found(NamedTuple):
+    """A text that a search came upon.
+
+    Attributes:
+        score: see Beams.
+        tokens: what was added to the prefix, the stop token included.
+    """
+
+    score: float
+    tokens: list[int]
+
+
+class _Beam(_Row):
+    """A text that is followed. Its cache is still that of the text that it was made from, `parent`.
+
+    Attributes:
+        total: its log-probability after the prefix.
+    """
+
+    def __init__(self, text: list[int], total: float) -> None:
+        super().__init__(list(text))
+        self.parent: _Beam = self
+        self.total = total
+
+    def become(self, text: list[int], total: float, parent: _Beam) -> None:
+        """Takes over another text of the same length."""
+        self.text, self.total, self.parent, self.start = text, total, parent, parent.start
+
+
+@dataclasses.dataclass(eq=False)
+class _Tree:
+    """The search from one prefix."""
+
+    prefix: int
+    beams: list[_Beam]
+    found: list[Found] = dataclasses.field(default_factory=list)
+    done: bool = False
+
+
+class Search(_Call):
+    """Beam search from several prefixes at once, token by token.
+
+    Each prefix is followed until as many texts have ended as there are beams and no other looks
+    better, or to `length` tokens.
+    """
+
+    def __init__(
+        self,
+        sess: tf.compat.v1.Session,
+        prefixes: Sequence[Sequence[int]],
+        length: int,
+        beams: Beams,
+        sampling: Sampling | None = None,
+        ends: Callable[[list[int]], bool] | None = None,
+    ) -> None:
+        """Begins.
+
+        Args:
+            sess: a session that holds a model.
+            prefixes: token ids, at least one each.
+            length: new tokens at most.
+            beams: how many, and how they are compared.
+            sampling: its stop_token, min_length and penalties count here, before the softmax; how
+                to draw does not.
+            ends: whether a text with these new tokens ends here; None for no other ends than
+                stop_token.
+
+        Raises:
+            ValueError: an argument out of range.
+            RuntimeError: the session is closed or holds no model.
+        """
+        sampling = sampling or Sampling()
+        texts = _checked(sess, prefixes, length, sampling)
+        self.beams, self.length, self.ends, self.written = beams, length, ends, 0
+        # Only one of a prefix's equal beams may branch at first.
+        totals = [0.0, *[-math.inf] * (beams.count - 1)]
+        self.trees = [_Tree(len(text), [_Beam(text, t) for t in totals]) for text in texts]
+        super().__init__(sess, [beam for tree in self.trees for beam in tree.beams], sampling)
+
+    def __enter__(self) -> Search:
+        self.fill(self.key, [])
+        self.prime(self.rows)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.free()
+
+    @property
+    def done(self) -> bool:
+        """Whether all is found."""
+        return all(tree.done for tree in self.trees)
+
+    def best(self) -> list[list[Found]]:
+        """For each prefix what was found, the best first; before the end, what is followed too."""
+        return [
+            sorted(tree.found + (self.followed(tree) if not tree.done else []), reverse=True)
+            for tree in self.trees
+        ]
+
+    def followed(self, tree: _Tree) -> list[Found]:
+        """The texts that are followed, as if they ended here."""
+        beams = [beam for beam in tree.beams if self.written and beam.total > -math.inf]
+        return [self.judge(tree, beam.text, beam.total) for beam in beams]
+
+    def judge(self, tree: _Tree, text: list[int], total: float) -> Found:
+        """What is there of a text."""
+        new = text[tree.prefix :]
+        return Found(self.beams.score(total, len(new)), new)
+
+    def prime(self, rows: list[_Row]) -> None:
+        """As for any call; afterwards these beams have caches of their own."""
+        super().prime(rows)
+        for beam in rows:
+            beam.parent = beam
+
+    def step(self) -> int:
+        """Goes a token further; returns for how many prefixes.
+
+        Raises:
+            RuntimeError: the weights are not numbers.
+            ValueError: the penalties leave nothing to choose from.
+        """
+        self.make_room()
+        branch = _built(self.sess, "branch", _build_branch)
+        hparams = session.memory(self.sess).hparams
+        feeds = {
+            **self.feeds(branch, 1, self.written, self.length),
+            branch.parents: [self.live.index(row.parent) for row in self.live],
+            branch.count: min(2 * self.beams.count, hparams.n_vocab),
+            branch.history: self.history(0),
+        }
+        fetches = [branch.tokens, branch.scores, branch.status, branch.run]
+        tokens, scores, status, _ = self.sess.run(fetches, feeds)
+        _check_status(np.where([row.ended for row in self.live], _HEALTHY, status))
+        self.used += 1
+        self.written += 1
+        going = [tree for tree in self.trees if not tree.done]
+        for tree in going:
+            places = [self.live.index(beam) for beam in tree.beams]
+            self.branch(tree, tokens[places], scores[places])
+        return len(going)
+
+    def branch(self, tree: _Tree, tokens: np.ndarray, scores: np.ndarray) -> None:
+        """Follows the likeliest of all ways to go on, tokens and scores [beams, ways]."""
+        totals = scores + np.array([[beam.total] for beam in tree.beams])
+        totals[np.isnan(totals)] = -math.inf  # nothing was left to go on with
+        if totals.max() == -math.inf:
+            _check_status(np.array([_NOTHING_LEFT]))
+        kept = []
+        best = np.argsort(-totals, axis=None, kind="stable")[: 2 * self.beams.count]
+        for rank, place in enumerate(best):
+            beam, way = np.unravel_index(place, totals.shape)
+            total, token = float(totals[beam, way]), int(tokens[beam, way])
+            if total == -math.inf:
+                break
+            text = [*tree.beams[beam].text, token]
+            if self.ended(tree, text):
+                if rank < self.beams.count:
+                    tree.found.append(self.judge(tree, text, total))
+            elif len(kept) < self.beams.count:
+                kept.append((text, total, tree.beams[beam]))
+        missing = self.beams.count - len(kept)
+        kept += [(beam.text + [0], -math.inf, beam) for beam in tree.beams[:missing]]
+        for beam, way in zip(tree.beams, kept, strict=True):
+            beam.become(*way)
+        self.conclude(tree)
+
+    def ended(self, tree: _Tree, text: list[int]) -> bool:
+        """Whether nothing comes after this text."""
+        stopped = text[-1] == self.sampling.stop_token
+        return stopped or (self.ends is not None and self.ends(text[tree.prefix :]))
+
+    def conclude(self, tree: _Tree) -> None:
+        """Keeps the best of what was found; ends the search where no better can be hoped for."""
+        followed = self.followed(tree)
+        if self.written >= self.length:
+            tree.found += followed
+        tree.found = sorted(tree.found, reverse=True)[: self.beams.count]
+        full = len(tree.found) == self.beams.count
+        hope = max(followed, default=None)
+        tree.done = (
+            self.written >= self.length
+            or hope is None
+            or (full and tree.found[-1].score >= hope.score)
+        )
+        for beam in tree.beams:
+            beam.ended = tree.done
 
 
 # --- What the model thinks of given tokens -----------------------------------------------------
