@@ -545,6 +545,12 @@ _GENERATE = Command(
                 shown="none",
                 many=True,
             ),
+            "num_beams": Option(
+                1, "Above 1: search the likeliest text, following so many at once; draw nothing"
+            ),
+            "length_penalty": Option(
+                1.0, "Of num_beams: above 0 is kind to long texts, below 0 to short ones"
+            ),
         },
         "files": {
             "nfiles": Option(1, "Files to write", _count),

@@ -423,6 +423,8 @@ def generate(
     repetition_penalty: float = 1.0,
     no_repeat_ngram_size: int = 0,
     bad_words: Sequence[str] | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
     stream: bool = False,
     verbose: int = 1,
 ) -> list[str] | None:
@@ -461,6 +463,11 @@ def generate(
             2019).
         no_repeat_ngram_size: no run of this many tokens comes twice; 0 for no such rule.
         bad_words: strings that must not be written.
+        num_beams: above 1: search the likeliest text, following this many at once (beam search);
+            nothing is drawn, so temperature, top_k, top_p and seed do not count, and nsamples is
+            how many of the texts found are wanted, the best first.
+        length_penalty: of num_beams: the texts found are compared by log-probability / tokens **
+            length_penalty.
         stream: print each text as it comes; generate_stream() gives the pieces instead.
         verbose: 0 prints nothing.
 
@@ -484,7 +491,13 @@ def generate(
             no_repeat_ngram_size=no_repeat_ngram_size,
             min_length=min_length,
         )
-        job = texts.make_job(prefix, nsamples, batch_size, length, settings, seed, end)
+        beams = sample.Beams(num_beams, length_penalty)
+        if stream and num_beams > 1:
+            raise ValueError(
+                f"num_beams={num_beams} cannot stream: a search may yet change what it has found; "
+                "leave stream or num_beams out"
+            )
+        job = texts.make_job(prefix, nsamples, batch_size, length, settings, seed, end, beams)
         state = _loaded(sess, run_name, checkpoint_dir, model_name, model_dir)
         job = texts.with_tokens(job, state.encoder, stop_token, bad_words)
         write = None if return_as_list else texts.print_text

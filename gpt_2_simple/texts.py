@@ -24,6 +24,9 @@ MOST_ROWS = 32
 CACHE_BYTES = 2 * 2**30
 
 
+ONE_BEAM = sample.Beams()
+
+
 class End(NamedTuple):
     """Where texts end, and what of them is kept.
 
@@ -76,6 +79,7 @@ class Job(NamedTuple):
         settings: how tokens are drawn.
         seed: the same gives the same texts; None draws one.
         end: where texts end.
+        beams: above one: the likeliest texts are searched, none is drawn.
     """
 
     prefixes: tuple[str, ...]
@@ -85,6 +89,7 @@ class Job(NamedTuple):
     settings: sample.Sampling
     seed: int | None
     end: End
+    beams: sample.Beams = ONE_BEAM
 
     @property
     def total(self) -> int:
@@ -100,6 +105,7 @@ def make_job(
     settings: sample.Sampling,
     seed: int | None,
     end: End,
+    beams: sample.Beams = ONE_BEAM,
 ) -> Job:
     """Checks what generate() was given.
 
@@ -122,7 +128,11 @@ def make_job(
         raise ValueError("prefix=[] must hold at least one prefix; '' or None is one without text")
     if not all(isinstance(text, str) for text in prefixes):
         raise ValueError(f"prefix={prefix!r} must be a string or a list of strings")
-    return Job(prefixes, nsamples, batch_size, length, settings, seed, end)
+    if 1 < beams.count < nsamples:
+        raise ValueError(
+            f"nsamples={nsamples} must not be above num_beams={beams.count}: a search finds so many"
+        )
+    return Job(prefixes, nsamples, batch_size, length, settings, seed, end, beams)
 
 
 def with_tokens(
@@ -177,10 +187,11 @@ class _Text:
         self.told = 0
         self.ended = False
 
-    def feed(self, ids: np.ndarray) -> None:
+    def feed(self, ids: np.ndarray | Sequence[int]) -> None:
         """Takes the next tokens; -1 stands for none."""
         if self.ended:
             return
+        ids = np.asarray(ids, np.int32)
         ids = ids[ids >= 0]
         stops = len(ids) and ids[-1] == self.end.stop_token
         self._add(self.decoder.feed(ids[:-1] if stops and not self.end.include_stop else ids))
@@ -241,6 +252,9 @@ def generate_texts(sess: tf.compat.v1.Session, state: session.Memory, job: Job) 
     Raises:
         KeyboardInterrupt: once all of that was given.
     """
+    if job.beams.count > 1:
+        yield from _search_texts(sess, state, job)
+        return
     seed = secrets.randbits(31) if job.seed is None else job.seed
     prefixes = [prefix for prefix in job.prefixes for _ in range(job.nsamples)]
     step = rows_at_once(state.hparams, job)
@@ -256,6 +270,38 @@ def generate_texts(sess: tf.compat.v1.Session, state: session.Memory, job: Job) 
                 interrupted = True
             bar.set_postfix(texts=rows.stop, refresh=False)
             yield from (text.whole for text in texts)
+            if interrupted:
+                raise KeyboardInterrupt
+
+
+def _search_texts(sess: tf.compat.v1.Session, state: session.Memory, job: Job) -> Iterator[str]:
+    """As generate_texts, by beam search: for each prefix the `nsamples` best texts."""
+
+    def ends(new: list[int]) -> bool:
+        return job.end.find(state.encoder.decode(new), 0) is not None
+
+    step = max(1, rows_at_once(state.hparams, job) // job.beams.count)
+    with progress(total=len(job.prefixes) * job.length, desc="Searching", unit="tok") as bar:
+        for first in range(0, len(job.prefixes), step):
+            prefixes = job.prefixes[first : first + step]
+            starts = [start_ids(state.encoder, prefix) for prefix in prefixes]
+            interrupted = False
+            with sample.Search(
+                sess, starts, job.length, job.beams, job.settings,
+                ends if job.end.strings else None,
+            ) as search:  # fmt: skip
+                try:
+                    while not search.done:
+                        bar.update(search.step())
+                except KeyboardInterrupt:
+                    interrupted = True
+                found = search.best()
+            for prefix, texts in zip(prefixes, found, strict=True):
+                for _, ids in texts[: job.nsamples]:
+                    text = _Text(state.encoder, prefix, job.end)
+                    text.feed(ids)
+                    text.finish()
+                    yield text.whole
             if interrupted:
                 raise KeyboardInterrupt
 

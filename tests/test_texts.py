@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import gpt_2_simple as gpt2
 from gpt_2_simple import encoder, model, sample, session, texts
 
 ENC = encoder.byte_vocabulary()
@@ -199,3 +200,70 @@ def test_a_file_keeps_what_there_was_before_an_interruption(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         _failing_writer(tmp_path / "out.txt")
     assert (tmp_path / "out.txt").read_text() == "kept"
+
+
+@pytest.fixture
+def loaded(workplace, sess):
+    """A session with the tiny model, trained a little: its bytes then differ in likelihood."""
+    gpt2.finetune(
+        sess, "text.txt", model_name="tiny", steps=3, learning_rate=0.05, accumulate_gradients=1,
+        sample_every=0, seed=1, verbose=0,
+    )  # fmt: skip
+    return sess
+
+
+def found(sess, prefix, **settings):
+    return gpt2.generate(sess, prefix=prefix, return_as_list=True, length=12, **settings)
+
+
+def test_a_search_finds_likelier_texts_than_greedy_writing(loaded):
+    def total(text):
+        (score,) = gpt2.score(loaded, text)
+        return score.log_probabilities[len("bottles") :].sum()
+
+    best = found(loaded, "bottles", num_beams=6, nsamples=3)
+    (greedy,) = found(loaded, "bottles", temperature=0)
+    totals = [total(text) for text in best]
+    assert sorted(totals, reverse=True) == totals
+    assert totals[0] >= total(greedy)
+    assert len(set(best)) == 3
+
+
+def test_a_search_from_several_prefixes_keeps_their_order(loaded):
+    prefixes = ["one ", "two green", "x"]
+    together = found(loaded, prefixes, num_beams=3, nsamples=2, batch_size=None)
+    alone = [found(loaded, prefix, num_beams=3, nsamples=2) for prefix in prefixes]
+    assert together == [text for texts_ in alone for text in texts_]
+    assert [text.startswith(prefixes[i // 2]) for i, text in enumerate(together)] == [True] * 6
+
+
+def test_a_search_ends_at_a_stop_and_has_no_prefix(loaded):
+    (free,) = found(loaded, "on the ", num_beams=4, include_prefix=False)
+    stop = free[3:5]
+    for text in found(loaded, "on the ", num_beams=4, nsamples=4, stop=stop, include_prefix=False):
+        assert stop not in text
+        assert not text.startswith("on the ")
+
+
+def test_ctrl_c_gives_what_a_search_has_found(loaded, monkeypatch):
+    step = sample.Search.step
+
+    def interrupted(self):
+        if self.written == 5:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(sample.Search, "step", interrupted)
+    texts_ = found(loaded, "on", num_beams=4, nsamples=4)
+    assert [len(text) for text in texts_] == [len("on") + 5] * 4
+
+
+def test_a_search_that_cannot_be_is_refused(loaded):
+    with pytest.raises(ValueError, match="nsamples=4 must not be above num_beams=3"):
+        found(loaded, "a", nsamples=4, num_beams=3)
+    with pytest.raises(ValueError, match="num_beams=0"):
+        found(loaded, "a", num_beams=0)
+    with pytest.raises(ValueError, match="length_penalty=inf"):
+        found(loaded, "a", num_beams=2, length_penalty=float("inf"))
+    with pytest.raises(ValueError, match="num_beams=2 cannot stream"):
+        gpt2.generate(loaded, num_beams=2, stream=True)
