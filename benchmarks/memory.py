@@ -8,7 +8,8 @@ A row: random weights of the real size are restored, two steps of 1 x 1,024 toke
 checkpoint is saved, in a process whose CPU allocator is TensorFlow's BFC allocator, a GPU's, with a
 hard limit. 1558M takes one step where it accumulates, of two micro-batches; the bisection takes two
 micro-batches a step where a row has more: all after the second find the accumulators as it did. The
-folder of random models is kept between calls (124M takes 0.5 GB, 1558M 6.2 GB).
+limit that it finds is then tried with the whole row. The folder of random models is kept between
+calls (124M takes 0.5 GB, 1558M 6.2 GB).
 """
 
 from __future__ import annotations
@@ -180,7 +181,9 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     from gpt_2_simple import memory
 
-    print("| model, optimizer, micro-batches | goal, MB | smallest, MB | plan | floor | notes |")
+    print(
+        "| model, optimizer, micro-batches | goal, MB | trained under, MB | plan | floor | notes |"
+    )
     for row in ROWS:
         if arguments.rows and row.size not in arguments.rows:
             continue
@@ -189,16 +192,15 @@ def main() -> None:
             row.size, optimizer=row.optimizer, accumulate_gradients=row.accumulate,
             use_memory_saving_gradients=True, precision=row.precision,
         )  # fmt: skip
-        found = ""
+        limit = row.limit
         if arguments.bisect:
             few = row._replace(accumulate=min(2, row.accumulate))
-            smallest = bisect(arguments.folder, few, plan.total / MEGABYTE, log, arguments.share)
-            found = f"{smallest:,}"
-        fits, said = trains(arguments.folder, row, row.limit, log)
+            limit = bisect(arguments.folder, few, plan.total / MEGABYTE, log, arguments.share)
+        fits, said = trains(arguments.folder, row, limit, log)
         print(
-            f"| {row.size}, {row.optimizer}, {row.accumulate} | {row.limit:,} "
-            f"{'fits' if fits else 'DOES NOT FIT'} | {found} | {plan.total / MEGABYTE:,.0f} "
-            f"| {plan.floor / MEGABYTE:,.0f} | {said} |",
+            f"| {row.size}, {row.optimizer}, {row.accumulate} | {row.limit:,} | {limit:,} "
+            f"| {plan.total / MEGABYTE:,.0f} | {plan.floor / MEGABYTE:,.0f} "
+            f"| {said if fits else 'DOES NOT FIT'} |",
             flush=True,
         )
 
