@@ -38,6 +38,7 @@ from .colab import (
 )
 from .create import create_gpt2
 from .dataset import encode_csv, load_dataset, save_npz, save_tokens
+from .documents import find_files
 from .download import download_gpt2, is_gpt2_downloaded
 from .memory import memory_plan
 from .report import say, verbosity
@@ -195,8 +196,8 @@ def finetune(
         FileNotFoundError: no such model, run or dataset.
         OSError: the run's folder cannot be written, or the disk is full; earlier checkpoints are
             as they were.
-        RuntimeError: another process trains this run; or, a train.Diverged, the loss is infinite
-            or no number.
+        RuntimeError: the session is closed; another process trains this run; or, a
+            train.Diverged, the loss is infinite or no number.
         ValueError: an argument is out of range, or the dataset holds no text.
         MemoryError: the device has too little memory; says which setting to change.
     """
@@ -245,7 +246,10 @@ def finetune(
         "column": column,
         "template": template,
     }
+    session.memory(sess)
     source = checkpoints.model_folder(model_dir, model_name)
+    # A name mistyped is told before the model is loaded, and before there is a run.
+    find_files([dataset] if val_dataset is None else [dataset, val_dataset])
     run = os.path.join(checkpoint_dir, run_name)
     with verbosity(verbose), contextlib.ExitStack() as stack:
         if use_memory_saving_gradients is None:
@@ -670,6 +674,7 @@ def encode_dataset(
     with verbosity(verbose):
         folder = checkpoints.model_folder(model_dir, model_name)
         enc = encoder.get_encoder(folder)
+        encoder.check_vocabulary(enc, checkpoints.read_hparams(folder).n_vocab, folder)
         say("Reading files")
         chunks = load_dataset(enc, file_path, combine, encoding)
         say("Writing", out_path)
