@@ -129,6 +129,8 @@ def finetune(
     min_learning_rate: float = 0.0,
     on_step: train.OnStep | None = None,
     verbose: int = 1,
+    header: bool | None = None,
+    cache_dir: str | None = None,
 ) -> train.Result:
     """Trains a model on a text.
 
@@ -188,6 +190,9 @@ def finetune(
         on_step: called after each step with a history.Entry (step, seconds, loss, learning_rate,
             tokens_per_second, validation_loss); returning False ends the training.
         verbose: 0 prints nothing.
+        header: whether a table's first row names its columns; None looks at it to find out.
+        cache_dir: where the tokens of more than 20 MB of text are kept for the next call; None for
+            $GPT_2_SIMPLE_CACHE, or gpt_2_simple in the user's cache folder.
 
     Returns:
         What was reached: steps, losses, the checkpoint's path, whether Ctrl-C ended it.
@@ -245,6 +250,8 @@ def finetune(
         "encoding": encoding,
         "column": column,
         "template": template,
+        "header": header,
+        "cache_dir": cache_dir,
     }
     session.memory(sess)
     source = checkpoints.model_folder(model_dir, model_name)
@@ -658,6 +665,10 @@ def encode_dataset(
     *,
     encoding: str | None = None,
     verbose: int = 1,
+    column: str | int | None = None,
+    template: str | None = None,
+    header: bool | None = None,
+    cache_dir: str | None = None,
 ) -> None:
     """Encodes a dataset once, so that finetune() need not do it each time.
 
@@ -670,13 +681,26 @@ def encode_dataset(
         combine: small files are joined until this many characters are gathered.
         encoding: of text files; None means UTF-8.
         verbose: 0 prints nothing.
+        column: as finetune's, and so are the others.
+        template: several columns of a table, in place of `column`.
+        header: whether a table's first row names its columns.
+        cache_dir: where the tokens of much text are kept.
     """
     with verbosity(verbose):
         folder = checkpoints.model_folder(model_dir, model_name)
         enc = encoder.get_encoder(folder)
         encoder.check_vocabulary(enc, checkpoints.read_hparams(folder).n_vocab, folder)
         say("Reading files")
-        chunks = load_dataset(enc, file_path, combine, encoding)
+        chunks = load_dataset(
+            enc,
+            file_path,
+            combine,
+            encoding,
+            column=column,
+            template=template,
+            header=header,
+            cache_dir=cache_dir,
+        )
         say("Writing", out_path)
         if out_path.endswith(".tokens"):
             save_tokens(out_path, chunks, enc)

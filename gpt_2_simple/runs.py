@@ -49,6 +49,7 @@ ANY_CALL = (
     "print_every",
     "max_checkpoints",
     "seed",
+    "cache_dir",
 )
 
 

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import gpt_2_simple as gpt2
-from gpt_2_simple import checkpoint, runs
+from gpt_2_simple import checkpoint, dataset, runs
 
 RUN = {"model_name": "tiny", "sample_every": 0, "learning_rate": 0.01, "batch_size": 4}
 
@@ -206,6 +206,28 @@ def test_encode_dataset_is_read_back(workplace, sess):
     plain = finetune(sess, restore_from="fresh")
     encoded = finetune(sess, "text.npz", restore_from="fresh")
     assert [h.loss for h in plain.history] == [h.loss for h in encoded.history]
+
+
+def test_a_table_is_read_as_asked_and_kept_where_asked(workplace, sess, capsys, monkeypatch):
+    (workplace / "rows.csv").write_text("word,kind\nred,colour\ngreen,colour\n")
+
+    def tokens(path="rows.csv", **options):
+        finetune(sess, path, steps=1, restore_from="fresh", **options)
+        return int(re.search(r"dataset has (\d+) tokens", capsys.readouterr().out)[1])
+
+    marks = len("<|startoftext|><|endoftext|>\n")
+    assert tokens() == tokens(header=True) == len("redgreen") + 2 * marks
+    assert tokens(header=False, column=1) == len("kindcolourcolour") + 3 * marks
+    read_as = {"template": "{0}={1}", "header": False}
+    gpt2.encode_dataset("rows.csv", model_name="tiny", out_path="rows.tokens", **read_as)
+    assert tokens("rows.tokens") == tokens(**read_as)
+
+    monkeypatch.setattr(dataset, "LARGE_BYTES", 10)
+    monkeypatch.setattr(dataset, "core_count", lambda: 1)
+    tokens(cache_dir="kept")
+    (kept,) = os.listdir("kept")
+    gpt2.encode_dataset("rows.csv", model_name="tiny", cache_dir="kept")
+    assert os.listdir("kept") == [kept]
 
 
 def test_a_script_for_the_old_library_runs(workplace, sess, capsys):
