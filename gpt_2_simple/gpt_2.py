@@ -45,7 +45,7 @@ from .report import say, verbosity
 from .sampler import split_dataset
 from .schedule import Schedule
 from .session import get_available_gpus, reset_session, start_tf_sess
-from .step import StepConfig
+from .step import StepConfig, fit_precision
 
 __all__ = [
     "cmd",
@@ -166,6 +166,7 @@ def finetune(
         train_last_blocks: train only so many blocks, the last ones; None for all of the model.
         precision: of activations and matmuls: 'float32', or 'bfloat16' or 'float16' with weights
             and optimizer state in float32; float16 scales the loss, and skips steps that overflow.
+            A GPU that lacks it gets the next best, and a line says so.
         dropout: share of embeddings, attention weights and residuals that is dropped.
         weight_decay: decoupled from the gradient; biases and gains are left out.
         gradient_clip: limit of the gradients' global norm; 0 for none. Costs one copy of the
@@ -259,10 +260,10 @@ def finetune(
     find_files([dataset] if val_dataset is None else [dataset, val_dataset])
     run = os.path.join(checkpoint_dir, run_name)
     with verbosity(verbose), contextlib.ExitStack() as stack:
+        step = fit_precision(sess, config.step)
         if use_memory_saving_gradients is None:
-            hparams = checkpoints.read_hparams(source)
-            step = memory.choose(sess, hparams, config.step, model_name)
-            config = dataclasses.replace(config, step=step)
+            step = memory.choose(sess, checkpoints.read_hparams(source), step, model_name)
+        config = dataclasses.replace(config, step=step)
         stack.enter_context(runs.lock(run))
         runs.prepare(run, source)
         start = runs.starting_checkpoint(restore_from, run, source)

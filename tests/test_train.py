@@ -97,6 +97,19 @@ def test_10_steps_and_10_more_are_20(small, sess, monkeypatch, settings, toleran
     assert state.sampler == runs.read_state("checkpoint/whole/model-20").sampler
 
 
+def test_a_run_keeps_its_optimizer_when_the_precision_changes(small, capsys):
+    for count, precision in enumerate(("float32", "float16", "bfloat16", "float16"), 1):
+        with gpt2.start_tf_sess(threads=1) as sess:
+            finetune(sess, 1, precision=precision, verbose=1)
+        saved = tensors(f"checkpoint/run1/optimizer-{count}")
+        assert saved["optimizer/adam/step"] == count
+        assert ("optimizer/loss_scale/scale" in saved) == (precision == "float16")
+    assert saved["optimizer/loss_scale/good_steps"] == 1
+    out = capsys.readouterr().out
+    assert "goes on with other settings: precision float32 -> float16\n" in out
+    assert "anew" not in out
+
+
 def test_what_a_run_lacks_is_said_when_it_goes_on(small, sess, capsys):
     finetune(sess, 2)
     os.remove("checkpoint/run1/optimizer-2.index")
