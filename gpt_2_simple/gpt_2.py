@@ -119,6 +119,8 @@ def finetune(
     encoding: str | None = None,
     column: str | int | None = None,
     template: str | None = None,
+    header: bool | None = None,
+    cache_dir: str | None = None,
     val_dataset: str | Sequence[str] | None = None,
     val_split: float = 0.0,
     val_every: int = 100,
@@ -129,8 +131,6 @@ def finetune(
     min_learning_rate: float = 0.0,
     on_step: train.OnStep | None = None,
     verbose: int = 1,
-    header: bool | None = None,
-    cache_dir: str | None = None,
 ) -> train.Result:
     """Trains a model on a text.
 
@@ -179,6 +179,9 @@ def finetune(
         encoding: of text files; None means UTF-8.
         column: of a table, by name or by number from 0; None for the first.
         template: several columns of a table, as in '{title}: {body}', in place of `column`.
+        header: whether a table's first row names its columns; None looks at it to find out.
+        cache_dir: where the tokens of more than 20 MB of text are kept for the next call; None for
+            $GPT_2_SIMPLE_CACHE, or gpt_2_simple in the user's cache folder.
         val_dataset: like `dataset`, to measure the validation loss on.
         val_split: the share of the dataset's end to do that on, such as 0.05, if there is none.
         val_every: steps between validations; there is one after the last step, too.
@@ -191,9 +194,6 @@ def finetune(
         on_step: called after each step with a history.Entry (step, seconds, loss, learning_rate,
             tokens_per_second, validation_loss); returning False ends the training.
         verbose: 0 prints nothing.
-        header: whether a table's first row names its columns; None looks at it to find out.
-        cache_dir: where the tokens of more than 20 MB of text are kept for the next call; None for
-            $GPT_2_SIMPLE_CACHE, or gpt_2_simple in the user's cache folder.
 
     Returns:
         What was reached: steps, losses, the checkpoint's path, whether Ctrl-C ended it.
@@ -254,9 +254,9 @@ def finetune(
         "header": header,
         "cache_dir": cache_dir,
     }
-    session.memory(sess)
+    session.memory(sess)  # a closed session is told before all work
     source = checkpoints.model_folder(model_dir, model_name)
-    # A name mistyped is told before the model is loaded, and before there is a run.
+    # So is a mistyped name, which else would leave a run's folder behind.
     find_files([dataset] if val_dataset is None else [dataset, val_dataset])
     run = os.path.join(checkpoint_dir, run_name)
     with verbosity(verbose), contextlib.ExitStack() as stack:
@@ -665,11 +665,11 @@ def encode_dataset(
     combine: int = 50000,
     *,
     encoding: str | None = None,
-    verbose: int = 1,
     column: str | int | None = None,
     template: str | None = None,
     header: bool | None = None,
     cache_dir: str | None = None,
+    verbose: int = 1,
 ) -> None:
     """Encodes a dataset once, so that finetune() need not do it each time.
 
@@ -681,11 +681,11 @@ def encode_dataset(
         model_name: the model whose vocabulary is used.
         combine: small files are joined until this many characters are gathered.
         encoding: of text files; None means UTF-8.
+        column: of a table, by name or by number from 0; None for the first.
+        template: several columns of a table, as in '{title}: {body}', in place of `column`.
+        header: as finetune's.
+        cache_dir: as finetune's.
         verbose: 0 prints nothing.
-        column: as finetune's, and so are the others.
-        template: several columns of a table, in place of `column`.
-        header: whether a table's first row names its columns.
-        cache_dir: where the tokens of much text are kept.
     """
     with verbosity(verbose):
         folder = checkpoints.model_folder(model_dir, model_name)
