@@ -353,6 +353,12 @@ _COLUMN = Option(
     None, "Column of a table, by name or by number from 0", _word_or_number, "the first"
 )
 _TEMPLATE = Option(None, "Several columns, as in '{title}: {body}'", shown="one column")
+_HEADER = Option(None, "Whether a table's first row names its columns", bool, "a look at it tells")
+_CACHE_DIR = Option(
+    None,
+    "Folder that keeps the tokens of much text for the next time",
+    shown="$GPT_2_SIMPLE_CACHE, or ~/.cache/gpt_2_simple",
+)
 _VERBOSE = Option(1, "Print nothing but errors if this is 0")
 
 _FINETUNE = Command(
@@ -395,6 +401,8 @@ _FINETUNE = Command(
             "encoding": _ENCODING,
             "column": _COLUMN,
             "template": _TEMPLATE,
+            "header": _HEADER,
+            "cache_dir": _CACHE_DIR,
         },
         "training": {
             "steps": Option(-1, "Steps to train now; -1 goes on until Ctrl-C"),
@@ -649,6 +657,10 @@ _ENCODE = Command(
             "model_dir": Option("models", "Folder that holds the models"),
             "combine": _COMBINE,
             "encoding": _ENCODING,
+            "column": _COLUMN,
+            "template": _TEMPLATE,
+            "header": _HEADER,
+            "cache_dir": _CACHE_DIR,
             "verbose": _VERBOSE,
         }
     },

@@ -245,15 +245,15 @@ def _read_encoded(enc: Any, path: str) -> Sequence[np.ndarray]:
 def _read_npz(path: str, n_vocab: int) -> list[np.ndarray]:
     chunks = []
     try:
-        with open(path, "rb") as file:
-            npz = np.load(file, allow_pickle=False)
-            if not isinstance(npz, np.lib.npyio.NpzFile):
-                raise ValueError("it is a single array")
+        # np.load would take what is no archive for a pickle, and advise to run it.
+        with open(path, "rb") as file, np.lib.npyio.NpzFile(file) as npz:
             for name in npz.files:
-                chunks.append(_checked_ids(npz[name], n_vocab, f"{path!r}, array {name!r}"))
+                ids = np.asarray(npz[name])  # bytes, if it is another kind of archive
+                chunks.append(_checked_ids(ids, n_vocab, f"{path!r}, array {name!r}"))
     except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
         raise ValueError(
-            f"{path!r} is not a dataset that encode_dataset wrote for this model: {error}"
+            f"{path!r} is not a dataset that encode_dataset wrote for this model: {error}. "
+            "Encode the text again with encode_dataset(model_name=...)"
         ) from error
     return chunks
 

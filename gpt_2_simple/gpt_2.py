@@ -38,13 +38,14 @@ from .colab import (
 )
 from .create import create_gpt2
 from .dataset import encode_csv, load_dataset, save_npz, save_tokens
+from .documents import find_files
 from .download import download_gpt2, is_gpt2_downloaded
 from .memory import memory_plan
 from .report import say, verbosity
 from .sampler import split_dataset
 from .schedule import Schedule
 from .session import get_available_gpus, reset_session, start_tf_sess
-from .step import StepConfig
+from .step import StepConfig, fit_precision
 
 __all__ = [
     "cmd",
@@ -118,6 +119,8 @@ def finetune(
     encoding: str | None = None,
     column: str | int | None = None,
     template: str | None = None,
+    header: bool | None = None,
+    cache_dir: str | None = None,
     val_dataset: str | Sequence[str] | None = None,
     val_split: float = 0.0,
     val_every: int = 100,
@@ -163,6 +166,7 @@ def finetune(
         train_last_blocks: train only so many blocks, the last ones; None for all of the model.
         precision: of activations and matmuls: 'float32', or 'bfloat16' or 'float16' with weights
             and optimizer state in float32; float16 scales the loss, and skips steps that overflow.
+            A GPU that lacks it gets the next best, and a line says so.
         dropout: share of embeddings, attention weights and residuals that is dropped.
         weight_decay: decoupled from the gradient; biases and gains are left out.
         gradient_clip: limit of the gradients' global norm; 0 for none. Costs one copy of the
@@ -175,6 +179,9 @@ def finetune(
         encoding: of text files; None means UTF-8.
         column: of a table, by name or by number from 0; None for the first.
         template: several columns of a table, as in '{title}: {body}', in place of `column`.
+        header: whether a table's first row names its columns; None looks at it to find out.
+        cache_dir: where the tokens of more than 20 MB of text are kept for the next call; None for
+            $GPT_2_SIMPLE_CACHE, or gpt_2_simple in the user's cache folder.
         val_dataset: like `dataset`, to measure the validation loss on.
         val_split: the share of the dataset's end to do that on, such as 0.05, if there is none.
         val_every: steps between validations; there is one after the last step, too.
@@ -195,8 +202,8 @@ def finetune(
         FileNotFoundError: no such model, run or dataset.
         OSError: the run's folder cannot be written, or the disk is full; earlier checkpoints are
             as they were.
-        RuntimeError: another process trains this run; or, a train.Diverged, the loss is infinite
-            or no number.
+        RuntimeError: the session is closed; another process trains this run; or, a
+            train.Diverged, the loss is infinite or no number.
         ValueError: an argument is out of range, or the dataset holds no text.
         MemoryError: the device has too little memory; says which setting to change.
     """
@@ -244,14 +251,19 @@ def finetune(
         "encoding": encoding,
         "column": column,
         "template": template,
+        "header": header,
+        "cache_dir": cache_dir,
     }
+    session.memory(sess)  # a closed session is told before all work
     source = checkpoints.model_folder(model_dir, model_name)
+    # So is a mistyped name, which else would leave a run's folder behind.
+    find_files([dataset] if val_dataset is None else [dataset, val_dataset])
     run = os.path.join(checkpoint_dir, run_name)
     with verbosity(verbose), contextlib.ExitStack() as stack:
+        step = fit_precision(sess, config.step)
         if use_memory_saving_gradients is None:
-            hparams = checkpoints.read_hparams(source)
-            step = memory.choose(sess, hparams, config.step, model_name)
-            config = dataclasses.replace(config, step=step)
+            step = memory.choose(sess, checkpoints.read_hparams(source), step, model_name)
+        config = dataclasses.replace(config, step=step)
         stack.enter_context(runs.lock(run))
         runs.prepare(run, source)
         start = runs.starting_checkpoint(restore_from, run, source)
@@ -666,6 +678,10 @@ def encode_dataset(
     combine: int = 50000,
     *,
     encoding: str | None = None,
+    column: str | int | None = None,
+    template: str | None = None,
+    header: bool | None = None,
+    cache_dir: str | None = None,
     verbose: int = 1,
 ) -> None:
     """Encodes a dataset once, so that finetune() need not do it each time.
@@ -678,13 +694,27 @@ def encode_dataset(
         model_name: the model whose vocabulary is used.
         combine: small files are joined until this many characters are gathered.
         encoding: of text files; None means UTF-8.
+        column: of a table, by name or by number from 0; None for the first.
+        template: several columns of a table, as in '{title}: {body}', in place of `column`.
+        header: as finetune's.
+        cache_dir: as finetune's.
         verbose: 0 prints nothing.
     """
     with verbosity(verbose):
         folder = checkpoints.model_folder(model_dir, model_name)
         enc = encoder.get_encoder(folder)
+        encoder.check_vocabulary(enc, checkpoints.read_hparams(folder).n_vocab, folder)
         say("Reading files")
-        chunks = load_dataset(enc, file_path, combine, encoding)
+        chunks = load_dataset(
+            enc,
+            file_path,
+            combine,
+            encoding,
+            column=column,
+            template=template,
+            header=header,
+            cache_dir=cache_dir,
+        )
         say("Writing", out_path)
         if out_path.endswith(".tokens"):
             save_tokens(out_path, chunks, enc)

@@ -17,6 +17,9 @@ import tensorflow as tf
 
 Gradient = tf.Tensor | tf.IndexedSlices
 
+# What the names of float16's own variables start with.
+LOSS_SCALE = "optimizer/loss_scale"
+
 # Adafactor looks at matrices larger than this a few rows at a time.
 CHUNK_BYTES = 32 * 2**20
 

@@ -26,6 +26,7 @@ from typing import Any
 import tensorflow as tf
 
 from . import bundle, checkpoint, session
+from .optimizer import LOSS_SCALE
 from .report import say
 
 try:
@@ -49,6 +50,7 @@ ANY_CALL = (
     "print_every",
     "max_checkpoints",
     "seed",
+    "cache_dir",
 )
 
 
@@ -293,9 +295,7 @@ class Saves:
         self._save_optimizer = self._built(
             ("save", *self.optimizer), lambda: checkpoint.build_save(self.optimizer)
         )
-        self._restore_optimizer = self._built(
-            ("restore", *self.optimizer), lambda: checkpoint.build_restore(self.optimizer)
-        )
+        self._restore_of(self.optimizer)
         self._finite = self._built("finite", lambda: _build_finite(variables.values()))
 
     def _built(self, key: Any, build: Any) -> Any:
@@ -304,8 +304,13 @@ class Saves:
                 self.state.built[key] = build()
             return self.state.built[key]
 
+    def _restore_of(self, variables: Mapping[str, tf.Variable]) -> checkpoint.RestoreOps:
+        return self._built(("restore", *variables), lambda: checkpoint.build_restore(variables))
+
     def restore_optimizer(self) -> bool:
         """Fills the optimizer's state from what was saved along with the latest checkpoint.
+
+        A loss scale that one of them lacks, since the precision changed, is left as it is.
 
         Returns:
             Whether it was there and fits. If not, says why; the state may then be anything.
@@ -315,16 +320,20 @@ class Saves:
             say(f"{self.latest} has no optimizer state beside it: the optimizer starts anew")
             return False
         saved = bundle.read_bundle_index(f"{path}.index")
-        there = {name: (entry.shape, entry.dtype) for name, entry in saved.items()}
+        there = {
+            name: (entry.shape, entry.dtype)
+            for name, entry in _comparable(saved, self.optimizer).items()
+        }
+        optimizer = _comparable(self.optimizer, saved)
         wanted = {
             name: (tuple(variable.shape.as_list()), variable.dtype.base_dtype.as_datatype_enum)
-            for name, variable in self.optimizer.items()
+            for name, variable in optimizer.items()
         }
         if there != wanted:
             say(f"{path} is of another optimizer, or other variables: the optimizer starts anew")
             return False
         try:
-            checkpoint.restore(self.sess, self._restore_optimizer, path, self.optimizer)
+            checkpoint.restore(self.sess, self._restore_of(optimizer), path, optimizer)
         except ValueError as error:
             say(f"{error}; the optimizer starts anew")
             return False
@@ -390,6 +399,15 @@ class Saves:
         for name in os.listdir(self.folder):
             if name.startswith("events.out.tfevents."):
                 os.remove(os.path.join(self.folder, name))
+
+
+def _comparable(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """The values by name, without a loss scale that `others` lacks."""
+    return {
+        name: value
+        for name, value in values.items()
+        if name in others or not name.startswith(LOSS_SCALE)
+    }
 
 
 def _build_finite(variables: Any) -> tf.Tensor:

@@ -12,11 +12,13 @@ import tensorflow as tf
 from . import memory_saving_gradients as recompute
 from . import model, session
 from .optimizer import (
+    LOSS_SCALE,
     OPTIMIZERS,
     AccumulatingOptimizer,
     Gradient,
     make_optimizer,
 )
+from .report import say
 
 # Rows of logits that exist at once, with their gradient: 256 of 50,257 float32 are 51 MB.
 LOSS_ROWS = 256
@@ -80,6 +82,39 @@ def check_whole(name: str, value: Any, least: int, but: str = "") -> None:
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or value < least:
         raise ValueError(f"{name}={value!r} must be a whole number, {least} or above{but}")
+
+
+def fitting_precision(precision: str, capability: tuple[int, int]) -> str:
+    """The precision asked for, or the next best that a GPU of this compute capability has.
+
+    float16 has hardware of its own, which makes up for the loss scale, from 7.0 on.
+    """
+    if precision == "bfloat16" and capability < (8, 0):
+        return "float16" if capability >= (7, 0) else "float32"
+    if precision == "float16" and capability < (5, 3):
+        return "float32"
+    return precision
+
+
+def fit_precision(sess: tf.compat.v1.Session, config: StepConfig) -> StepConfig:
+    """The settings with a precision that the session's GPUs have; says so if it is another.
+
+    CPUs, and GPUs that tell no compute capability, get what was asked for.
+    """
+    if not any(device.device_type == "GPU" for device in sess.list_devices()):
+        return config
+    details = map(tf.config.experimental.get_device_details, tf.config.list_physical_devices("GPU"))
+    capabilities = [d["compute_capability"] for d in details if "compute_capability" in d]
+    if not capabilities:
+        return config
+    least = min(capabilities)
+    precision = fitting_precision(config.precision, least)
+    if precision != config.precision:
+        say(
+            f"precision: this GPU (compute capability {least[0]}.{least[1]}) has no "
+            f"{config.precision}; using {precision}"
+        )
+    return dataclasses.replace(config, precision=precision)
 
 
 class Head(NamedTuple):
@@ -220,7 +255,7 @@ class _LossScale:
     def __init__(self) -> None:
         def variable(name: str, value: float) -> tf.Variable:
             return tf.compat.v1.get_variable(
-                f"optimizer/loss_scale/{name}", [], tf.float32, trainable=False,
+                f"{LOSS_SCALE}/{name}", [], tf.float32, trainable=False,
                 initializer=tf.compat.v1.constant_initializer(value), use_resource=True,
             )  # fmt: skip
 

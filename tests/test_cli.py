@@ -341,6 +341,7 @@ def test_generate_ignores_a_dataset_as_0_8_1_did_but_says_so(calls, capsys):
         ("finetune a.txt --overwrite maybe", "'maybe' is neither True nor False"),
         ("finetune --overwrite a.txt", "'a.txt' is neither True nor False"),
         ("generate --include_prefix=1", "'1' is neither True nor False"),
+        ("generate --seed x", "invalid int value: 'x'"),
         ("generate --nfiles 0", "'0' is not a number from 1 on"),
         ("generate --nfiles -2", "'-2' is not a number from 1 on"),
         ("finetune a.txt --frobnicate 3", "unrecognized arguments: --frobnicate 3"),
@@ -908,8 +909,17 @@ def test_generating_from_a_model_as_it_is(tiny, capsys):
         ("finetune nothing.txt --model_name tiny", "nothing.txt"),
         ("finetune text.txt --model_name tiny --optimizer frobnicate", "frobnicate"),
         ("finetune text.txt --model_name tiny --batch_size 0", "batch_size"),
+        ("finetune text.txt --model_name tiny --steps -2", "steps=-2"),
+        ("finetune folder --model_name tiny", "the folder 'folder' holds no file"),
+        ("finetune jokes.csv --model_name tiny --column joke", "its columns are 'ID', 'Joke'"),
+        ("finetune text.txt --model_name tiny --checkpoint_dir . --run_name text.txt", "is a file"),
         ("generate --run_name poems", "poems"),
+        ("generate --run_name folder --checkpoint_dir .", "./folder: it has no hparams.json"),
         ("generate --model_name tiny --temperature -1", "temperature"),
+        ("generate --model_name tiny --top_p 1.5", "top_p=1.5"),
+        ("generate --model_name tiny --length 0", "length=0"),
+        ("generate --model_name tiny --nsamples 0", "nsamples=0"),
+        ("generate --model_name tiny --stop ''", "stop=[''] holds an empty string"),
         ("generate --model_name tiny --nsamples 3 --batch_size 2", "multiple"),
         ("create --model_name tiny", "tiny"),
         ("encode nothing.txt --model_name tiny", "nothing.txt"),
@@ -917,11 +927,25 @@ def test_generating_from_a_model_as_it_is(tiny, capsys):
     ],
 )
 def test_errors_of_the_library_are_one_line(tiny, capsys, line, message):
-    assert cli.main(line.split()) == 1
+    (tiny / "folder").mkdir()
+    (tiny / "jokes.csv").write_text("ID,Joke\n1,ha\n")
+    assert cli.main(shlex.split(line)) == 1
     error = capsys.readouterr().err
     assert error.startswith("gpt_2_simple: error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_loss_that_is_no_number_is_one_line_and_1(tiny, capsys):
+    line = "finetune text.txt --model_name tiny --steps 9 --learning_rate 1e30"
+    assert cli.main(line.split()) == 1
+    out, error = capsys.readouterr()
+    assert re.fullmatch(
+        r"gpt_2_simple: error: the loss is (nan|inf) in step \d; training stopped, and the session "
+        r"is back at models/tiny/model\.ckpt\. Try a lower learning_rate than 1e\+30, .*\n",
+        error,
+    )
+    assert "Saving" not in out
 
 
 class Interrupter(io.StringIO):

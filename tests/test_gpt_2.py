@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import gpt_2_simple as gpt2
-from gpt_2_simple import checkpoint
+from gpt_2_simple import checkpoint, dataset, runs
 
 RUN = {"model_name": "tiny", "sample_every": 0, "learning_rate": 0.01, "batch_size": 4}
 
@@ -208,6 +208,28 @@ def test_encode_dataset_is_read_back(workplace, sess):
     assert [h.loss for h in plain.history] == [h.loss for h in encoded.history]
 
 
+def test_a_table_is_read_as_asked_and_kept_where_asked(workplace, sess, capsys, monkeypatch):
+    (workplace / "rows.csv").write_text("word,kind\nred,colour\ngreen,colour\n")
+
+    def tokens(path="rows.csv", **options):
+        finetune(sess, path, steps=1, restore_from="fresh", **options)
+        return int(re.search(r"dataset has (\d+) tokens", capsys.readouterr().out)[1])
+
+    marks = len("<|startoftext|><|endoftext|>\n")
+    assert tokens() == tokens(header=True) == len("redgreen") + 2 * marks
+    assert tokens(header=False, column=1) == len("kindcolourcolour") + 3 * marks
+    read_as = {"template": "{0}={1}", "header": False}
+    gpt2.encode_dataset("rows.csv", model_name="tiny", out_path="rows.tokens", **read_as)
+    assert tokens("rows.tokens") == tokens(**read_as)
+
+    monkeypatch.setattr(dataset, "LARGE_BYTES", 10)
+    monkeypatch.setattr(dataset, "core_count", lambda: 1)
+    tokens(cache_dir="kept")
+    (kept,) = os.listdir("kept")
+    gpt2.encode_dataset("rows.csv", model_name="tiny", cache_dir="kept")
+    assert os.listdir("kept") == [kept]
+
+
 def test_a_script_for_the_old_library_runs(workplace, sess, capsys):
     """Arguments by position, in 0.8.1's order."""
     gpt2.finetune(
@@ -243,18 +265,37 @@ def test_a_missing_run_lists_the_runs(workplace, sess):
         gpt2.load_gpt2(sess, run_name="good", checkpoint="model-99")
 
 
-def test_generating_before_loading_says_so(sess):
-    with pytest.raises(RuntimeError, match="load_gpt2"):
-        gpt2.generate(sess)
+def stream(sess, *args, **options):
+    return "".join(gpt2.generate_stream(sess, *args, **options))
 
 
-def test_a_closed_session_says_so(workplace):
+USES = [
+    gpt2.generate,
+    gpt2.generate_to_file,
+    stream,
+    lambda sess: gpt2.score(sess, "text"),
+    lambda sess: gpt2.next_token_probs(sess, "text"),
+]
+
+
+@pytest.mark.parametrize("use", USES)
+def test_using_a_model_before_loading_says_so(workplace, sess, use):
+    with pytest.raises(RuntimeError, match=r"no model yet: call gpt2\.load_gpt2\(sess\)"):
+        use(sess)
+    assert not os.path.exists("gpt_2_gen_texts.txt")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [*USES, lambda sess: gpt2.load_gpt2(sess, model_name="tiny"), lambda sess: finetune(sess)],
+)
+def test_a_closed_session_says_so(workplace, use):
     sess = gpt2.start_tf_sess()
+    gpt2.load_gpt2(sess, model_name="tiny", verbose=0)
     sess.close()
-    with pytest.raises(RuntimeError, match="start_tf_sess"):
-        gpt2.generate(sess)
-    with pytest.raises(RuntimeError, match="start_tf_sess"):
-        gpt2.load_gpt2(sess, model_name="tiny")
+    with pytest.raises(RuntimeError, match="closed; make another with start_tf_sess"):
+        use(sess)
+    assert not os.path.exists("checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -270,12 +311,32 @@ def test_a_closed_session_says_so(workplace):
         ({"top_k": -1}, "top_k=-1"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"top_p": -0.1}, "top_p=-0.1"),
-        ({"seed": "x"}, "seed"),
+        ({"seed": "x"}, "seed='x' must be a whole number"),
+        ({"seed": 1.5}, "seed=1.5 must be a whole number"),
+        ({"prefix": []}, r"prefix=\[\] must hold at least one prefix"),
+        ({"stop": ""}, r"stop=\[''\] holds an empty string; leave it out"),
+        ({"stop": ["a", ""]}, r"stop=\['a', ''\] holds an empty string"),
     ],
 )
 def test_values_out_of_range_are_refused(loaded, changes, message):
     with pytest.raises(ValueError, match=message):
         texts(loaded, **changes)
+    if not {"nsamples", "batch_size"} & changes.keys():
+        with pytest.raises(ValueError, match=message):
+            stream(loaded, **changes)
+
+
+def test_a_prefix_of_5000_tokens_is_cut_for_the_model_alone(loaded):
+    prefix = "All work and no play makes Jack " * 157  # a byte is a token here
+    prefix = prefix[:5000]
+    with pytest.warns(UserWarning, match="longer than the context of 32.* first 4980 tokens") as w:
+        (whole,) = texts(loaded, prefix=prefix)
+    assert len(w) == 1
+    assert whole.startswith(prefix)
+    assert whole[5000:] == texts(loaded, prefix=prefix[4980:])[0][20:]
+    (found,) = gpt2.score(loaded, prefix)
+    assert found.log_probabilities.shape == (5000,)
+    assert np.isfinite(found.log_probabilities).all()
 
 
 def test_temperature_zero_is_greedy_and_a_large_top_k_is_none(loaded):
@@ -312,12 +373,79 @@ def test_training_settings_out_of_range_are_refused_before_any_work(
     assert not os.path.exists("checkpoint")
 
 
-def test_an_empty_dataset_is_refused(workplace, sess):
-    (workplace / "empty.txt").write_text("")
-    with pytest.raises(ValueError, match="empty"):
-        finetune(sess, "empty.txt")
-    with pytest.raises(FileNotFoundError, match=r"nothing\.txt"):
-        finetune(sess, "nothing.txt")
+@pytest.mark.parametrize("name", ["dataset", "val_dataset"])
+def test_a_dataset_that_is_not_there_is_told_before_any_work(workplace, sess, name):
+    with pytest.raises(FileNotFoundError, match=r"no dataset 'texd\.txt'.* mean 'text\.txt'\?"):
+        finetune(sess, **{name: "texd.txt"})
+    os.mkdir("folder")
+    with pytest.raises(ValueError, match="the folder 'folder' holds no file"):
+        finetune(sess, **{name: "folder"})
+    assert not os.path.exists("checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "options", "message"),
+    [
+        ("empty.txt", b"", {}, "the dataset 'empty.txt' is empty"),
+        ("mark.txt", b"\xef\xbb\xbf", {}, "the dataset 'mark.txt' is empty"),
+        ("data.npz", b"text", {}, "'data.npz' is not a dataset .* with encode_dataset"),
+        (
+            "data.npz",
+            np.array([257]),
+            {},
+            "ids from 257 to 257; the model's vocabulary has 0 to 256",
+        ),
+        ("data.npz", np.zeros((2, 2)), {}, r"float64 \[2, 2\], not a row of token ids"),
+        (
+            "jokes.csv",
+            b"ID,Joke\n1,ha\n",
+            {"column": "joke"},
+            "'jokes.csv' has no column 'joke': its columns are 'ID', 'Joke'",
+        ),
+    ],
+)
+def test_a_dataset_without_what_is_needed_is_named(
+    workplace, sess, path, content, options, message
+):
+    if isinstance(content, np.ndarray):
+        np.savez(path, content)
+    else:
+        (workplace / path).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        finetune(sess, path, **options)
+    with pytest.raises(ValueError, match=message):
+        finetune(sess, val_dataset=path, **options)
+
+
+def test_a_folder_without_text_is_named(workplace, sess):
+    os.mkdir("pictures")
+    (workplace / "pictures" / "a.png").write_bytes(b"\x89PNG\0\0")
+    with (
+        pytest.warns(UserWarning, match=r"a\.png' is not UTF-8 text and was left out"),
+        pytest.raises(ValueError, match="the dataset 'pictures' is empty: there is no text"),
+    ):
+        finetune(sess, "pictures")
+
+
+@pytest.mark.parametrize(
+    ("content", "tokens", "options"),
+    [
+        (b"\xef\xbb\xbfan editor's mark", 16, {}),
+        ("déjà vu".encode("latin-1"), 9, {"encoding": "latin-1"}),
+        (b"word " * 1_000_000, 5_000_000, {}),
+    ],
+)
+def test_text_of_any_kind_is_trained_on(workplace, sess, capsys, content, tokens, options):
+    (workplace / "some.txt").write_bytes(content)
+    assert finetune(sess, "some.txt", steps=1, **options).step == 1
+    end = 0 if tokens > 50000 else len("<|endoftext|>")
+    assert f"dataset has {tokens + end} tokens\n" in capsys.readouterr().out
+
+
+def test_bytes_that_are_no_text_are_counted(workplace, sess):
+    (workplace / "some.txt").write_bytes("déjà vu, tout à fait".encode("latin-1"))
+    with pytest.warns(UserWarning, match="3 bytes are not UTF-8 .* as in encoding='latin-1'"):
+        finetune(sess, "some.txt")
 
 
 def test_a_short_dataset_trains_on_short_windows(workplace, sess, capsys):
@@ -345,6 +473,16 @@ def test_hparams_that_do_not_fit_are_named(workplace, sess, change, message):
     path.write_text(json.dumps(hparams))
     with pytest.raises(ValueError, match=message):
         gpt2.load_gpt2(sess, model_name="tiny")
+    with pytest.raises(ValueError, match=message):
+        finetune(sess)
+
+
+def test_a_vocabulary_that_does_not_match_encodes_nothing(workplace):
+    path = workplace / "models/tiny/hparams.json"
+    path.write_text(path.read_text().replace("257", "300"))
+    with pytest.raises(ValueError, match=r"encoder\.json has 257 tokens, but n_vocab=300"):
+        gpt2.encode_dataset("text.txt", model_name="tiny")
+    assert not os.path.exists("text_encoded.npz")
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"n_vocab": 2', "null"])
@@ -366,6 +504,34 @@ def test_a_damaged_checkpoint_is_named(workplace, sess):
         gpt2.load_gpt2(sess, model_name="tiny")
 
 
+def test_a_run_folder_that_cannot_be_written_is_named(workplace, sess, monkeypatch):
+    os.mkdir("checkpoint")
+    (workplace / "checkpoint" / "run1").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="run1 is a file; give another run_name"):
+        finetune(sess)
+    with pytest.raises(FileNotFoundError, match="no run in checkpoint/run1"):
+        gpt2.load_gpt2(sess)
+    assert (workplace / "checkpoint" / "run1").read_text() == "mine"
+
+    def refuse(path, *_, **__):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(runs, "open", refuse, raising=False)
+    with pytest.raises(PermissionError, match="cannot write in checkpoint/run2.*checkpoint_dir"):
+        finetune(sess, run_name="run2")
+    assert os.listdir("checkpoint/run2") == []
+
+
+def test_a_run_without_hparams_is_named_and_can_go_on(workplace, sess):
+    finetune(sess)
+    os.remove("checkpoint/run1/hparams.json")
+    for use in (lambda: gpt2.load_gpt2(sess), gpt2.plot_history):
+        with pytest.raises(FileNotFoundError, match=r"run1: it has no hparams\.json"):
+            use()
+    assert finetune(sess).step == 6
+    gpt2.load_gpt2(sess)
+
+
 def test_a_model_of_other_sizes_needs_a_reset(workplace, loaded):
     gpt2.create_gpt2(model_name="other", n_layer=1, n_head=2, n_embd=8, n_ctx=16)
     with pytest.raises(ValueError, match="reset_session"):
@@ -384,15 +550,12 @@ def test_a_run_of_another_model_is_not_continued(workplace, sess):
 
 
 def test_nan_weights_are_an_error_not_a_text(workplace, loaded):
-    state = gpt2.session.memory(loaded) if hasattr(gpt2, "session") else None
-    from gpt_2_simple import session
-
-    state = state or session.memory(loaded)
-    variable = state.weights.ln_f.g
-    value = np.full(variable.shape, np.nan, np.float32)
-    loaded.run(variable.initializer, {variable.initializer.inputs[1]: value})
-    with pytest.raises((RuntimeError, ValueError), match="(?i)nan|finite|broken"):
-        texts(loaded)
+    (gain,) = (v for v in loaded.graph.get_collection("variables") if v.op.name == "model/ln_f/g")
+    value = np.full(gain.shape, np.nan, np.float32)
+    loaded.run(gain.initializer, {gain.initializer.inputs[1]: value})
+    for use in USES:
+        with pytest.raises(RuntimeError, match="weights are broken.*load another checkpoint"):
+            use(loaded)
 
 
 # --- creating models ------------------------------------------------------------------------------

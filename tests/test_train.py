@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 
 import gpt_2_simple as gpt2
-from gpt_2_simple import checkpoint, evaluate, report, runs, texts, train
+from gpt_2_simple import checkpoint, evaluate, report, runs, step, texts, train
 from gpt_2_simple.history import read_history
 
 RUN = {"model_name": "tiny", "sample_every": 0, "learning_rate": 0.01, "batch_size": 2,
@@ -76,9 +76,14 @@ def small(tmp_path, monkeypatch):
         ({"optimizer": "adafactor", "accumulate_gradients": 2, "sampling": "epoch"}, 0),
         ({"optimizer": "sgd", "sampling": "epoch", "pad_documents": True, "warmup_steps": 15}, 0),
         ({"optimizer": "adam", "accumulate_gradients": 2}, 1e-6),
+        ({"dropout": 0.2, "accumulate_gradients": 2}, 0),
+        ({"gradient_clip": 0.1}, 0),
+        ({"precision": "float16"}, 0),
     ],
 )
-def test_10_steps_and_10_more_are_20(small, sess, settings, tolerance):
+def test_10_steps_and_10_more_are_20(small, sess, monkeypatch, settings, tolerance):
+    # float16 then skips its first steps: those of a run that forgot its scale, too.
+    monkeypatch.setattr(step, "FIRST_LOSS_SCALE", 2.0**24)
     with contextlib.ExitStack() as stack:
         if tolerance:
             sess = stack.enter_context(gpt2.start_tf_sess())
@@ -90,6 +95,19 @@ def test_10_steps_and_10_more_are_20(small, sess, settings, tolerance):
     assert distance("whole", "parts") <= tolerance
     state = runs.read_state("checkpoint/parts/model-20")
     assert state.sampler == runs.read_state("checkpoint/whole/model-20").sampler
+
+
+def test_a_run_keeps_its_optimizer_when_the_precision_changes(small, capsys):
+    for count, precision in enumerate(("float32", "float16", "bfloat16", "float16"), 1):
+        with gpt2.start_tf_sess(threads=1) as sess:
+            finetune(sess, 1, precision=precision, verbose=1)
+        saved = tensors(f"checkpoint/run1/optimizer-{count}")
+        assert saved["optimizer/adam/step"] == count
+        assert ("optimizer/loss_scale/scale" in saved) == (precision == "float16")
+    assert saved["optimizer/loss_scale/good_steps"] == 1
+    out = capsys.readouterr().out
+    assert "goes on with other settings: precision float32 -> float16\n" in out
+    assert "anew" not in out
 
 
 def test_what_a_run_lacks_is_said_when_it_goes_on(small, sess, capsys):
