@@ -219,11 +219,14 @@ def build_restore(variables: Mapping[str, tf.Variable]) -> RestoreOps:
         last: list[tf.Operation] = []
         for name, variable in variables.items():
             with tf.control_dependencies(last), tf.device("/cpu:0"):
+                # Weights are float32 in every checkpoint, in whatever precision they are held.
+                narrow = variable.dtype in (tf.bfloat16, tf.float16)
                 (value,) = tf.raw_ops.RestoreV2(
                     prefix=prefix, tensor_names=[name], shape_and_slices=[""],
-                    dtypes=[variable.dtype],
+                    dtypes=[tf.float32 if narrow else variable.dtype],
                 )  # fmt: skip
-            value.set_shape(variable.shape)
+                value.set_shape(variable.shape)
+                value = tf.cast(value, variable.dtype)
             last = [variable.assign(value, read_value=False)]
         return RestoreOps(prefix, tf.group(*last))
 

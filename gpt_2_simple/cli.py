@@ -344,7 +344,10 @@ def _form(text: str) -> str:
 
 
 # load_gpt2's; generate needs no names after it.
-_LOAD = ("checkpoint", "run_name", "checkpoint_dir", "model_name", "model_dir", "multi_gpu")
+_LOAD = (
+    *("checkpoint", "run_name", "checkpoint_dir"),
+    *("model_name", "model_dir", "multi_gpu", "precision"),
+)
 
 _MULTI_GPU = Option(False, "Spread the model's layers over all GPUs, if there are several")
 _COMBINE = Option(50000, "Join small files until they hold this many characters")
@@ -499,6 +502,11 @@ _GENERATE = Command(
                 shown="none: the run is loaded",
             ),
             "model_dir": Option("models", "Folder that holds the models"),
+            "precision": Option(
+                None,
+                "Hold the weights in 'bfloat16' or 'float16': about half the memory",
+                shown="float32",
+            ),
             "multi_gpu": _MULTI_GPU,
         },
         "text": {

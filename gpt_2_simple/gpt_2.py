@@ -45,7 +45,7 @@ from .report import say, verbosity
 from .sampler import split_dataset
 from .schedule import Schedule
 from .session import get_available_gpus, reset_session, start_tf_sess
-from .step import StepConfig, fit_precision
+from .step import StepConfig
 
 __all__ = [
     "cmd",
@@ -260,14 +260,16 @@ def finetune(
     find_files([dataset] if val_dataset is None else [dataset, val_dataset])
     run = os.path.join(checkpoint_dir, run_name)
     with verbosity(verbose), contextlib.ExitStack() as stack:
-        step = fit_precision(sess, config.step)
+        step = dataclasses.replace(
+            config.step, precision=session.fit_precision(sess, config.step.precision)
+        )
         if use_memory_saving_gradients is None:
             step = memory.choose(sess, checkpoints.read_hparams(source), step, model_name)
         config = dataclasses.replace(config, step=step)
         stack.enter_context(runs.lock(run))
         runs.prepare(run, source)
         start = runs.starting_checkpoint(restore_from, run, source)
-        state = _load(sess, run, start, "checkpoint", multi_gpu)
+        state = _load(sess, run, start, "checkpoint", multi_gpu, "float32")
         state.base = os.path.abspath(source)
         data = _load_data(state.encoder, pad_documents, **sources)
         resume = restore_from == "latest" and os.path.dirname(start) == run
@@ -337,6 +339,7 @@ def load_gpt2(
     multi_gpu: bool = False,
     reuse: bool = False,
     *,
+    precision: str | None = None,
     verbose: int = 1,
 ) -> None:
     """Loads a run, or a model, into a session; generate(sess) then needs no names.
@@ -350,11 +353,14 @@ def load_gpt2(
         model_dir: where models are.
         multi_gpu: spread the blocks over all GPUs.
         reuse: accepted for old scripts; a session's model is always reused.
+        precision: 'bfloat16' or 'float16' holds the blocks' matrices in 16 bits: about half the
+            memory, for generating only. None is 'float32', or what the session has already.
         verbose: 0 prints nothing.
 
     Raises:
         FileNotFoundError: no such run, model or checkpoint; lists those there are.
-        ValueError: the session holds a model of other sizes, or the files do not fit together.
+        ValueError: the session holds a model of other sizes or precision, or the files do not fit
+            together.
     """
     with verbosity(verbose):
         if model_name:
@@ -363,17 +369,25 @@ def load_gpt2(
             folder = checkpoints.run_folder(checkpoint_dir, run_name)
             runs.recover(folder)
         kind = "pretrained model" if model_name else "checkpoint"
-        _load(sess, folder, checkpoints.restore_path(folder, checkpoint), kind, multi_gpu)
+        prefix = checkpoints.restore_path(folder, checkpoint)
+        _load(sess, folder, prefix, kind, multi_gpu, precision)
 
 
 def _load(
-    sess: tf.compat.v1.Session, folder: str, prefix: str, kind: str, multi_gpu: bool
+    sess: tf.compat.v1.Session,
+    folder: str,
+    prefix: str,
+    kind: str,
+    multi_gpu: bool,
+    precision: str | None,
 ) -> session.Memory:
     """Gives the session the model of `folder`, with the weights of the checkpoint `prefix`."""
     hparams = checkpoints.read_hparams(folder)
     enc = encoder.get_encoder(folder)
     encoder.check_vocabulary(enc, hparams.n_vocab, folder)
-    state = session.build_model(sess, hparams, get_available_gpus() if multi_gpu else [])
+    gpus = get_available_gpus() if multi_gpu else []
+    precision = precision and session.fit_precision(sess, precision)
+    state = session.build_model(sess, hparams, gpus, precision)
     variables = session.named_variables(state)
     checkpoints.check_shapes(prefix, variables, hparams)
     with state.lock, sess.graph.as_default():

@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from . import model
 from .report import say
-from .step import LOSS_ROWS, PRECISIONS, StepConfig, trained_variables
+from .step import LOSS_ROWS, StepConfig, trained_variables
 
 PUBLISHED = {
     "124M": (12, 12, 768),
@@ -164,7 +164,7 @@ def plan(hparams: model.HParams, config: StepConfig) -> Plan:
     trained = trained_variables(weights, config)
     total = sum(map(math.prod, model.flatten(weights)))
     trained_size = FLOAT * sum(map(math.prod, trained))
-    width = PRECISIONS[config.precision].size
+    width = model.PRECISIONS[config.precision].size
     stream = width * config.batch_size * time * hparams.n_embd
     stored = STORED * stream + _attention_weights(hparams, config.batch_size, time, width)
     layers = config.train_last_blocks or hparams.n_layer

@@ -26,6 +26,8 @@ LAYER_NORM_EPSILON = 1e-5
 
 CHECKPOINTS = "checkpoints"
 
+PRECISIONS = {"float32": tf.float32, "bfloat16": tf.bfloat16, "float16": tf.float16}
+
 
 @dataclasses.dataclass
 class HParams:
@@ -111,7 +113,11 @@ class Weights(NamedTuple):
 
 
 def variables(
-    hparams: HParams, scope: str = "model", gpus: Sequence[str] = (), reuse: Any = False
+    hparams: HParams,
+    scope: str = "model",
+    gpus: Sequence[str] = (),
+    reuse: Any = False,
+    dtype: tf.DType = tf.float32,
 ) -> Weights:
     """Makes (or, with reuse=True or tf.compat.v1.AUTO_REUSE, finds) the model's variables.
 
@@ -120,6 +126,8 @@ def variables(
         scope: prefix of the variables' names.
         gpus: devices over which the blocks are spread; empty leaves placement to TensorFlow.
         reuse: as in tf.compat.v1.variable_scope.
+        dtype: of the blocks' matrices, which are nearly all of a large model; the others are
+            float32.
 
     Returns:
         Weights of resource variables in the default graph.
@@ -132,8 +140,13 @@ def variables(
         raise ValueError("n_vocab=0: set it to the size of the vocabulary")
     width = hparams.n_embd
 
-    def variable(name: str, shape: list[int], init: tf.compat.v1.Initializer) -> tf.Variable:
-        return tf.compat.v1.get_variable(name, shape, tf.float32, init, use_resource=True)
+    def variable(
+        name: str,
+        shape: list[int],
+        init: tf.compat.v1.Initializer,
+        dtype: tf.DType = tf.float32,
+    ) -> tf.Variable:
+        return tf.compat.v1.get_variable(name, shape, dtype, init, use_resource=True)
 
     def normal(stddev: float) -> tf.compat.v1.Initializer:
         return tf.compat.v1.random_normal_initializer(stddev=stddev)
@@ -142,7 +155,8 @@ def variables(
 
     def affine(name: str, nx: int, nf: int) -> Affine:
         with tf.compat.v1.variable_scope(name):
-            return Affine(variable("w", [1, nx, nf], normal(0.02)), variable("b", [nf], zeros))
+            w = variable("w", [1, nx, nf], normal(0.02), dtype)
+            return Affine(w, variable("b", [nf], zeros))
 
     def norm(name: str) -> Norm:
         with tf.compat.v1.variable_scope(name):

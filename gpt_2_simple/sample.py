@@ -393,6 +393,9 @@ def _block(
     """One transformer block; x [rows, embd], attend: q, k and v in [rows, 3 * embd] -> as x."""
 
     def affine(x: tf.Tensor, layer: model.Affine, *terms: tf.Tensor) -> tf.Tensor:
+        if layer.w.dtype != x.dtype:
+            product = tf.matmul(tf.cast(x, layer.w.dtype), layer.w)
+            return sum(terms, tf.cast(product, x.dtype) + layer.b)
         return matmul.project(x, layer.w, layer.b, *terms)
 
     qkv = affine(model.layer_norm(x, block.ln_1), block.c_attn)

@@ -10,6 +10,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import rewriter_config_pb2
 
 from . import model
+from .report import say
 
 # A key that is no string is skipped when a graph is exported.
 _MEMORY = ("gpt_2_simple",)
@@ -23,6 +24,7 @@ class Memory:
         lock: held while the graph grows.
         hparams: the model's sizes, None before there is a model.
         weights: the model's variables.
+        precision: in which the blocks' matrices are held.
         gpus: devices that the blocks are spread over, if any.
         folder: where the weights in the session came from, None before anything was loaded.
         base: the model's folder that the run in `folder` was started from, if that is known.
@@ -33,6 +35,7 @@ class Memory:
     lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
     hparams: model.HParams | None = None
     weights: model.Weights | None = None
+    precision: str = "float32"
     gpus: list[str] = dataclasses.field(default_factory=list)
     folder: str | None = None
     base: str | None = None
@@ -58,22 +61,43 @@ def memory(sess: tf.compat.v1.Session) -> Memory:
         return found[0]
 
 
-def build_model(sess: tf.compat.v1.Session, hparams: model.HParams, gpus: list[str]) -> Memory:
+def build_model(
+    sess: tf.compat.v1.Session,
+    hparams: model.HParams,
+    gpus: list[str],
+    precision: str | None = None,
+) -> Memory:
     """Gives the session's graph the model's variables, unless it has them already.
 
+    Args:
+        sess: the session.
+        hparams: the model's sizes.
+        gpus: devices that the blocks are spread over, if any.
+        precision: of the blocks' matrices; None takes those that there are, and else float32.
+
     Raises:
-        ValueError: the graph holds a model of other sizes.
+        ValueError: no such precision, or the graph holds a model of other sizes or precision.
     """
+    if precision is not None and precision not in model.PRECISIONS:
+        raise ValueError(f"precision={precision!r} must be one of {list(model.PRECISIONS)}")
     state = memory(sess)
     with state.lock, sess.graph.as_default():
         if state.weights is None:
             found = [v.op.name for v in tf.compat.v1.global_variables() if v.op.name == "model/wte"]
-            state.weights = model.variables(hparams, gpus=gpus, reuse=bool(found))
+            state.precision = precision or "float32"
+            state.weights = model.variables(
+                hparams, gpus=gpus, reuse=bool(found), dtype=model.PRECISIONS[state.precision]
+            )
             state.hparams, state.gpus = dataclasses.replace(hparams), gpus
         elif state.hparams != hparams:
             raise ValueError(
                 f"this session holds a model of other sizes ({state.hparams}, not {hparams}); "
                 "call sess = gpt2.reset_session(sess) first, or use a second session"
+            )
+        elif precision not in (None, state.precision):
+            raise ValueError(
+                f"this session holds a model in {state.precision}, and {precision} is wanted; call "
+                "sess = gpt2.reset_session(sess) first, or use a second session"
             )
         return state
 
@@ -81,6 +105,39 @@ def build_model(sess: tf.compat.v1.Session, hparams: model.HParams, gpus: list[s
 def named_variables(state: Memory) -> dict[str, tf.Variable]:
     """The model's variables by their names in a checkpoint, such as 'model/wte'."""
     return {variable.op.name: variable for variable in model.flatten(state.weights)}
+
+
+def fitting_precision(precision: str, capability: tuple[int, int]) -> str:
+    """The precision asked for, or the next best that a GPU of this compute capability has.
+
+    float16 has hardware of its own, which makes up for the loss scale, from 7.0 on.
+    """
+    if precision == "bfloat16" and capability < (8, 0):
+        return "float16" if capability >= (7, 0) else "float32"
+    if precision == "float16" and capability < (5, 3):
+        return "float32"
+    return precision
+
+
+def fit_precision(sess: tf.compat.v1.Session, precision: str) -> str:
+    """The precision asked for, or the next best that the session's GPUs have; says if it is.
+
+    CPUs, and GPUs that tell no compute capability, get what was asked for.
+    """
+    if not any(device.device_type == "GPU" for device in sess.list_devices()):
+        return precision
+    details = map(tf.config.experimental.get_device_details, tf.config.list_physical_devices("GPU"))
+    capabilities = [d["compute_capability"] for d in details if "compute_capability" in d]
+    if not capabilities:
+        return precision
+    least = min(capabilities)
+    fitting = fitting_precision(precision, least)
+    if fitting != precision:
+        say(
+            f"precision: this GPU (compute capability {least[0]}.{least[1]}) has no "
+            f"{precision}; using {fitting}"
+        )
+    return fitting
 
 
 def start_tf_sess(threads: int = -1, server: Any = None) -> tf.compat.v1.Session:

@@ -18,15 +18,12 @@ from .optimizer import (
     Gradient,
     make_optimizer,
 )
-from .report import say
 
 # Rows of logits that exist at once, with their gradient: 256 of 50,257 float32 are 51 MB.
 LOSS_ROWS = 256
 
 
 # The type of activations and matmuls; weights and the optimizer's state are always float32.
-PRECISIONS = {"float32": tf.float32, "bfloat16": tf.bfloat16, "float16": tf.float16}
-
 # Dynamic loss scaling (Micikevicius et al. 2018, arXiv:1710.03740) for float16.
 FIRST_LOSS_SCALE = 2.0**15
 GOOD_STEPS = 2000
@@ -58,8 +55,10 @@ class StepConfig:
             check_whole("train_last_blocks", self.train_last_blocks, 1)
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={self.optimizer!r} must be one of {list(OPTIMIZERS)}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision={self.precision!r} must be one of {list(PRECISIONS)}")
+        if self.precision not in model.PRECISIONS:
+            raise ValueError(
+                f"precision={self.precision!r} must be one of {list(model.PRECISIONS)}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} must be 0 or above, and below 1")
         for name in ("weight_decay", "gradient_clip"):
@@ -82,39 +81,6 @@ def check_whole(name: str, value: Any, least: int, but: str = "") -> None:
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or value < least:
         raise ValueError(f"{name}={value!r} must be a whole number, {least} or above{but}")
-
-
-def fitting_precision(precision: str, capability: tuple[int, int]) -> str:
-    """The precision asked for, or the next best that a GPU of this compute capability has.
-
-    float16 has hardware of its own, which makes up for the loss scale, from 7.0 on.
-    """
-    if precision == "bfloat16" and capability < (8, 0):
-        return "float16" if capability >= (7, 0) else "float32"
-    if precision == "float16" and capability < (5, 3):
-        return "float32"
-    return precision
-
-
-def fit_precision(sess: tf.compat.v1.Session, config: StepConfig) -> StepConfig:
-    """The settings with a precision that the session's GPUs have; says so if it is another.
-
-    CPUs, and GPUs that tell no compute capability, get what was asked for.
-    """
-    if not any(device.device_type == "GPU" for device in sess.list_devices()):
-        return config
-    details = map(tf.config.experimental.get_device_details, tf.config.list_physical_devices("GPU"))
-    capabilities = [d["compute_capability"] for d in details if "compute_capability" in d]
-    if not capabilities:
-        return config
-    least = min(capabilities)
-    precision = fitting_precision(config.precision, least)
-    if precision != config.precision:
-        say(
-            f"precision: this GPU (compute capability {least[0]}.{least[1]}) has no "
-            f"{config.precision}; using {precision}"
-        )
-    return dataclasses.replace(config, precision=precision)
 
 
 class Head(NamedTuple):
@@ -310,7 +276,7 @@ class _Builder:
             self.hparams,
             self.tokens[:, :-1],
             gpus=self.gpus,
-            dtype=PRECISIONS[config.precision],
+            dtype=model.PRECISIONS[config.precision],
             dropout=model.Dropout(config.dropout, self.seed) if config.dropout else None,
         ).h
         checkpoints = graph.get_collection(model.CHECKPOINTS)

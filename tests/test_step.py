@@ -1,7 +1,6 @@
 """A training step against the oracle and against plain TensorFlow."""
 
 import dataclasses
-import types
 
 import numpy as np
 import oracle
@@ -235,52 +234,6 @@ def test_sixteen_bits_reach_the_same_loss(precision):
             assert all(value.dtype == np.float32 for value in after.values())
     assert last["float32"] < 2.9
     assert abs(last[precision] / last["float32"] - 1) < 0.02
-
-
-@pytest.mark.parametrize(
-    ("precision", "capability", "fitting"),
-    [
-        ("bfloat16", (8, 0), "bfloat16"),
-        ("bfloat16", (12, 0), "bfloat16"),
-        ("bfloat16", (7, 5), "float16"),
-        ("bfloat16", (7, 0), "float16"),
-        ("bfloat16", (6, 1), "float32"),
-        ("float16", (5, 3), "float16"),
-        ("float16", (5, 2), "float32"),
-        ("float32", (3, 5), "float32"),
-    ],
-)
-def test_a_gpu_gets_a_precision_that_it_has(precision, capability, fitting):
-    assert step.fitting_precision(precision, capability) == fitting
-
-
-class Devices(list):
-    """Stands for a session, and for TensorFlow's list of these GPUs' details."""
-
-    def __init__(self, monkeypatch, *details):
-        super().__init__(types.SimpleNamespace(device_type="GPU", details=d) for d in details)
-        monkeypatch.setattr(tf.config, "list_physical_devices", {"GPU": self}.get)
-        monkeypatch.setattr(
-            tf.config.experimental, "get_device_details", lambda device: device.details
-        )
-
-    def list_devices(self):
-        return [types.SimpleNamespace(device_type="CPU"), *self]
-
-
-def test_another_precision_is_said(sess, monkeypatch, capsys):
-    asked = StepConfig(precision="bfloat16")
-    a100, t4 = {"compute_capability": (8, 0)}, {"compute_capability": (7, 5)}
-    assert step.fit_precision(Devices(monkeypatch, a100), asked) == asked
-    assert step.fit_precision(Devices(monkeypatch, {"device_name": "of AMD"}), asked) == asked
-    # A session that keeps to the CPU, though there is a GPU.
-    Devices(monkeypatch, t4)
-    assert step.fit_precision(sess, asked) == asked
-    assert capsys.readouterr().out == ""
-    changed = step.fit_precision(Devices(monkeypatch, a100, t4), asked)
-    assert changed == StepConfig(precision="float16")
-    line = "precision: this GPU (compute capability 7.5) has no bfloat16; using float16\n"
-    assert capsys.readouterr().out == line
 
 
 def test_a_float16_step_that_overflows_is_skipped_and_halves_the_scale(sess, monkeypatch):

@@ -267,3 +267,35 @@ def test_a_search_that_cannot_be_is_refused(loaded):
         found(loaded, "a", num_beams=2, length_penalty=float("inf"))
     with pytest.raises(ValueError, match="num_beams=2 cannot stream"):
         gpt2.generate(loaded, num_beams=2, stream=True)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_weights_in_16_bits_say_nearly_the_same(loaded, precision):
+    wide = gpt2.score(loaded, "two green bottles")[0].log_probabilities
+    with gpt2.start_tf_sess() as sess:
+        gpt2.load_gpt2(sess, precision=precision, verbose=0)
+        held = session.named_variables(session.memory(sess))
+        kinds = {name: variable.dtype.name for name, variable in held.items()}
+        assert kinds["model/h1/mlp/c_fc/w"] == precision
+        assert kinds["model/h1/mlp/c_fc/b"] == kinds["model/wte"] == "float32"
+        narrow = gpt2.score(sess, "two green bottles")[0].log_probabilities
+        np.testing.assert_allclose(narrow, wide, atol=0.05)
+        assert not np.array_equal(narrow, wide)
+        # One row is computed otherwise than several; both are as the whole forward pass has it.
+        (alone,) = found(sess, "two", temperature=0)
+        assert found(sess, ["two", "one"], temperature=0, batch_size=None)[0] == alone
+        (best,) = found(sess, "two", num_beams=1, top_k=1)
+        assert best == alone
+        gpt2.load_gpt2(sess, verbose=0)  # keeps what the session has
+        assert found(sess, "two", temperature=0) == [alone]
+
+
+def test_weights_in_16_bits_are_not_trained(loaded):
+    with gpt2.start_tf_sess() as sess:
+        gpt2.load_gpt2(sess, precision="bfloat16", verbose=0)
+        with pytest.raises(ValueError, match="holds a model in bfloat16, and float32 is wanted"):
+            gpt2.finetune(sess, "text.txt", model_name="tiny", steps=1, verbose=0)
+        with pytest.raises(ValueError, match="holds a model in bfloat16"):
+            gpt2.load_gpt2(sess, precision="float16")
+    with gpt2.start_tf_sess() as sess, pytest.raises(ValueError, match="'int8' must be one of"):
+        gpt2.load_gpt2(sess, precision="int8")
