@@ -28,7 +28,7 @@ result = gpt2.finetune(
 
 shares = [count / text.stat().st_size for count in Counter(text.read_bytes()).values()]
 entropy = -sum(share * math.log(share) for share in shares)
-print(f"\nUnigram entropy of the text: {entropy:.2f} nats a byte: knowing letters alone gives that.")
+print(f"\nUnigram entropy of the text: {entropy:.2f} nats a byte; knowing letters gives that.")
 print(f"Loss on text it never saw:   {result.validation_loss:.2f} nats a byte.\n")
 
 gpt2.generate(sess, prefix="The ", length=250, temperature=0.7, seed=1)
