@@ -54,13 +54,14 @@ def test_the_demo_trains_and_writes(run):
 
 
 def test_finetune_csv_writes_rows_that_end(run):
-    out = run("finetune_csv.py", EPOCHS=0.5)
+    out = run("finetune_csv.py", EPOCHS=0.15, END="t")  # which comes long before <|endoftext|>
     best, last = map(int, re.search(r"Best after step (\d+) of (\d+):", out).groups())
     assert 1 <= best <= last
-    rows = re.findall(r"(?m)^(?:known:|new:  ) (.*)$", out)
+    written = out.partition("Loading checkpoint checkpoint/symbols/best\n")[2]
+    assert "t" not in written
+    rows = re.split(r"(?m)^(?:known:|new:  ) ", written)[1:]
     assert len(rows) == 10
-    assert not any("<|endoftext|>" in row for row in rows)
-    assert sum(len(row) < 100 for row in rows) > 5  # those ended before the length did
+    assert sum(len(row) < 90 for row in rows) > 5
 
 
 def test_resume_and_best_goes_on_and_keeps_the_best(run):
@@ -76,12 +77,12 @@ def test_resume_and_best_goes_on_and_keeps_the_best(run):
     assert validated == [4, 8]  # the second sitting counts on
 
 
-def test_stream_and_score_streams_ranks_and_repeats(run):
+def test_stream_and_score_streams_and_ranks(run):
     out = run("stream_and_score.py", STEPS=10)
     streamed = out.partition("As it comes:\n")[2].partition("\n\nWhat comes after")[0]
     assert streamed.startswith("Beautiful is")
     assert len(streamed) > len("Beautiful is")
-    shares = [float(share) for share in re.findall(r"(?m)^ *([\d.]+)% '", out)]
+    shares = [float(share) for share in re.findall(r"(?m)^ *([\d.]+)% ['\"]", out)]
     assert len(shares) == 3
     assert shares == sorted(shares, reverse=True)
     assert len(re.findall(r"(?m)^ +[\d.]+ (?:Simple|Complex) is better", out)) == 2
