@@ -126,7 +126,7 @@ def test_the_notebook_runs_in_a_kernel(tmp_path, monkeypatch):
     bars = [widget["state"] for widget in widgets.values() if "FloatP" in widget["model_name"]]
     assert any(bar["max"] == bar["value"] == 7 for bar in bars)  # the steps that training took
     assert [data for data in displayed if data.get("image/png", "").startswith("iVBORw0KGgo")]
-    assert displayed[-1]["text/plain"].count("A string ") == 3
+    assert displayed[-1]["text/plain"].count("The object ") == 3
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
