@@ -1,6 +1,6 @@
 """A text as it comes, what might come next, and how likely a text is: learns the Zen of Python.
 
-Half a minute of training makes the model know 857 characters by heart, and nothing else. For one
+Half a minute of training makes the model know 856 characters by heart, and nothing else. For one
 that knows English replace all up to load_gpt2 by gpt2.download_gpt2(model_name="124M"), and load
 with gpt2.load_gpt2(sess, model_name="124M").
 """
@@ -36,4 +36,4 @@ for text in gpt2.score(sess, ["Simple is better than complex.", "Complex is bett
     print(f"{text.perplexity:8.2f} {text.text}")
 
 print("\nTwo texts for each prefix, the same for the same seed:")
-gpt2.generate(sess, prefix=["Now", "Although"], nsamples=2, length=80, stop="\n", seed=7)
+gpt2.generate(sess, prefix=["Now is", "Although"], nsamples=2, length=80, stop="\n", seed=7)
