@@ -11,49 +11,30 @@ from pydoc_data.topics import topics
 
 import gpt_2_simple as gpt2
 
-STEPS = 400
+STEPS = 800
 
 text = Path("checkpoint/python-reference.txt")
 text.parent.mkdir(exist_ok=True)
 text.write_text("\n".join(topics.values()), encoding="utf-8")
 
 gpt2.create_gpt2(model_name="nano", seed=1, overwrite=True)
-
 sess = gpt2.start_tf_sess()
 result = gpt2.finetune(
-    sess,
-    str(text),
-    model_name="nano",
-    run_name="demo",
-    restore_from="fresh",
-    steps=STEPS,
-    batch_size=8,
-    accumulate_gradients=1,
-    learning_rate=3e-3,
-    lr_schedule="cosine",
-    warmup_steps=20,
-    val_split=0.05,
-    val_every=100,
-    print_every=20,
-    sample_every=200,
-    sample_length=200,
-    seed=1,
-)
+    sess, str(text), STEPS, "nano", run_name="demo", restore_from="fresh", batch_size=4,
+    accumulate_gradients=1, learning_rate=2e-3, warmup_steps=100, lr_schedule="cosine",
+    gradient_clip=1.0, val_split=0.05, val_every=200, print_every=40, sample_every=400,
+    sample_length=200, seed=1,
+)  # fmt: skip
 
-counts = Counter(text.read_bytes())
-shares = [count / sum(counts.values()) for count in counts.values()]
+shares = [count / text.stat().st_size for count in Counter(text.read_bytes()).values()]
 entropy = -sum(share * math.log(share) for share in shares)
-print(
-    f"\nUnigram entropy of the text: {entropy:.2f} nats a byte: what knowing letters alone gives."
-)
+print(f"\nUnigram entropy of the text: {entropy:.2f} nats a byte; knowing letters gives that.")
 print(f"Loss on text it never saw:   {result.validation_loss:.2f} nats a byte.\n")
 
 gpt2.generate(sess, prefix="The ", length=250, temperature=0.7, seed=1)
-
 print("""
 This model has 0.9 million parameters and read for two minutes. GPT-2 itself starts from 124 million
 that have read the web:
 
     gpt2.download_gpt2(model_name="124M")
-    gpt2.finetune(sess, "your text.txt", model_name="124M", steps=500)   # sess: a new session
-""")
+    gpt2.finetune(sess, "your text.txt", model_name="124M", steps=500)   # sess: a new session""")

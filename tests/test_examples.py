@@ -1,22 +1,175 @@
-"""Each example runs, with fewer steps."""
+"""Each example runs, with fewer steps; the one for Colab uses only names and keywords there are."""
 
+import ast
+import inspect
+import json
+import os
+import re
 import runpy
 from pathlib import Path
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+import pytest
+
+import gpt_2_simple as gpt2
+
+REPOSITORY = Path(__file__).parent.parent
+EXAMPLES = REPOSITORY / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 
 
-def test_the_demo_trains_and_writes(tmp_path, monkeypatch, capsys):
-    source = (EXAMPLES / "demo.py").read_text(encoding="utf-8")
-    assert "STEPS = 400\n" in source
-    script = tmp_path / "demo.py"
-    script.write_text(source.replace("STEPS = 400\n", "STEPS = 3\n"), encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(script), run_name="__main__")
-    out = capsys.readouterr().out
+def replace_constants(source, **constants):
+    """A source with other values of constants that it sets once, at the start of a line."""
+    for name, value in constants.items():
+        source, count = re.subn(rf"(?m)^{name} = [^\s#]+", f"{name} = {value!r}", source)
+        assert count == 1, name
+    return source
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs a script in an empty folder, with other constants; returns what it printed."""
+
+    def run_script(name, **constants):
+        source = (EXAMPLES / name).read_text(encoding="utf-8")
+        (tmp_path / name).write_text(replace_constants(source, **constants), encoding="utf-8")
+        monkeypatch.chdir(tmp_path)
+        runpy.run_path(name, run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_script
+
+
+def number_after(text, out):
+    return float(out.partition(text)[2].split()[0])
+
+
+def test_the_demo_trains_and_writes(run):
+    out = run("demo.py", STEPS=3)
     assert "Saving checkpoint/demo/model-3" in out
-    entropy = float(out.partition("Unigram entropy of the text: ")[2].split()[0])
-    loss = float(out.partition("Loss on text it never saw:")[2].split()[0])
+    entropy = number_after("Unigram entropy of the text: ", out)
     assert 3 < entropy < 3.5
-    assert loss > entropy  # three steps teach nothing yet
+    assert number_after("Loss on text it never saw:", out) > entropy  # 3 steps teach nothing yet
     assert "\nThe " in out
+
+
+def test_finetune_csv_writes_rows_that_end(run):
+    out = run("finetune_csv.py", EPOCHS=0.15, END="t")  # which comes long before <|endoftext|>
+    best, last = map(int, re.search(r"Best after step (\d+) of (\d+):", out).groups())
+    assert 1 <= best <= last
+    written = out.partition("Loading checkpoint checkpoint/symbols/best\n")[2]
+    assert "t" not in written
+    rows = re.split(r"(?m)^(?:known:|new:  ) ", written)[1:]
+    assert len(rows) == 10
+    assert sum(len(row) < 90 for row in rows) > 5
+
+
+def test_resume_and_best_goes_on_and_keeps_the_best(run):
+    out = run("resume_and_best.py", STEPS=4)
+    assert "Loading checkpoint checkpoint/reader/model-4\nLoading dataset" in out
+    for checkpoint in ("model-4", "model-8", "best"):
+        assert Path(f"checkpoint/reader/{checkpoint}.index").is_file()
+    found = dict(re.findall(r"(?m)^(\S+) +perplexity ([\d.]+)$", out))
+    assert list(found) == ["model-4", "latest", "best"]
+    history = Path("checkpoint/reader/history.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in history]
+    validated = [entry["step"] for entry in entries if "validation_loss" in entry]
+    assert validated == [4, 8]  # the second sitting counts on
+
+
+def test_stream_and_score_streams_and_ranks(run):
+    out = run("stream_and_score.py", STEPS=10)
+    streamed = out.partition("As it comes:\n")[2].partition("\n\nWhat comes after")[0]
+    assert streamed.startswith("Beautiful is")
+    assert len(streamed) > len("Beautiful is")
+    shares = [float(share) for share in re.findall(r"(?m)^ *([\d.]+)% ['\"]", out)]
+    assert len(shares) == 3
+    assert shares == sorted(shares, reverse=True)
+    assert len(re.findall(r"(?m)^ +[\d.]+ (?:Simple|Complex) is better", out)) == 2
+    texts = out.partition("for the same seed:\n")[2].split("=" * 20 + "\n")
+    assert [text[:3] for text in texts] == ["Now", "Now", "Alt", "Alt", ""]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_is_short_and_shows_the_real_model(path):
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 40
+    assert 'download_gpt2(model_name="124M")' in source
+
+
+def code_cells(path):
+    """The notebook's code, without lines for IPython and the shell."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return [re.sub(r"(?m)^[%!].*$", "", source) for source in sources]
+
+
+def test_the_notebook_runs_in_a_kernel(tmp_path, monkeypatch):
+    for module in ("ipykernel", "ipywidgets", "matplotlib"):
+        pytest.importorskip(module)
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(EXAMPLES / "finetune.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    code[0].source = replace_constants(code[0].source, STEPS=7)
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    monkeypatch.setenv("PYTHONPATH", path.rstrip(os.pathsep))
+    place = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=300, resources=place).execute()
+
+    assert (tmp_path / "checkpoint/notebook/model-7.index").is_file()
+    displayed = [
+        output.data for cell in code for output in cell.outputs if output.output_type != "stream"
+    ]
+    assert any("Training:" in data["text/plain"] for data in displayed)
+    widgets = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
+    bars = [widget["state"] for widget in widgets.values() if "FloatP" in widget["model_name"]]
+    assert any(bar["max"] == bar["value"] == 7 for bar in bars)  # the steps that training took
+    assert [data for data in displayed if data.get("image/png", "").startswith("iVBORw0KGgo")]
+    assert displayed[-1]["text/plain"].count("The object ") == 3
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_is_clean_and_explained(path):
+    assert path.stat().st_size < 20_000
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) >= (4, 5)
+    kinds = [cell["cell_type"] for cell in notebook["cells"]]
+    assert kinds[0] == "markdown"
+    assert kinds.count("markdown") >= 5
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            assert cell["execution_count"] is None
+
+
+def misuses(source):
+    """What a source asks of gpt2 that is not there: names, and arguments that do not fit."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "gpt2":
+            if node.attr not in gpt2.__all__:
+                found.append(node.attr)
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        if getattr(node.func.value, "id", "") == "gpt2" and node.func.attr in gpt2.__all__:
+            signature = inspect.signature(getattr(gpt2, node.func.attr))
+            try:
+                signature.bind(*node.args, **{word.arg: None for word in node.keywords})
+            except TypeError as error:
+                found.append(f"{node.func.attr}: {error}")
+    return found
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_uses_only_what_there_is(path):
+    code = "\n".join(code_cells(path))
+    assert code.count("gpt2.") >= 7
+    assert misuses(code) == []
+
+
+def test_misuses_are_found():
+    assert misuses("gpt2.finetune(sess, 'a.txt', steps=3)\ngpt2.plot_history()") == []
+    assert misuses("gpt2.tune(sess)") == ["tune"]
+    assert "stepz" in misuses("gpt2.finetune(sess, 'a.txt', stepz=3)")[0]
+    assert "dataset" in misuses("gpt2.finetune(sess)")[0]
