@@ -63,7 +63,7 @@ def load_dataset(
     header: bool | None = None,
     start_token: str = START_TOKEN,
     end_token: str = END_TOKEN,
-    allow_special: bool = False,
+    allow_special: bool = True,
     pad_documents: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
     processes: int | None = None,
@@ -73,8 +73,8 @@ def load_dataset(
     Files of plain text are joined, each followed by `end_token`, until a chunk has `combine`
     characters. The one exception: a dataset of a single file of so many characters has nothing to
     be told apart from, and ends with its own last token. Rows of tables have `start_token` before
-    and `end_token` and a newline after them. Both tokens are encoded as the text they are, unless
-    `allow_special` is set.
+    and `end_token` and a newline after them. `<|endoftext|>` is one id wherever it stands, if the
+    vocabulary has it; `start_token` is text like any other.
 
     More than 20 MB of text is encoded by helper processes on every core into a token file in
     `cache_dir`, which is found again as long as the files, the vocabulary and these arguments are
@@ -92,7 +92,7 @@ def load_dataset(
         header: whether a table's first row names its columns; None looks at it to find out.
         start_token: what begins a row.
         end_token: what ends a row, and a file.
-        allow_special: encode special tokens in the text as such, '<|endoftext|>' as one id.
+        allow_special: False encodes '<|endoftext|>' as the characters it is made of, as 0.8.1 did.
         pad_documents: make each row and file a chunk of its own, for Sampler(pad_documents=True).
         cache_dir: where to keep the token file; None for $GPT_2_SIMPLE_CACHE, or gpt_2_simple in
             the user's cache folder.
@@ -115,7 +115,7 @@ def load_dataset(
         rows=rows,
         combine=combine,
         encoding=encoding,
-        allow_special=allow_special,
+        allow_special=allow_special and enc.end_of_text is not None,
         pad_documents=pad_documents,
         processes=processes,
     )

@@ -159,6 +159,11 @@ def with_tokens(
     return job._replace(settings=settings, end=job.end._replace(stop_token=stop_token))
 
 
+def encode(enc: Encoder, text: str) -> list[int]:
+    """The tokens of a text as a dataset has them: `<|endoftext|>` is one, if there is such."""
+    return enc.encode(text, allow_special=enc.end_of_text is not None)
+
+
 def start_ids(enc: Encoder, prefix: str) -> list[int]:
     """The tokens that a text starts from: the prefix's, or the end of the text before.
 
@@ -166,7 +171,7 @@ def start_ids(enc: Encoder, prefix: str) -> list[int]:
         ValueError: there is no prefix, and no `<|endoftext|>` in the vocabulary.
     """
     if prefix:
-        return enc.encode(prefix)
+        return encode(enc, prefix)
     if enc.end_of_text is None:
         raise ValueError("this vocabulary has no <|endoftext|> to start from; give a prefix")
     return [enc.end_of_text]
@@ -378,7 +383,7 @@ def score_texts(
     Raises:
         ValueError: an empty text.
     """
-    rows = [enc.encode(text) for text in texts]
+    rows = [encode(enc, text) for text in texts]
     if not all(rows):
         raise ValueError("an empty text has no score; leave it out")
     start = [] if enc.end_of_text is None else [enc.end_of_text]

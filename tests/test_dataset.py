@@ -37,6 +37,11 @@ GPT2_WORDS = regex.compile(
 END_OF_TEXT = 512
 
 
+def ids_of(text):
+    """A dataset's ids of a text."""
+    return ENC.encode(text, allow_special=True)
+
+
 class WordEncoder:
     """Bytes, each word's first with 256 added: its ids tell where GPT-2's pattern splits."""
 
@@ -86,7 +91,7 @@ def texts_of(path, **options):
 def test_a_short_file_ends_with_the_end_token(tmp_path):
     path = write(tmp_path / "a.txt", "Some text.\r\nMore.")
     assert texts_of(path) == ["Some text.\nMore.<|endoftext|>"]
-    assert load_dataset(ENC, path)[0].tolist() == ENC.encode("Some text.\nMore.<|endoftext|>")
+    assert load_dataset(ENC, path)[0].tolist() == ids_of("Some text.\nMore.<|endoftext|>")
 
 
 def test_a_long_file_alone_ends_with_its_own_text(tmp_path):
@@ -109,7 +114,7 @@ def test_words_that_meet_across_a_join_are_encoded_together(tmp_path):
     write(tmp_path / "a.txt", "one ")
     write(tmp_path / "b.txt", "!two")
     whole = "one <|endoftext|>!two<|endoftext|>"
-    assert load_dataset(ENC, tmp_path)[0].tolist() == ENC.encode(whole)
+    assert load_dataset(ENC, tmp_path)[0].tolist() == ids_of(whole)
 
 
 def test_csv_rows_are_wrapped_and_joined(tmp_path):
@@ -143,9 +148,17 @@ def test_shakespeare_has_338025_tokens():
     assert chunk[:8].tolist() == [5962, 22307, 25, 198, 8421, 356, 5120, 597]
 
 
-def test_end_tokens_are_one_id_if_asked_for(tmp_path):
+def test_end_tokens_are_one_id_where_there_is_such(tmp_path):
     path = write(tmp_path / "a.txt", "x")
-    assert load_dataset(ENC, path, allow_special=True)[0].tolist() == [256 + ord("x"), END_OF_TEXT]
+    characters = ENC.encode("x<|endoftext|>")
+    assert len(characters) == 14
+    assert load_dataset(ENC, path)[0].tolist() == [256 + ord("x"), END_OF_TEXT]
+    assert load_dataset(ENC, path, allow_special=False)[0].tolist() == characters
+
+    class Without(WordEncoder):
+        end_of_text = None
+
+    assert load_dataset(Without(), path)[0].tolist() == characters
 
 
 # Finding files.
@@ -822,13 +835,13 @@ def test_large_text_is_encoded_into_a_file_with_the_same_ids(tmp_path, large, pr
     path = write(tmp_path / "a.txt", text)
     (chunk,) = load_dataset(ENC, path, processes=processes)
     assert isinstance(chunk, np.memmap)
-    assert chunk.tolist() == ENC.encode(text)
+    assert chunk.tolist() == ids_of(text)
     (kept,) = (tmp_path / "cache").iterdir()
     assert f"tokens are kept in {kept}" in capsys.readouterr().out
     windows = Sampler(load_dataset(ENC, path), seed=1).sample_batch(3, 50)
     assert (
         windows.tolist()
-        == Sampler([np.array(ENC.encode(text))], seed=1).sample_batch(3, 50).tolist()
+        == Sampler([np.array(ids_of(text))], seed=1).sample_batch(3, 50).tolist()
     )
 
 
@@ -848,7 +861,7 @@ def test_the_cache_is_found_again_and_only_for_the_same(tmp_path, large, monkeyp
         path = str(tmp_path / "b.txt")
         assert loaded() == 1
     assert loaded(combine=100_000) == 2
-    assert loaded(allow_special=True) == 3
+    assert loaded(allow_special=False) == 3
     assert loaded(pad_documents=True) == 4
 
     class Another(WordEncoder):
@@ -874,7 +887,7 @@ def test_many_documents_in_a_file(tmp_path, large):
     rows = [some_text(40, seed).replace("\n", "") for seed in range(1000)]
     path = write(tmp_path / "a.csv", "text\n" + "".join(f'"{row}"\n' for row in rows))
     chunks = load_dataset(ENC, path, pad_documents=True, processes=2)
-    assert [chunk.tolist() for chunk in chunks] == [ENC.encode(row) for row in wrapped(*rows)]
+    assert [chunk.tolist() for chunk in chunks] == [ids_of(row) for row in wrapped(*rows)]
     sampler = Sampler(chunks, 0, "epoch", pad_documents=True)
     while sampler.times_seen < 1:
         sampler.sample_batch(10, 200)

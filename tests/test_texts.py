@@ -206,7 +206,7 @@ def test_a_file_keeps_what_there_was_before_an_interruption(tmp_path):
 def loaded(workplace, sess):
     """A session with the tiny model, trained a little: its bytes then differ in likelihood."""
     gpt2.finetune(
-        sess, "text.txt", model_name="tiny", steps=3, learning_rate=0.05, accumulate_gradients=1,
+        sess, "text.txt", model_name="tiny", steps=40, learning_rate=0.01, accumulate_gradients=1,
         sample_every=0, seed=1, verbose=0,
     )  # fmt: skip
     return sess
@@ -219,10 +219,10 @@ def found(sess, prefix, **settings):
 def test_a_search_finds_likelier_texts_than_greedy_writing(loaded):
     def total(text):
         (score,) = gpt2.score(loaded, text)
-        return score.log_probabilities[len("bottles") :].sum()
+        return score.log_probabilities.sum()
 
-    best = found(loaded, "bottles", num_beams=6, nsamples=3)
-    (greedy,) = found(loaded, "bottles", temperature=0)
+    best = found(loaded, None, num_beams=6, nsamples=3)
+    (greedy,) = found(loaded, None, temperature=0)
     totals = [total(text) for text in best]
     assert sorted(totals, reverse=True) == totals
     assert totals[0] >= total(greedy)
