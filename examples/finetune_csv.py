@@ -12,7 +12,7 @@ import gpt_2_simple as gpt2
 
 EPOCHS = 5
 MODEL = "symbols"
-END = "<|endoftext|>"  # finetune puts each row between "<|startoftext|>" and this, both as text
+END = "<|endoftext|>"  # the token that finetune puts after each row; "<|startoftext|>" comes before
 
 codes = [*range(0x2000, 0x2C00), *range(0x1F300, 0x1FB00)]
 names = [name.lower() for code in codes if (name := unicodedata.name(chr(code), ""))]
@@ -33,7 +33,7 @@ print(f"Best after step {result.best_step} of {result.step}: {result.best_loss:.
 
 gpt2.load_gpt2(sess, "best", run_name="symbols")
 rows = gpt2.generate(
-    sess, prefix="<|startoftext|>", include_prefix=False, stop=END, length=100, nsamples=10,
+    sess, prefix="<|startoftext|>", include_prefix=False, stop_token=END, length=100, nsamples=10,
     batch_size=10, seed=1, return_as_list=True,
 )  # fmt: skip
 for row in rows:

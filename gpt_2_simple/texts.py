@@ -401,7 +401,12 @@ def file_writer(path: str) -> Iterator[Callable[[str], None]]:
     """A function that adds text to a file, which gets its name when the block ends.
 
     Until then the text is in `<path>.part`; a block that ends by an error keeps what there is.
+
+    Raises:
+        ValueError: there is a folder of that name.
     """
+    if os.path.isdir(path):
+        raise ValueError(f"destination_path={path!r} is a folder; name a file in it")
     part = f"{path}.part"
     with open(part, "w", encoding="utf-8", errors="surrogatepass", newline="\n") as file:
 

@@ -85,7 +85,7 @@ class Result(NamedTuple):
     Attributes:
         step: the run's last step, counted from its first call.
         loss: the last step's loss, in nats a token.
-        average_loss: the printed average.
+        average_loss: the printed average; the last loss where no step was printed.
         checkpoint: the prefix of the checkpoint with the final weights.
         interrupted: whether Ctrl-C, and not `steps`, ended the training.
         history: what each of this call's steps reached.

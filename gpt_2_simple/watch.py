@@ -33,7 +33,7 @@ class Watch:
         self.entries: list[history.Entry] = []
         self._started = time.time()
         self._seconds_before = run.seconds
-        self._busy, self._tokens, self._rate = 0.0, 0, 0.0
+        self._busy, self._tokens, self._rate, self._loss = 0.0, 0, 0.0, math.nan
         self._history = history.History(folder, run.step)
         with tf.Graph().as_default():  # A FileWriter wants a graph, not eager mode.
             self._events = tf.compat.v1.summary.FileWriter(folder)
@@ -52,9 +52,9 @@ class Watch:
 
     @property
     def average(self) -> float:
-        """The loss, averaged with a decay of 0.99 a printed step."""
+        """The loss, averaged with a decay of 0.99 a printed step; before one, the last loss."""
         total, weight = self.run.losses
-        return total / weight if weight else math.nan
+        return total / weight if weight else self._loss
 
     def is_logged(self, step: int) -> bool:
         """Whether a step has a line of its own."""
@@ -74,7 +74,7 @@ class Watch:
         """
         step = self.run.step
         self.run.seconds = self._seconds_before + self.seconds
-        self._busy, self._tokens = self._busy + busy, self._tokens + tokens
+        self._busy, self._tokens, self._loss = self._busy + busy, self._tokens + tokens, loss
         if self.is_logged(step) or not self._rate:
             self._rate = self._tokens / max(self._busy, 1e-9)
             self._busy, self._tokens = 0.0, 0

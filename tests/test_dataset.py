@@ -840,8 +840,7 @@ def test_large_text_is_encoded_into_a_file_with_the_same_ids(tmp_path, large, pr
     assert f"tokens are kept in {kept}" in capsys.readouterr().out
     windows = Sampler(load_dataset(ENC, path), seed=1).sample_batch(3, 50)
     assert (
-        windows.tolist()
-        == Sampler([np.array(ids_of(text))], seed=1).sample_batch(3, 50).tolist()
+        windows.tolist() == Sampler([np.array(ids_of(text))], seed=1).sample_batch(3, 50).tolist()
     )
 
 

@@ -190,6 +190,11 @@ def test_a_file_gets_its_name_when_it_is_whole(tmp_path):
     assert path.read_text() == "a\n"
 
 
+def test_a_folder_is_no_file_to_write_to(tmp_path):
+    with pytest.raises(ValueError, match="is a folder"), texts.file_writer(str(tmp_path)):
+        raise AssertionError("nothing must be generated")
+
+
 def _failing_writer(path):
     with texts.file_writer(str(path)) as put:
         put("kept")

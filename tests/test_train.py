@@ -281,6 +281,15 @@ def fail(at, before=lambda: None):
     return on_step
 
 
+def test_the_average_of_a_short_run_is_its_last_loss(small, sess):
+    result = finetune(sess, 3, print_every=50)
+    assert result.average_loss == result.loss
+    result = finetune(sess, 4, print_every=2, run_name="run2")
+    printed = [entry.loss for entry in result.history if entry.step % 2 == 0]
+    expected = (printed[0] * 0.99 + printed[1]) / 1.99
+    assert result.average_loss == pytest.approx(expected)
+
+
 def test_an_error_saves_first(small, sess):
     with pytest.raises(Mishap):
         finetune(sess, 9, on_step=fail(3))
