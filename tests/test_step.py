@@ -110,6 +110,43 @@ def test_ten_steps_of_adam_follow_the_oracle(sess, plain, save_memory, batch_siz
         np.testing.assert_allclose(after[name], expected[name], rtol=1e-2, atol=2e-3)
 
 
+def test_a_block_is_updated_before_the_one_below_is_recomputed(sess):
+    """So no more than a block's gradients are ever alive; seen on the graph that ran."""
+    state = load(sess, oracle.random_weights(HPARAMS))
+    config = StepConfig(batch_size=2, accumulate_gradients=1, use_memory_saving_gradients=True)
+    ops = step.build(sess, state, config, TOKENS.shape[1])
+    sess.run(ops.initialize)
+    share = np.full(ops.weights.shape, 1 / TOKENS.size, np.float32)
+    options = tf.compat.v1.RunOptions(
+        trace_level=tf.compat.v1.RunOptions.FULL_TRACE, output_partition_graphs=True
+    )
+    seen = tf.compat.v1.RunMetadata()
+    feed = {ops.tokens: TOKENS, ops.weights: share, ops.learning_rate: 0.1}
+    sess.run(ops.apply, feed, options, seen)
+    ran = {
+        stats.node_name: (stats.all_start_nanos, stats.all_start_nanos + stats.all_end_rel_nanos)
+        for device in seen.step_stats.dev_stats
+        for stats in device.node_stats
+    }
+    updated = {
+        node.input[0]: ran[node.name][1]
+        for part in seen.partition_graphs
+        for node in part.node
+        if node.op == "ResourceApplyAdam"
+    }
+    assert len(updated) == len(session.named_variables(state))
+    for below in range(HPARAMS.n_layer - 1):
+        copies = [
+            start
+            for name, (start, _) in ran.items()
+            if name.startswith("train/gradients/recompute") and f"/h{below}/" in name
+        ]
+        above = [end for name, end in updated.items() if name.startswith(f"model/h{below + 1}/")]
+        assert len(copies) > 10
+        assert len(above) == 12
+        assert max(above) <= min(copies)
+
+
 @pytest.mark.parametrize("rows", [3, 4, 6, 11, 100])
 def test_the_loss_in_chunks_is_the_plain_one_gradients_included(sess, monkeypatch, rows):
     monkeypatch.setattr(step, "LOSS_ROWS", rows)
