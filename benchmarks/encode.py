@@ -12,9 +12,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpt_2_simple.encoder import END_OF_TEXT, Encoder, get_encoder
 
