@@ -3,11 +3,12 @@
     python benchmarks/generate.py
     python benchmarks/generate.py --reference-python PATH  # has torch, transformers, ctranslate2
     python benchmarks/generate.py --old-python PATH        # has gpt-2-simple 0.8.1
-    python benchmarks/generate.py --size 774M --cases 1x100
+    python benchmarks/generate.py --size 774M --cases 1x100 --precision bfloat16
 
 Each library runs in a process of its own; the runs take turns, one at a time, so that all meet the
 same weather. Medians, after one run each to warm up. Ours and 0.8.1's are whole calls of
 generate(), text and all. The floor is the time in which all weights are read from memory once.
+--precision is that of our weights; the others have float32.
 """
 
 from __future__ import annotations
@@ -79,12 +80,13 @@ def import_ours():
 
 
 class Ours:
-    def __init__(self, size: str) -> None:
+    def __init__(self, size: str, precision: str = "float32") -> None:
         self.gpt2 = import_ours()
         self.sess = self.gpt2.start_tf_sess()
+        self.precision = precision
 
     def load(self) -> None:
-        self.gpt2.load_gpt2(self.sess)
+        self.gpt2.load_gpt2(self.sess, precision=self.precision)
 
     def generate(self, batch: int, length: int) -> None:
         texts = self.gpt2.generate(
@@ -164,11 +166,11 @@ class Old:
 LIBRARIES = {"ours": Ours, "Hugging Face": HuggingFace, "CTranslate2": CTranslate2, "0.8.1": Old}
 
 
-def serve(library: str, size: str) -> None:
+def serve(library: str, size: str, precision: str) -> None:
     """Answers a line of input, a method and its arguments, with the seconds it took."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    worker = LIBRARIES[library](size)
+    worker = Ours(size, precision) if library == "ours" else LIBRARIES[library](size)
     print("{}", file=out, flush=True)
     for line in sys.stdin:
         method, *arguments = json.loads(line)
@@ -182,9 +184,10 @@ def serve(library: str, size: str) -> None:
 class Worker:
     """A library in a process of its own."""
 
-    def __init__(self, python: str, library: str, size: str, folder: str) -> None:
+    def __init__(self, python: str, library: str, size: str, precision: str, folder: str) -> None:
         log = open(f"{folder}/{library}.log", "w+")  # noqa: SIM115
         command = [python, os.path.abspath(__file__), "--serve", library, "--size", size]
+        command += ["--precision", precision]
         self.process = subprocess.Popen(
             command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
             text=True,
@@ -253,13 +256,14 @@ def main() -> None:
     parser.add_argument("--old-python", help="has gpt-2-simple 0.8.1")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--size", choices=SIZES, default="124M")
+    parser.add_argument("--precision", default="float32")
     parser.add_argument("--cases", default=CASES, help=f"batch x tokens, by default {CASES}")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve == "write":
         return write_run(options.size)
     if options.serve:
-        return serve(options.serve, options.size)
+        return serve(options.serve, options.size, options.precision)
     pythons = {"ours": sys.executable}
     if options.reference_python:
         pythons |= dict.fromkeys(["Hugging Face", "CTranslate2"], options.reference_python)
@@ -270,7 +274,7 @@ def main() -> None:
         subprocess.run([*command, "--size", options.size], cwd=folder, check=True)
         workers = {}
         for name, python in pythons.items():
-            workers[name] = Worker(python, name, options.size, folder)
+            workers[name] = Worker(python, name, options.size, options.precision, folder)
             if name == "ours":
                 tell_start(workers[name])
         for case in options.cases.split():

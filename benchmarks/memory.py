@@ -110,12 +110,17 @@ def trains(folder: Path, row: Row, limit: int, log: Path) -> tuple[bool, str]:
     return False, ""
 
 
-def bisect(folder: Path, row: Row, plan: float, log: Path, share: float) -> int:
-    """The smallest limit in MB that trains, to `share` of itself; looks near the plan first."""
+def bisect(folder: Path, row: Row, plan: float, log: Path, share: float) -> tuple[int, str]:
+    """The smallest limit in MB that trains, to `share` of itself, and the line that says how.
+
+    Looks near the plan first.
+    """
+    lines = {}
 
     def fits(limit: int) -> bool:
-        found, said = trains(folder, row, limit, log)
-        print(f"    {row.size} {row.optimizer} {limit} MB: {said if found else 'no'}", flush=True)
+        found, lines[limit] = trains(folder, row, limit, log)
+        said = lines[limit] if found else "no"
+        print(f"    {row.size} {row.optimizer} {limit} MB: {said}", flush=True)
         return found
 
     low, high = int(0.98 * plan), int(1.04 * plan)
@@ -129,7 +134,7 @@ def bisect(folder: Path, row: Row, plan: float, log: Path, share: float) -> int:
     while high - low > share * high:
         middle = (high + low) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+    return high, lines[high]
 
 
 CARDS = [4, 6, 8, 11, 16, 24]
@@ -192,11 +197,12 @@ def main() -> None:
             row.size, optimizer=row.optimizer, accumulate_gradients=row.accumulate,
             use_memory_saving_gradients=True, precision=row.precision,
         )  # fmt: skip
-        limit = row.limit
+        limit, few, fits, said = row.limit, None, True, ""
         if arguments.bisect:
             few = row._replace(accumulate=min(2, row.accumulate))
-            limit = bisect(arguments.folder, few, plan.total / MEGABYTE, log, arguments.share)
-        fits, said = trains(arguments.folder, row, limit, log)
+            limit, said = bisect(arguments.folder, few, plan.total / MEGABYTE, log, arguments.share)
+        if few != row:
+            fits, said = trains(arguments.folder, row, limit, log)
         print(
             f"| {row.size}, {row.optimizer}, {row.accumulate} | {row.limit:,} | {limit:,} "
             f"| {plan.total / MEGABYTE:,.0f} | {plan.floor / MEGABYTE:,.0f} "
