@@ -1148,8 +1148,12 @@ class Search(_Call):
         super().__init__(sess, [beam for tree in self.trees for beam in tree.beams], sampling)
 
     def __enter__(self) -> Search:
-        self.fill(self.key, [])
-        self.prime(self.rows)
+        try:
+            self.fill(self.key, [])
+            self.prime(self.rows)
+        except BaseException:
+            self.free()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

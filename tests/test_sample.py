@@ -645,6 +645,15 @@ def test_beams_out_of_range(change):
         Beams(**change)
 
 
+def test_a_search_that_cannot_begin_leaves_nothing(sess, monkeypatch):
+    def interrupted(self, rows):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample._Call, "prime", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        search(sess, [[3]], 4, Beams(2))
+
+
 def test_a_search_with_nothing_left(sess):
     everything = Sampling(bad_words=tuple((token,) for token in range(HPARAMS.n_vocab)))
     with pytest.raises(ValueError, match="leave no token to choose"):
