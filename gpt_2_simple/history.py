@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+from .report import in_notebook
 
 HISTORY = "history.jsonl"
 PLOT = "history.png"
@@ -167,7 +168,7 @@ def plot(entries: Sequence[Entry], path: str, title: str) -> None:
 
 def show(path: str) -> None:
     """Shows a PNG file where this runs in a notebook."""
-    if "ipykernel" in sys.modules:
+    if in_notebook():
         from IPython.display import Image, display
 
-        display(Image(filename=path))
+        display(Image(filename=path, format="png"))

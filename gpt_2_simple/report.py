@@ -28,11 +28,15 @@ def is_silent() -> bool:
     return _verbose.get() <= 0
 
 
+def in_notebook() -> bool:
+    """Whether this runs in a notebook's kernel."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
+
+
 def is_interactive() -> bool:
     """Whether someone watches: standard error is a terminal, or this runs in a notebook."""
-    if "ipykernel" in sys.modules:
-        return True
-    return bool(getattr(sys.stderr, "isatty", lambda: False)())
+    return in_notebook() or bool(getattr(sys.stderr, "isatty", lambda: False)())
 
 
 def say(*parts: object, end: str = "\n") -> None:

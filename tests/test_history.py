@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -100,7 +102,7 @@ def test_a_plot_is_a_png_and_leaves_the_backend_alone(run):
 
 
 def test_plotting_without_matplotlib_says_how_to_get_it(run, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'gpt_2_simple\[plot\]'"):
         gpt2.plot_history("mine", str(run.parent))
 
@@ -118,10 +120,15 @@ def test_a_plot_is_shown_in_a_notebook(run, monkeypatch):
     shown = []
 
     class Display:
-        Image = staticmethod(lambda filename: ("image", filename))
+        Image = staticmethod(lambda filename, format: (format, filename))
         display = staticmethod(shown.append)
 
-    monkeypatch.setitem(__import__("sys").modules, "ipykernel", object())
-    monkeypatch.setitem(__import__("sys").modules, "IPython.display", Display)
+    kernel = types.SimpleNamespace(kernel=object())
+    ipython = types.SimpleNamespace(get_ipython=lambda: kernel, display=Display)
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    monkeypatch.setitem(sys.modules, "IPython.display", Display)
     path = gpt2.plot_history("mine", str(run.parent))
-    assert shown == [("image", path)]
+    assert shown == [("png", path)]
+    monkeypatch.setattr(ipython, "get_ipython", lambda: None)  # imported, and not in a notebook
+    gpt2.plot_history("mine", str(run.parent))
+    assert len(shown) == 1

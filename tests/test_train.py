@@ -207,7 +207,7 @@ def test_a_signal_saves_and_returns(small, sess, capsys, number):
     assert (result.step, result.interrupted) == (3, True)
     assert result.checkpoint == "checkpoint/run1/model-3"
     out = capsys.readouterr().out
-    assert "interrupted\ndata seen 0.3 times so far\nSaving checkpoint/run1/model-3\n" in out
+    assert "interrupted\ndata seen 0.4 times so far\nSaving checkpoint/run1/model-3\n" in out
     assert signal.getsignal(number) is before
 
 
