@@ -99,7 +99,8 @@ class Ours:
         import tensorflow as tf
 
         with self.sess.graph.as_default():
-            sums = [tf.reduce_sum(v.read_value()) for v in tf.compat.v1.global_variables()]
+            variables = tf.compat.v1.global_variables()
+            sums = [tf.cast(tf.reduce_sum(v.read_value()), tf.float32) for v in variables]
             self.sum = tf.add_n(sums)
 
     def floor(self) -> None:
