@@ -107,7 +107,7 @@ def theirs(folder: str, size: str) -> dict:
             tokens = torch.tensor(tokens[np.newaxis])
             part = net(input_ids=tokens, labels=tokens).loss / len(windows)
             part.backward()
-            loss += float(part)
+            loss += float(part.detach())
         optimizer.param_groups[0]["eps"] = 1e-8 / (1 - 0.999**count) ** 0.5
         optimizer.step()
         losses.append(loss)
