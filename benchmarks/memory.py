@@ -139,9 +139,6 @@ def bisect(folder: Path, row: Row, plan: float, log: Path, share: float) -> tupl
 
 CARDS = [4, 6, 8, 11, 16, 24]
 
-# What a card has for TensorFlow of what it is sold as; a T4 of 16 GB has 15.
-USABLE = 0.93
-
 
 def fits_table() -> str:
     """The README's table of what fits, from the plan: a row a card, a column a model."""
@@ -152,7 +149,7 @@ def fits_table() -> str:
     for card in CARDS:
         cells = []
         for size in sizes:
-            limit = int(card * USABLE * 1024 * MEGABYTE)
+            limit = int(card * memory.USABLE * 1024 * MEGABYTE)
             found = memory.fitting_plans(memory.published_hparams(size), limit)
             cells.append(cell(found[0]) if found else "no")
         lines.append(f"| {card} GB | {' | '.join(cells)} |")

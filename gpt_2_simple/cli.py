@@ -269,25 +269,26 @@ def _memory(options: Options) -> int:
     name = options.pop("model_name", "124M")
     hparams = _sizes(name, options.pop("model_dir", "models"))
     gigabytes = options.pop("gpu_gb", None)
+    limit = None if gigabytes is None else int(gigabytes * memory.USABLE * 2**30)
     flag = "use_memory_saving_gradients"
     choices = [options[flag]] if flag in options else [False, True]
-    if gigabytes is not None and not options:
-        fitting = memory.fitting_plans(hparams, int(gigabytes * 2**30))
+    if limit is not None and not options:
+        fitting = memory.fitting_plans(hparams, limit)
     else:
         plans = [memory.memory_plan(hparams, **options | {flag: choice}) for choice in choices]
-        if gigabytes is None:
+        if limit is None:
             for choice, plan in zip(choices, plans, strict=True):
                 say(f"{flag}={choice}:\n{plan}")
             return 0
-        fitting = [plan for plan in plans if plan.total <= gigabytes * 2**30]
+        fitting = [plan for plan in plans if plan.total <= limit]
     for plan in fitting:
         say(f"{memory.as_call(plan, name)}  # {plan.total / memory.MEGABYTE:,.0f} MB")
     if fitting:
         return 0
     complain(
-        f"{PROGRAM}: nothing fits: {name} with these settings needs more than {gigabytes:g} GB. "
-        "Take a smaller model, or see what --train_last_blocks, --sequence_length, --optimizer "
-        "and --precision save"
+        f"{PROGRAM}: nothing fits: {name} with these settings needs more than "
+        f"{memory.USABLE:.0%} of {gigabytes:g} GB, about what such a card leaves. Take a smaller "
+        "model, or see what --train_last_blocks, --sequence_length, --optimizer and --precision save"
     )
     return 1
 
@@ -708,8 +709,7 @@ _MEMORY = Command(
             "model_dir": Option("models", "Folder that holds the models"),
             "gpu_gb": Option(
                 None,
-                "Memory that training may take, in GB of 2**30 bytes; a GPU leaves somewhat less "
-                "than it has",
+                "The card's memory in GB of 2**30 bytes; 0.93 of it is taken to be usable",
                 _gigabytes,
                 "none: tables of what is needed",
             ),

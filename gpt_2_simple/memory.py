@@ -32,6 +32,9 @@ OLDER_NAMES = {"117M": "124M", "345M": "355M"}
 FLOAT = 4
 MEGABYTE = 2**20
 
+# What a card has for TensorFlow of what it is sold as, about: a T4 of 16 GB has 15.
+USABLE = 0.93
+
 # What the allocator loses between tensors, as a share of them: the BFC allocator of a GPU.
 FRAGMENTATION = 0.06
 

@@ -681,6 +681,17 @@ def test_calls_that_fit_can_be_pasted(tiny, capsys):
     assert all("batch_size=3" in line for line in lines)
 
 
+def test_a_card_cannot_be_filled_to_the_brim(capsys):
+    assert cli.main(["memory", "774M", "--gpu_gb", "16"]) == 0
+    needed = re.findall(r"# ([\d,]+) MB", capsys.readouterr().out)
+    assert 13_000 < max(int(megabytes.replace(",", "")) for megabytes in needed) < 0.93 * 16384
+    # With settings, of these alone: 13,074 MB when recomputing, more when not.
+    settings = ["--accumulate_gradients", "5", "--gpu_gb"]
+    assert cli.main(["memory", "774M", *settings, "13.5"]) == 1
+    assert "more than 93% of 13.5 GB" in capsys.readouterr().err
+    assert cli.main(["memory", "774M", *settings, "14"]) == 0
+
+
 @pytest.mark.parametrize("more", [[], ["--batch_size", "3"]])
 def test_nothing_fits(tiny, calls, capsys, more):
     calls.results["fitting_plans"] = []
