@@ -288,7 +288,8 @@ def _memory(options: Options) -> int:
     complain(
         f"{PROGRAM}: nothing fits: {name} with these settings needs more than "
         f"{memory.USABLE:.0%} of {gigabytes:g} GB, about what such a card leaves. Take a smaller "
-        "model, or see what --train_last_blocks, --sequence_length, --optimizer and --precision save"
+        "model, or see what --train_last_blocks, --sequence_length, --optimizer and --precision "
+        "save"
     )
     return 1
 
