@@ -33,7 +33,7 @@ print(f"Loss on text it never saw:   {result.validation_loss:.2f} nats a byte.\n
 
 gpt2.generate(sess, prefix="The ", length=250, temperature=0.7, seed=1)
 print("""
-This model has 0.9 million parameters and read for two minutes. GPT-2 itself starts from 124 million
+This model has 0.8 million parameters and read for two minutes. GPT-2 itself starts from 124 million
 that have read the web:
 
     gpt2.download_gpt2(model_name="124M")
