@@ -513,6 +513,9 @@ _GENERATE = Command(
         },
         "text": {
             "length": Option(1023, "Tokens to write, beside the prefix's"),
+            "max_new_tokens": Option(
+                None, "In place of --length: the name other libraries have for it", int, "--length"
+            ),
             "prefix": Option(
                 None, "Text to go on from; write --prefix='-x' if it starts with '-'", shown="none"
             ),

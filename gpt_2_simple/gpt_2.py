@@ -45,7 +45,7 @@ from .report import say, verbosity
 from .sampler import split_dataset
 from .schedule import Schedule
 from .session import get_available_gpus, reset_session, start_tf_sess
-from .step import StepConfig
+from .step import StepConfig, check_whole
 
 __all__ = [
     "cmd",
@@ -442,6 +442,7 @@ def generate(
     top_p: float = 0.0,
     include_prefix: bool = True,
     *,
+    max_new_tokens: int | None = None,
     stop: str | Sequence[str] | None = None,
     stop_token: str | int | None = None,
     include_stop: bool = False,
@@ -481,6 +482,7 @@ def generate(
         top_p: sample from the likeliest tokens that make up this probability (Holtzman et al.
             2019), of those that top_k leaves; 0 for all.
         include_prefix: False leaves the prefix out of the texts.
+        max_new_tokens: in place of `length`: the name that other libraries have for it.
         stop: a string, or several: each text ends before the first of them.
         stop_token: a token's id, or its text such as '<|endoftext|>', that ends a text.
         include_stop: keep the `stop` or `stop_token` at the end.
@@ -523,6 +525,7 @@ def generate(
                 f"num_beams={num_beams} cannot stream: a search may yet change what it has found; "
                 "leave stream or num_beams out"
             )
+        length = _new_tokens(length, max_new_tokens)
         job = texts.make_job(prefix, nsamples, batch_size, length, settings, seed, end, beams)
         state = _loaded(sess, run_name, checkpoint_dir, model_name, model_dir)
         job = texts.with_tokens(job, state.encoder, stop_token, bad_words)
@@ -545,6 +548,13 @@ def generate(
     return generated if return_as_list else None
 
 
+def _new_tokens(length: int, max_new_tokens: int | None) -> int:
+    if max_new_tokens is None:
+        return length
+    check_whole("max_new_tokens", max_new_tokens, 1)
+    return max_new_tokens
+
+
 def _end(
     truncate: str | None, stop: str | Sequence[str] | None, include_stop: bool, include_prefix: bool
 ) -> texts.End:
@@ -562,6 +572,7 @@ def generate_stream(
     top_p: float = 0.0,
     seed: int | None = None,
     include_prefix: bool = True,
+    max_new_tokens: int | None = None,
     truncate: str | None = None,
     stop: str | Sequence[str] | None = None,
     stop_token: str | int | None = None,
@@ -586,6 +597,7 @@ def generate_stream(
         min_length=min_length,
     )
     end = _end(truncate, stop, include_stop, include_prefix)
+    length = _new_tokens(length, max_new_tokens)
     job = texts.make_job(prefix, 1, 1, length, settings, seed, end)
     state = _loaded(sess, "run1", "checkpoint", None, "models")
     job = texts.with_tokens(job, state.encoder, stop_token, bad_words)

@@ -263,6 +263,19 @@ def test_ctrl_c_gives_what_a_search_has_found(loaded, monkeypatch):
     assert [len(text) for text in texts_] == [len("on") + 5] * 4
 
 
+def test_max_new_tokens_stands_for_length(loaded):
+    settings = {"temperature": 0, "return_as_list": True, "include_prefix": False}
+    (short,) = gpt2.generate(loaded, prefix="one", max_new_tokens=5, **settings)
+    (same,) = gpt2.generate(loaded, prefix="one", length=5, **settings)
+    assert short == same
+    streamed = "".join(
+        gpt2.generate_stream(loaded, "one", max_new_tokens=5, temperature=0, include_prefix=False)
+    )
+    assert streamed == short
+    with pytest.raises(ValueError, match="max_new_tokens=0"):
+        gpt2.generate(loaded, max_new_tokens=0)
+
+
 def test_a_search_that_cannot_be_is_refused(loaded):
     with pytest.raises(ValueError, match="nsamples=4 must not be above num_beams=3"):
         found(loaded, "a", nsamples=4, num_beams=3)
