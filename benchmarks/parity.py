@@ -170,7 +170,7 @@ def main() -> None:
         same = here[name] == there[name]
         failed |= not same
         print(f"{name}: {'the same tokens' if same else 'OTHER TOKENS'}")
-    sys.exit(failed)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

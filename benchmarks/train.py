@@ -4,7 +4,7 @@
 
 Random float32 weights of the real sizes. Each variant runs in a process of its own; steps take
 turns, one at a time, so that all meet the same weather. Medians, without each one's first step.
-Prints the ratios, each variant's peak RSS, and how often the loss agrees.
+Prints the ratios, each variant's peak RSS, and its losses.
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ LAYER_NORM_EPSILON = 1e-5
 
 CHECKPOINTS = "checkpoints"
 
+# Of activations and matmuls in training, where weights and optimizer state are always float32; of
+# the blocks' matrices in generating.
 PRECISIONS = {"float32": tf.float32, "bfloat16": tf.bfloat16, "float16": tf.float16}
 
 
@@ -71,6 +73,12 @@ class HParams:
                 raise ValueError(f"{field.name}={value!r} must be a whole number above 0")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+
+
+def check_precision(precision: str) -> None:
+    """Raises ValueError for a name that is not in PRECISIONS."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} must be one of {list(PRECISIONS)}")
 
 
 def default_hparams() -> HParams:

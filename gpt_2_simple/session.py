@@ -78,8 +78,8 @@ def build_model(
     Raises:
         ValueError: no such precision, or the graph holds a model of other sizes or precision.
     """
-    if precision is not None and precision not in model.PRECISIONS:
-        raise ValueError(f"precision={precision!r} must be one of {list(model.PRECISIONS)}")
+    if precision is not None:
+        model.check_precision(precision)
     state = memory(sess)
     with state.lock, sess.graph.as_default():
         if state.weights is None:
@@ -120,7 +120,7 @@ def fitting_precision(precision: str, capability: tuple[int, int]) -> str:
 
 
 def fit_precision(sess: tf.compat.v1.Session, precision: str) -> str:
-    """The precision asked for, or the next best that the session's GPUs have; says if it is.
+    """The precision asked for, or the next best that the session's GPUs have, which is then said.
 
     CPUs, and GPUs that tell no compute capability, get what was asked for.
     """

@@ -22,8 +22,6 @@ from .optimizer import (
 # Rows of logits that exist at once, with their gradient: 256 of 50,257 float32 are 51 MB.
 LOSS_ROWS = 256
 
-
-# The type of activations and matmuls; weights and the optimizer's state are always float32.
 # Dynamic loss scaling (Micikevicius et al. 2018, arXiv:1710.03740) for float16.
 FIRST_LOSS_SCALE = 2.0**15
 GOOD_STEPS = 2000
@@ -55,10 +53,7 @@ class StepConfig:
             check_whole("train_last_blocks", self.train_last_blocks, 1)
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer={self.optimizer!r} must be one of {list(OPTIMIZERS)}")
-        if self.precision not in model.PRECISIONS:
-            raise ValueError(
-                f"precision={self.precision!r} must be one of {list(model.PRECISIONS)}"
-            )
+        model.check_precision(self.precision)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} must be 0 or above, and below 1")
         for name in ("weight_decay", "gradient_clip"):
