@@ -76,6 +76,7 @@ def main() -> None:
         timed_save(saves, 1)  # the first one builds the .meta file
         for step in range(2, 2 + options.rounds):
             seconds, size = timed_save(saves, step)
+            saves.close()  # dd is not to share the disk with the removal of the step before
             by_dd = timed_dd(folder, size)
             ratios.append(seconds / by_dd)
             print(

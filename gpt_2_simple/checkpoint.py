@@ -16,6 +16,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,9 +30,11 @@ RUN_CHECKPOINT = "model"
 COUNTER = "counter"
 BEST = "best"
 
-# Folders inside a model's or run's: what is being written, and what only has to be moved.
+# Folders inside a model's or run's: what is being written, what only has to be moved, and what is
+# on its way out.
 UNFINISHED = ".saving-"
 FINISHED = ".saved-"
+REMOVED = ".removing-"
 
 
 # --- folders ------------------------------------------------------------------------------------
@@ -336,16 +339,21 @@ def save_model(
         recover(folder)
         unfinished = tempfile.mkdtemp(prefix=UNFINISHED, dir=folder)
         try:
-            # In one call, so that they are written side by side.
-            paths = {save.prefix: os.path.join(unfinished, name) for name, save in saves.items()}
-            sess.run([save.done for save in saves.values()], paths)
+            # Side by side: one's data are flushed while another's are still being written.
+            with ThreadPoolExecutor(len(saves)) as pool:
+                writes = [
+                    pool.submit(_write, sess, save, os.path.join(unfinished, name))
+                    for name, save in saves.items()
+                ]
+            for write in writes:
+                write.result()
             contents = {name: text.encode("utf-8") for name, text in (texts or {}).items()}
             contents[f"{base}.meta"] = _meta_graph(dataclasses.astuple(hparams))
             for name, content in contents.items():
-                with open(os.path.join(unfinished, name), "wb") as file:
+                path = os.path.join(unfinished, name)
+                with open(path, "wb") as file:
                     file.write(content)
-            for name in os.listdir(unfinished):
-                sync(os.path.join(unfinished, name))
+                sync(path)
             sync(unfinished)
             os.rename(unfinished, os.path.join(folder, FINISHED + base))
         except BaseException:
@@ -354,6 +362,15 @@ def save_model(
         sync(folder)
         _publish(folder, base)
     return prefix
+
+
+def _write(sess: tf.compat.v1.Session, save: SaveOps, prefix: str) -> None:
+    """Writes one checkpoint, and flushes it to disk."""
+    sess.run(save.done, {save.prefix: prefix})
+    folder, base = os.path.split(prefix)
+    for name in os.listdir(folder):
+        if name.startswith(f"{base}."):
+            sync(os.path.join(folder, name))
 
 
 def _publish(folder: str, base: str) -> None:
@@ -378,18 +395,38 @@ def _publish(folder: str, base: str) -> None:
 def recover(folder: str) -> None:
     """Completes the saves that a killed process had written whole, and removes unfinished ones.
 
-    Nobody else may be saving in this folder meanwhile.
+    So it does with what take_away() took. Nobody else may be saving in this folder meanwhile.
     """
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
         if name.startswith(FINISHED):
             _publish(folder, name.removeprefix(FINISHED))
-        elif name.startswith(UNFINISHED):
+        elif name.startswith((UNFINISHED, REMOVED)):
             if os.path.isdir(path):
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 with contextlib.suppress(OSError):
                     os.remove(path)
+
+
+def take_away(folder: str, names: Sequence[str]) -> str:
+    """Moves files of a folder, in this order, into one that remove() or recover() removes.
+
+    That takes no time, where the removal of large files does.
+
+    Returns:
+        The folder they are in now.
+    """
+    removed = tempfile.mkdtemp(prefix=REMOVED, dir=folder)
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(os.path.join(folder, name), os.path.join(removed, name))
+    return removed
+
+
+def remove(removed: str) -> None:
+    """Removes a folder that take_away() made."""
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def _reason(error: Exception) -> str:

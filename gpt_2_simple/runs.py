@@ -20,6 +20,7 @@ import os
 import re
 import secrets
 import socket
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -288,6 +289,7 @@ class Saves:
         self.max_checkpoints = max_checkpoints
         self.latest = latest
         self.failed = False
+        self._removal: threading.Thread | None = None
         self.names = checkpoint.named_checkpoints(folder) if latest else []
         self.optimizer = {variable.op.name: variable for variable in optimizer}
         variables = session.named_variables(state)
@@ -383,14 +385,25 @@ class Saves:
         return prefix
 
     def prune(self, keep: Sequence[str]) -> None:
-        """Removes the run's checkpoints but those named; a kill leaves the rest listed."""
+        """Removes the run's checkpoints but those named; a kill leaves the rest listed.
+
+        Their files are out of the way at once; a thread removes them while training goes on.
+        """
         if list(keep) == self.names:
             return
-        for name in self.names:
-            if name not in keep:
-                remove_checkpoint(self.folder, name)
+        self.close()
+        files = files_of(self.folder, [name for name in self.names if name not in keep])
+        removed = checkpoint.take_away(self.folder, files)
         self.names = list(keep)
         checkpoint.write_state(self.folder, self.names)
+        self._removal = threading.Thread(target=checkpoint.remove, args=[removed])
+        self._removal.start()
+
+    def close(self) -> None:
+        """Waits until what prune() took away is removed."""
+        if self._removal is not None:
+            self._removal.join()
+            self._removal = None
 
     def overwrite(self) -> None:
         """Removes the run's checkpoints but the latest, and its events."""
@@ -419,14 +432,12 @@ def _build_finite(variables: Any) -> tf.Tensor:
     return tf.reduce_all(tf.stack(finite))
 
 
-def remove_checkpoint(folder: str, base: str) -> None:
-    """Removes checkpoint `model-N` and what was saved along with it.
+def files_of(folder: str, bases: Sequence[str]) -> list[str]:
+    """The files in a folder of checkpoints `model-N`, and what was saved along with them.
 
-    The model's index goes first: what is left is then no checkpoint.
+    The models' indexes come first: once they are gone, what is left is no checkpoint.
     """
-    parts = [base, *(re.sub(rf"^{MODEL}-", f"{kind}-", base) for kind in (OPTIMIZER, "state"))]
+    kinds = (MODEL, OPTIMIZER, "state")
+    parts = {re.sub(rf"^{MODEL}-", f"{kind}-", base) for base in bases for kind in kinds}
     found = [name for name in os.listdir(folder) if name.rpartition(".")[0] in parts]
-    found.sort(key=lambda name: name != f"{base}.index")
-    for name in found:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(folder, name))
+    return sorted(found, key=lambda name: (name.removesuffix(".index") not in bases, name))

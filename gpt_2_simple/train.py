@@ -223,7 +223,11 @@ class Trainer:
             KeyboardInterrupt: a second Ctrl-C.
         """
         say("Training...")
-        with self.interruption, contextlib.closing(self.watch):
+        with (
+            self.interruption,
+            contextlib.closing(self.watch),
+            contextlib.closing(self.saves),
+        ):
             try:
                 self.loop()
                 if self.interruption.requested:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 
 import numpy as np
 import pytest
@@ -124,7 +125,8 @@ class Setup:
     def save(self, step, saves, value=None):
         self.set(step if value is None else value)
         run = runs.RunState(step=step, seconds=step if value is None else value)
-        return saves.save(run)
+        with contextlib.closing(saves):
+            return saves.save(run)
 
     def saved(self):
         """What the latest checkpoint holds: its step, and the one value all of it has."""
@@ -196,6 +198,22 @@ def test_a_fresh_start_keeps_what_an_earlier_one_saved(setup):
     setup.save(2, fresh)
     assert setup.saved() == (2, 2.0)
     assert checkpoint.is_whole(os.path.join(setup.folder, "model-5"))
+
+
+def test_the_removal_of_the_one_before_holds_nothing_up(setup, monkeypatch):
+    go_on = threading.Event()
+    remove = checkpoint.remove
+    monkeypatch.setattr(checkpoint, "remove", lambda folder: go_on.wait(60) and remove(folder))
+    setup.set(0)
+    saves = setup.saves()
+    saves.save(runs.RunState(step=1))
+    saves.save(runs.RunState(step=2))
+    kept = [name for name in files(setup.folder) if not name.startswith(checkpoint.REMOVED)]
+    assert kept == OF_STEP_2 != files(setup.folder)
+    assert checkpoint.named_checkpoints(setup.folder) == ["model-2"]
+    go_on.set()
+    saves.close()
+    assert files(setup.folder) == OF_STEP_2
 
 
 def test_a_step_is_saved_once(setup, capsys):
