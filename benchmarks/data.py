@@ -2,10 +2,12 @@
 
     python benchmarks/data.py --vocabulary models/124M --text shakespeare.txt --sizes 1.1 100 1000
 
-Each measurement runs in a process of its own. Memory is the most that it and its children held
-together, above what it held once its imports were done (Linux only). Ours is timed from the file
-to the finished token file on disk, twice: the second time finds the tokens kept by the first.
-tiktoken is timed for encode_batch alone, over slices of 64 MB whose ids are dropped.
+Each measurement runs in a process of its own, all encoders in turn in every round, so that a busy
+machine slows all alike; figures are medians, ratios those of each round's. Memory is the most that
+a process and its children held together, above what it held once its imports were done (Linux
+only). Ours is timed from the file to the finished token file on disk, twice: the second time finds
+the tokens kept by the first. tiktoken is timed for encode_batch alone, over slices of 64 MB whose
+ids are dropped.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import contextlib
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,6 +28,7 @@ from pathlib import Path
 MEGABYTE = 1_000_000
 DOCUMENT_CHARACTERS = 100_000
 SLICE_CHARACTERS = 64 * MEGABYTE
+OURS, PEER = "ours", "tiktoken encode_batch"
 TIKTOKEN_PATTERN = (
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 )
@@ -37,21 +41,30 @@ def main() -> None:
     parser.add_argument("--sizes", type=float, nargs="+", default=[1.1, 100], help="in MB")
     parser.add_argument("--old-python", help="an interpreter that has gpt-2-simple 0.8.1")
     parser.add_argument("--old-most", type=float, default=2, help="MB that 0.8.1 is given at most")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         measure(*arguments.measure, arguments.vocabulary)
         return
     print(f"{core_count()} cores")
-    print(f"{'MB':>8} {'encoder':<24} {'MB/s':>8} {'tokens':>14} {'memory, MB':>11}")
+    print(f"{'MB':>8} {'encoder':<24} {'MB/s':>8} {'x tiktoken':>11} {'memory, MB':>11}")
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "text.txt")
             make_text(path, int(size * MEGABYTE), read_text(arguments.text))
-            for name in ("ours", "tiktoken encode_batch", "0.8.1"):
-                python = sys.executable if name != "0.8.1" else arguments.old_python
-                if python and (name != "0.8.1" or size <= arguments.old_most):
-                    report(size, name, run(python, name, path, arguments.vocabulary))
+            pythons = {OURS: sys.executable, PEER: sys.executable}
+            if arguments.old_python and size <= arguments.old_most:
+                pythons["0.8.1"] = arguments.old_python
+            rounds = [
+                {
+                    name: run(python, name, path, arguments.vocabulary)
+                    for name, python in pythons.items()
+                }
+                for _ in range(arguments.rounds)
+            ]
+            for name in pythons:
+                report(size, name, rounds)
 
 
 def read_text(path: str | None) -> str:
@@ -92,23 +105,35 @@ def run(python: str, name: str, path: Path, vocabulary: str) -> dict[str, float]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def report(size: float, name: str, result: dict[str, float] | str) -> None:
-    if isinstance(result, str):
-        print(f"{size:8.1f} {name:<24} {result}")
+def report(size: float, name: str, rounds: list[dict[str, dict[str, float] | str]]) -> None:
+    """Prints the medians of one encoder, or why it could not be run."""
+    results = [results[name] for results in rounds]
+    failed = [result for result in results if isinstance(result, str)]
+    if failed:
+        print(f"{size:8.1f} {name:<24} {failed[0]}")
         return
-    for key in ("seconds", "seconds_again"):
-        if key in result:
-            label = name if key == "seconds" else f"{name}, kept tokens"
-            memory = f"{result['memory']:11.0f}" if "memory" in result else "          ?"
-            speed = size / result[key]
-            print(f"{size:8.1f} {label:<24} {speed:8.2f} {result['tokens']:14,.0f} {memory}")
+
+    def median(key: str) -> float:
+        return statistics.median(result[key] for result in results)
+
+    ratios = [
+        results[PEER]["seconds"] / results[name]["seconds"]
+        for results in rounds
+        if not isinstance(results[PEER], str)
+    ]
+    ratio = f"{statistics.median(ratios):11.2f}" if ratios else f"{'?':>11}"
+    memory = f"{median('memory'):11.0f}" if "memory" in results[0] else f"{'?':>11}"
+    print(f"{size:8.1f} {name:<24} {size / median('seconds'):8.2f} {ratio} {memory}", flush=True)
+    if "seconds_again" in results[0]:
+        label = f"{name}, kept tokens"
+        print(f"{size:8.1f} {label:<24} {size / median('seconds_again'):8.2f}", flush=True)
 
 
 def measure(name: str, path: str, vocabulary: str) -> None:
     """Runs one encoder; prints its figures as JSON."""
     encode = {
-        "ours": measure_ours,
-        "tiktoken encode_batch": measure_tiktoken,
+        OURS: measure_ours,
+        PEER: measure_tiktoken,
         "0.8.1": measure_old,
     }[name]
     print(json.dumps(encode(path, vocabulary)))

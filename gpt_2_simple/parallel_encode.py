@@ -304,7 +304,7 @@ def _start_helpers(packer_arguments: tuple[Any, ...], processes: int) -> list[_H
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """What a helper process does: packs the texts it is sent until its input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    gc.disable()  # here are many lists and no cycles: looking for some takes a tenth of the time
+    gc.disable()  # there are a great many lists here and no cycles: the search costs time
     packer = Packer(*pickle.load(requests))
     answer: Any = "ready"
     while True:
