@@ -359,6 +359,7 @@ _COLUMN = Option(
 )
 _TEMPLATE = Option(None, "Several columns, as in '{title}: {body}'", shown="one column")
 _HEADER = Option(None, "Whether a table's first row names its columns", bool, "a look at it tells")
+_PAD_DOCUMENTS = Option(False, "Let no window reach from one file or row into the next")
 _CACHE_DIR = Option(
     None,
     "Folder that keeps the tokens of much text for the next time",
@@ -423,9 +424,7 @@ _FINETUNE = Command(
                 "random",
                 "Windows: at 'random', or by 'epoch', in which each token comes once",
             ),
-            "pad_documents": Option(
-                False, "Let no window reach from one file or row into the next"
-            ),
+            "pad_documents": _PAD_DOCUMENTS,
             "seed": Option(None, "Whole number that makes a run repeatable", int, "random"),
         },
         "optimizer": {
@@ -673,6 +672,7 @@ _ENCODE = Command(
             "column": _COLUMN,
             "template": _TEMPLATE,
             "header": _HEADER,
+            "pad_documents": _PAD_DOCUMENTS,
             "cache_dir": _CACHE_DIR,
             "verbose": _VERBOSE,
         }

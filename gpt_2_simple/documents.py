@@ -13,13 +13,12 @@ import json
 import os
 import re
 import threading
-import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
-from .report import say
+from .report import say, warn
 
 START_TOKEN = "<|startoftext|>"
 END_TOKEN = "<|endoftext|>"
@@ -126,10 +125,10 @@ class ReadReport:
         if len(self.lines) > most:
             say(f"... and {len(self.lines) - most} more lines like these")
         for warning in self.warnings[:most]:
-            warnings.warn(warning, UserWarning, stacklevel=3)
+            warn(warning)
         if len(self.warnings) > most:
             rest = len(self.warnings) - most
-            warnings.warn(f"... and {rest} more warnings like these", UserWarning, stacklevel=3)
+            warn(f"... and {rest} more warnings like these")
 
 
 def find_files(path: Any) -> list[DataFile]:

@@ -46,6 +46,7 @@ from .sampler import split_dataset
 from .schedule import Schedule
 from .session import get_available_gpus, reset_session, start_tf_sess
 from .step import StepConfig, check_whole
+from .texts import Score, as_strings, score_texts
 
 __all__ = [
     "cmd",
@@ -558,7 +559,7 @@ def _new_tokens(length: int, max_new_tokens: int | None) -> int:
 def _end(
     truncate: str | None, stop: str | Sequence[str] | None, include_stop: bool, include_prefix: bool
 ) -> texts.End:
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    stops = () if stop is None else as_strings("stop", stop)
     return texts.End(truncate, stops, include_stop, None, include_prefix)
 
 
@@ -605,13 +606,13 @@ def generate_stream(
 
 
 def score(
-    sess: tf.compat.v1.Session, texts_: str | Sequence[str], stride: int | None = None
-) -> list[texts.Score]:
+    sess: tf.compat.v1.Session, texts: str | Sequence[str], stride: int | None = None
+) -> list[Score]:
     """Tells how likely a model finds texts.
 
     Args:
         sess: a session with a model.
-        texts_: a text, or several.
+        texts: a text, or several.
         stride: tokens by which the window moves along a text longer than the context; None means
             half of it. Smaller is slower, and gives each token more to go by.
 
@@ -623,8 +624,7 @@ def score(
         ValueError: an empty text, or a stride out of range.
     """
     state = _loaded(sess, "run1", "checkpoint", None, "models")
-    given = [texts_] if isinstance(texts_, str) else list(texts_)
-    return texts.score_texts(sess, state.encoder, given, stride)
+    return score_texts(sess, state.encoder, as_strings("texts", texts), stride)
 
 
 def next_token_probs(
@@ -634,7 +634,7 @@ def next_token_probs(
 
     Args:
         sess: a session with a model.
-        prefix: the text so far.
+        prefix: the text so far, of which the last n_ctx tokens are read.
         k: how many tokens to tell.
 
     Returns:
@@ -707,6 +707,7 @@ def encode_dataset(
     column: str | int | None = None,
     template: str | None = None,
     header: bool | None = None,
+    pad_documents: bool = False,
     cache_dir: str | None = None,
     verbose: int = 1,
 ) -> None:
@@ -723,6 +724,7 @@ def encode_dataset(
         column: of a table, by name or by number from 0; None for the first.
         template: several columns of a table, as in '{title}: {body}', in place of `column`.
         header: as finetune's.
+        pad_documents: make each row and file a chunk of its own, for finetune(pad_documents=True).
         cache_dir: as finetune's.
         verbose: 0 prints nothing.
     """
@@ -739,6 +741,7 @@ def encode_dataset(
             column=column,
             template=template,
             header=header,
+            pad_documents=pad_documents,
             cache_dir=cache_dir,
         )
         say("Writing", out_path)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import os
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from tqdm.auto import tqdm
+
+_PACKAGE = os.path.dirname(__file__)
 
 _verbose: contextvars.ContextVar[int] = contextvars.ContextVar("gpt_2_simple_verbose", default=1)
 
@@ -51,6 +55,14 @@ def complain(*parts: object) -> None:
     """Prints to standard error, whatever the verbosity: for the command line's errors."""
     with tqdm.external_write_mode(file=sys.stderr):
         print(*parts, file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """Warns of something at the line, outside of this package, that led to it."""
+    level, frame = 1, sys._getframe()
+    while frame is not None and os.path.dirname(frame.f_code.co_filename) == _PACKAGE:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def progress(*, total: float | None, desc: str, unit: str, **options: Any) -> tqdm:

@@ -14,7 +14,6 @@ import math
 import os
 import random
 import time
-import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from . import model, session
+from .report import warn
 
 # Columns by which a full cache grows: each time costs a copy of it, each unused column some work.
 GROWTH = 64
@@ -833,10 +833,9 @@ def _cut(texts: list[list[int]], n_ctx: int, length: int) -> list[list[int]]:
     kept = n_ctx - min(length, n_ctx // 2)
     cut = sum(len(text) - kept for text in texts if len(text) > n_ctx)
     if cut:
-        warnings.warn(
+        warn(
             f"a prefix is longer than the context of {n_ctx} tokens: its first {cut} tokens are "
-            "not read",
-            stacklevel=4,
+            "not read"
         )
     return [text[-kept:] if len(text) > n_ctx else text for text in texts]
 

@@ -51,7 +51,10 @@ def memory(sess: tf.compat.v1.Session) -> Memory:
 
     Raises:
         RuntimeError: the session is closed.
+        TypeError: it is no session.
     """
+    if not (hasattr(sess, "graph") and hasattr(sess, "run")):
+        raise TypeError(f"sess={sess!r} is no session; make one with gpt2.start_tf_sess()")
     if getattr(sess, "_closed", False):
         raise RuntimeError("this session is closed; make another with start_tf_sess()")
     with _new_memory:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -97,6 +97,20 @@ class Job(NamedTuple):
         return len(self.prefixes) * self.nsamples
 
 
+def as_strings(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
+    """An argument that is a string or several.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    values = (value,) if isinstance(value, str) else value
+    if isinstance(values, Iterable):
+        values = tuple(values)
+        if all(isinstance(one, str) for one in values):
+            return values
+    raise ValueError(f"{name}={value!r} must be a string or a list of strings")
+
+
 def make_job(
     prefix: str | Sequence[str] | None,
     nsamples: int,
@@ -123,11 +137,9 @@ def make_job(
         check_whole("seed", seed, 0)
     if any(not stop for stop in end.stop):
         raise ValueError(f"stop={list(end.stop)!r} holds an empty string; leave it out")
-    prefixes = (prefix or "",) if prefix is None or isinstance(prefix, str) else tuple(prefix)
+    prefixes = ("",) if prefix is None else as_strings("prefix", prefix)
     if not prefixes:
         raise ValueError("prefix=[] must hold at least one prefix; '' or None is one without text")
-    if not all(isinstance(text, str) for text in prefixes):
-        raise ValueError(f"prefix={prefix!r} must be a string or a list of strings")
     if 1 < beams.count < nsamples:
         raise ValueError(
             f"nsamples={nsamples} must not be above num_beams={beams.count}: a search finds so many"
@@ -147,12 +159,11 @@ def with_tokens(
         if stop_token not in enc.encoder:
             raise ValueError(f"stop_token={stop_token!r} is no token; give its id, or use stop=")
         stop_token = enc.encoder[stop_token]
-    if isinstance(bad_words, str):
-        bad_words = [bad_words]
-    if any(not word for word in bad_words or ()):
+    bad_words = as_strings("bad_words", bad_words or ())
+    if "" in bad_words:
         raise ValueError(f"bad_words={list(bad_words)!r} holds an empty string; leave it out")
     # A word has other tokens within a line than at its start.
-    words = {tuple(enc.encode(form)) for word in bad_words or () for form in (word, f" {word}")}
+    words = {tuple(enc.encode(form)) for word in bad_words for form in (word, f" {word}")}
     settings = dataclasses.replace(
         job.settings, stop_token=stop_token, bad_words=tuple(sorted(words))
     )

@@ -376,9 +376,15 @@ class Trainer:
         last = self.saves.latest or self.start
         variables = session.named_variables(self.state)
         checkpoint.restore(self.sess, self.state.built["restore"], last, variables)
+        back = f"training stopped, and the session is back at {last}"
+        if not self.saves.are_weights_finite():
+            return (
+                f"{back}, whose weights are no better: restore_from='fresh' starts from the model, "
+                "a path from an older checkpoint"
+            )
         return (
-            f"training stopped, and the session is back at {last}. Try a lower learning_rate than "
-            f"{self.config.schedule.learning_rate}, warmup_steps, or gradient_clip"
+            f"{back}. Try a lower learning_rate than {self.config.schedule.learning_rate}, "
+            "warmup_steps, or gradient_clip"
         )
 
     def write_samples(self) -> None:

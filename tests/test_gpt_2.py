@@ -222,6 +222,11 @@ def test_a_table_is_read_as_asked_and_kept_where_asked(workplace, sess, capsys, 
     gpt2.encode_dataset("rows.csv", model_name="tiny", out_path="rows.tokens", **read_as)
     assert tokens("rows.tokens") == tokens(**read_as)
 
+    for pad, chunks in [(False, 1), (True, 3)]:
+        gpt2.encode_dataset("rows.csv", model_name="tiny", header=False, pad_documents=pad)
+        with np.load("text_encoded.npz") as npz:
+            assert len(npz.files) == chunks
+
     monkeypatch.setattr(dataset, "LARGE_BYTES", 10)
     monkeypatch.setattr(dataset, "core_count", lambda: 1)
     tokens(cache_dir="kept")
@@ -316,6 +321,10 @@ def test_a_closed_session_says_so(workplace, use):
         ({"prefix": []}, r"prefix=\[\] must hold at least one prefix"),
         ({"stop": ""}, r"stop=\[''\] holds an empty string; leave it out"),
         ({"stop": ["a", ""]}, r"stop=\['a', ''\] holds an empty string"),
+        ({"prefix": 5}, "prefix=5 must be a string or a list of strings"),
+        ({"prefix": ["a", None]}, r"prefix=\['a', None\] must be a string or"),
+        ({"stop": 5}, "stop=5 must be a string or a list of strings"),
+        ({"bad_words": 5}, "bad_words=5 must be a string or a list of strings"),
     ],
 )
 def test_values_out_of_range_are_refused(loaded, changes, message):
@@ -331,12 +340,26 @@ def test_a_prefix_of_5000_tokens_is_cut_for_the_model_alone(loaded):
     prefix = prefix[:5000]
     with pytest.warns(UserWarning, match="longer than the context of 32.* first 4980 tokens") as w:
         (whole,) = texts(loaded, prefix=prefix)
-    assert len(w) == 1
+    assert [warning.filename for warning in w] == [__file__]  # the user's line, not ours
     assert whole.startswith(prefix)
     assert whole[5000:] == texts(loaded, prefix=prefix[4980:])[0][20:]
     (found,) = gpt2.score(loaded, prefix)
     assert found.log_probabilities.shape == (5000,)
     assert np.isfinite(found.log_probabilities).all()
+
+
+def test_texts_to_score_must_be_text(loaded):
+    with pytest.raises(ValueError, match="texts=5 must be a string or a list of strings"):
+        gpt2.score(loaded, 5)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [*USES, lambda sess: gpt2.load_gpt2(sess, model_name="tiny"), lambda sess: finetune(sess)],
+)
+def test_what_is_no_session_is_an_error(workplace, use):
+    with pytest.raises(TypeError, match="sess=None is no session; make one with gpt2.start_tf_ses"):
+        use(None)
 
 
 def test_temperature_zero_is_greedy_and_a_large_top_k_is_none(loaded):
@@ -444,8 +467,10 @@ def test_text_of_any_kind_is_trained_on(workplace, sess, capsys, content, tokens
 
 def test_bytes_that_are_no_text_are_counted(workplace, sess):
     (workplace / "some.txt").write_bytes("déjà vu, tout à fait".encode("latin-1"))
-    with pytest.warns(UserWarning, match="3 bytes are not UTF-8 .* as in encoding='latin-1'"):
+    expected = "3 bytes are not UTF-8 .* as in encoding='latin-1'"
+    with pytest.warns(UserWarning, match=expected) as caught:
         finetune(sess, "some.txt")
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_a_short_dataset_trains_on_short_windows(workplace, sess, capsys):

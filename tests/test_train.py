@@ -16,7 +16,7 @@ import pytest
 import tensorflow as tf
 
 import gpt_2_simple as gpt2
-from gpt_2_simple import checkpoint, evaluate, report, runs, step, texts, train
+from gpt_2_simple import checkpoint, evaluate, report, runs, session, step, texts, train
 from gpt_2_simple.history import read_history
 
 RUN = {"model_name": "tiny", "sample_every": 0, "learning_rate": 0.01, "batch_size": 2,
@@ -319,6 +319,17 @@ def test_weights_that_are_no_numbers_are_never_saved(small, sess, monkeypatch, c
     with pytest.raises(train.Diverged, match="validation loss is nan after step 4"):
         finetune(sess, 9, val_split=0.5, val_every=4)
     assert checkpoint.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-1"
+
+
+def test_a_checkpoint_that_is_no_better_is_said(small, sess):
+    finetune(sess, 1)
+    poison(sess)()
+    saves = session.memory(sess).built["save"]
+    sess.run(saves.done, {saves.prefix: "checkpoint/run1/model-1"})
+    with pytest.raises(
+        train.Diverged, match=r"back at checkpoint/run1/model-1, whose weights are no better: rest"
+    ):
+        finetune(sess, 1)
 
 
 def test_a_loss_that_is_no_number_goes_back_to_the_last_checkpoint(small, sess):
