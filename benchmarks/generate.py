@@ -53,22 +53,11 @@ def write_vocabulary(folder: Path) -> None:
 def write_run(size: str) -> None:
     """checkpoint/run1/ with a model of random weights."""
     import_ours()
-    import tensorflow as tf
-
-    from gpt_2_simple import model, session
+    from gpt_2_simple import checkpoint, memory
 
     run = Path("checkpoint/run1")
     write_vocabulary(run)
-    layers, heads, width = SIZES[size]
-    hparams = {"n_vocab": END + 1, "n_embd": width, "n_head": heads, "n_layer": layers}
-    (run / "hparams.json").write_text(json.dumps({"n_ctx": 1024, **hparams}))
-    (run / "counter").write_text("0\n")
-    with session.start_tf_sess() as sess:
-        state = session.build_model(sess, model.HParams(**hparams), [])
-        with sess.graph.as_default():
-            sess.run(tf.compat.v1.global_variables_initializer())
-            saver = tf.compat.v1.train.Saver(session.named_variables(state))
-            saver.save(sess, str(run / "model"), global_step=0, write_meta_graph=False)
+    checkpoint.write_model(str(run), memory.published_hparams(size), seed=0)
 
 
 def import_ours():

@@ -23,15 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tensorflow as tf
 
 import gpt_2_simple as gpt2
-from gpt_2_simple import model, runs, session
+from gpt_2_simple import memory, model, runs, session
 from gpt_2_simple.optimizer import make_optimizer
-
-SIZES = {"n_vocab": 50257, "n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12}
 
 
 def make_saves(sess: tf.compat.v1.Session, folder: str) -> runs.Saves:
     """The operations that save a new model and its Adam state, which the session then holds."""
-    state = session.build_model(sess, model.HParams(**SIZES), [])
+    state = session.build_model(sess, memory.published_hparams("124M"), [])
     variables = model.flatten(state.weights)
     with sess.graph.as_default():
         optimizer = make_optimizer("adam", 0.1)

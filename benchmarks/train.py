@@ -19,8 +19,9 @@ import sys
 import time
 from pathlib import Path
 
+from generate import SIZES
+
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = {"124M": (12, 12, 768), "355M": (24, 16, 1024)}
 TOKENS = 1024
 VOCABULARY = 50257
 
@@ -33,12 +34,10 @@ class Ours:
         import tensorflow as tf
 
         import gpt_2_simple  # noqa: F401 (sets TF_ENABLE_ONEDNN_OPTS)
-        from gpt_2_simple import model, session, step
+        from gpt_2_simple import memory, session, step
 
-        layers, heads, width = SIZES[size]
-        hparams = model.HParams(VOCABULARY, TOKENS, width, heads, layers)
         self.sess = session.start_tf_sess()
-        state = session.build_model(self.sess, hparams, [])
+        state = session.build_model(self.sess, memory.published_hparams(size), [])
         config = step.StepConfig(accumulate_gradients=1, use_memory_saving_gradients=recompute)
         self.ops = step.build(self.sess, state, config, TOKENS)
         with self.sess.graph.as_default():
