@@ -132,6 +132,11 @@ def latest_checkpoint(folder: str) -> str | None:
     return next((prefix for prefix in named + by_step if is_whole(prefix)), None)
 
 
+def has_any(folder: str) -> bool:
+    """Whether there is any sign of a checkpoint in a folder, whole or not."""
+    return bool(named_checkpoints(folder) or _checkpoints_on_disk(folder))
+
+
 def named_checkpoints(folder: str) -> list[str]:
     """The base names that the file `checkpoint` lists, oldest first, its latest last.
 
@@ -191,7 +196,10 @@ def restore_path(folder: str, checkpoint: str = "latest") -> str:
     if checkpoint == "latest":
         prefix = latest_checkpoint(folder)
         if prefix is None:
-            raise FileNotFoundError(f"{folder} holds no whole checkpoint; download or train again")
+            raise FileNotFoundError(
+                f"{folder} holds no whole checkpoint: copy or download it again, or start a run "
+                "over by restore_from='fresh'"
+            )
         return prefix
     prefix = os.path.join(folder, checkpoint)
     if not is_whole(prefix):
@@ -258,15 +266,36 @@ def restore(
     """Fills `variables` from a checkpoint.
 
     Raises:
+        FileNotFoundError: it went away, or another took its place, while it was read.
         ValueError: the file's contents fail their checksums.
     """
+    index = f"{prefix}.index"
     try:
-        sess.run(ops.done, {ops.prefix: prefix})
+        before = os.stat(index)
+        with _without_brackets(prefix) as readable:
+            sess.run(ops.done, {ops.prefix: readable})
+        if not os.path.samestat(before, os.stat(index)):
+            raise FileNotFoundError(f"{prefix} was replaced while it was read; load it again")
+    except tf.errors.NotFoundError as error:
+        raise FileNotFoundError(f"{prefix} went away while it was read; load it again") from error
     except (tf.errors.DataLossError, tf.errors.OutOfRangeError) as error:
         raise ValueError(
             f"{prefix} is damaged: {_reason(error)}. Download it again, or restore an older "
             f"checkpoint than this one ({len(variables)} variables were wanted)"
         ) from error
+
+
+@contextlib.contextmanager
+def _without_brackets(prefix: str) -> Iterator[str]:
+    """A path to a checkpoint that TensorFlow, which would expand '[...]', reads as it is."""
+    if "[" not in prefix:
+        yield prefix
+        return
+    folder, base = os.path.split(os.path.abspath(prefix))
+    with tempfile.TemporaryDirectory() as temporary:
+        link = os.path.join(temporary, "folder")
+        os.symlink(folder, link)
+        yield os.path.join(link, base)
 
 
 # --- save ---------------------------------------------------------------------------------------

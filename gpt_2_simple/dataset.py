@@ -11,7 +11,7 @@ import numpy as np
 
 from . import documents
 from .documents import END_TOKEN, START_TOKEN, DataFile, ReadReport, RowFormat
-from .files import write_whole
+from .files import check_folder, write_whole
 from .parallel_encode import (
     MOST_PROCESSES,
     PackedBlock,
@@ -204,10 +204,12 @@ def _encode_cached(plan: _Plan, cache_dir: str | os.PathLike[str] | None) -> Tok
     folder = cache_folder() if cache_dir is None else os.path.expanduser(os.fspath(cache_dir))
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"{plan.key()}.tokens")
-    if not os.path.exists(path):
+    try:
+        chunks, about = read_tokens(path)
+    except (FileNotFoundError, ValueError):  # there is none yet, or it is damaged
         _write_plan(plan, path)
         say(f"The tokens are kept in {path}")
-    chunks, about = read_tokens(path)
+        chunks, about = read_tokens(path)
     ReadReport(about["lines"], about["warnings"]).tell()
     return chunks
 
@@ -327,13 +329,14 @@ def encode_csv(
         How many rows were written. Blank ones are left out, and their number is said.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if there is no such file, or no folder for `out_path`.
         ValueError: if it cannot be read as a table, or has no such column.
     """
     path = os.fspath(csv_path)
     kind = documents.kind_of(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no CSV file {path!r} (in {os.getcwd()!r})")
+    check_folder("out_path", out_path)
     file = DataFile(path, kind if kind in ("tsv", "jsonl") else "csv", named=True)
     rows = RowFormat(column, template, header, start_token, end_token)
     report = ReadReport()

@@ -44,6 +44,7 @@ BYTE_ORDER_MARKS = (  # UTF-32's first: its little-endian mark begins with UTF-1
 HEAD_BYTES = 1 << 16
 READ_BYTES = 1 << 20
 LONGEST_FIELD = 1 << 24
+LONGEST_NAME = 1000
 MOSTLY_UNDECODABLE = 0.3
 
 
@@ -143,12 +144,14 @@ def find_files(path: Any) -> list[DataFile]:
 
     Raises:
         FileNotFoundError: if there is nothing of that name.
-        ValueError: if a folder holds no file, or the list is empty.
+        ValueError: if a folder holds no file, the list is empty, or it is no path.
     """
     if isinstance(path, (list, tuple)):
         if not path:
             raise ValueError(f"the list of datasets is empty: give {SUPPORTED}")
         return [file for one in path for file in find_files(one)]
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"the dataset {path!r} is neither a path nor a list of paths")
     path = os.path.expanduser(os.fspath(path))
     if os.path.isfile(path):
         return [DataFile(path, kind_of(path), named=True)]
@@ -182,6 +185,8 @@ def _files_in_folder(folder: str) -> list[DataFile]:
 
 
 def _not_found(path: str) -> str:
+    if len(path) > LONGEST_NAME or "\n" in path:
+        return f"there is no dataset {path[:60]!r}...: give the path of a file, not the text itself"
     parent, name = os.path.split(path)
     message = f"there is no dataset {path!r}: looked for a file, a folder and a glob pattern"
     if not os.path.isabs(path):

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from . import model, session
+from .sampler import Batch
 
 # Rows of logits that exist at once: 256 of 50,257 float32 are 51 MB.
 LOGIT_ROWS = 256
@@ -18,7 +19,7 @@ class EvaluationOps(NamedTuple):
 
     Attributes:
         tokens: int32 [batch, time]; each but the first is to be predicted.
-        losses: float32 [batch], the sum of each window's cross-entropies, in nats.
+        losses: float32 [batch, time - 1], the cross-entropy of each, in nats.
     """
 
     tokens: tf.Tensor
@@ -62,26 +63,26 @@ def _build(state: session.Memory, batch_size: int, time: int) -> EvaluationOps:
         losses.append(
             tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels[rows], logits=logits)
         )
-    by_window = tf.reshape(tf.concat(losses, axis=0), [batch_size, time - 1])
-    return EvaluationOps(tokens, tf.reduce_sum(by_window, axis=1))
+    return EvaluationOps(tokens, tf.reshape(tf.concat(losses, axis=0), [batch_size, time - 1]))
 
 
-def mean_loss(sess: tf.compat.v1.Session, ops: EvaluationOps, windows: np.ndarray) -> float:
-    """The mean loss over all predicted tokens of `windows`.
+def mean_loss(sess: tf.compat.v1.Session, ops: EvaluationOps, windows: Batch) -> float:
+    """The mean loss over all tokens of `windows` that are to be predicted.
 
     Args:
         sess: holds the model.
         ops: from build_evaluation.
-        windows: int32 [windows, time], any number of them.
+        windows: tokens and weights [windows, time], any number of them.
 
     Returns:
         Nats a token; its exponential is the perplexity.
     """
     batch_size, time = ops.tokens.shape
     total = 0.0
-    for start in range(0, len(windows), batch_size):
-        batch = windows[start : start + batch_size]
+    for start in range(0, len(windows.tokens), batch_size):
+        batch = windows.tokens[start : start + batch_size]
         # The last batch may be smaller than the graph's; what fills it up is not counted.
         filled = np.resize(batch, (batch_size, time))
-        total += float(sess.run(ops.losses, {ops.tokens: filled})[: len(batch)].sum())
-    return total / (len(windows) * (time - 1))
+        losses = sess.run(ops.losses, {ops.tokens: filled})[: len(batch)]
+        total += float((losses * windows.weights[start : start + batch_size, 1:]).sum())
+    return total / float(windows.weights[:, 1:].sum())

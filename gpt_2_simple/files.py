@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from typing import BinaryIO
+
+# A temporary file that nobody wrote to for so many seconds was left by a process that is no more.
+STALE = 86400
 
 
 @contextlib.contextmanager
@@ -24,6 +28,7 @@ def write_whole(path: str | os.PathLike[str], mark: str = ".") -> Iterator[Binar
         OSError: the folder is missing or cannot be written, or the disk is full.
     """
     folder, name = os.path.split(os.path.abspath(path))
+    _remove_stale(folder, f"{mark}{name}.")
     temporary = os.path.join(folder, f"{mark}{name}.{secrets.token_hex(4)}.tmp")
     file = open(temporary, "xb")
     try:
@@ -36,6 +41,22 @@ def write_whole(path: str | os.PathLike[str], mark: str = ".") -> Iterator[Binar
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
+
+
+def _remove_stale(folder: str, start: str) -> None:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(start) and entry.name.endswith(".tmp"):
+                with contextlib.suppress(OSError):
+                    if entry.stat().st_mtime < time.time() - STALE:
+                        os.remove(entry.path)
+
+
+def check_folder(name: str, path: str | os.PathLike[str]) -> None:
+    """Raises FileNotFoundError if the file that argument `name` asks for has no folder to go to."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{name}={os.fspath(path)!r}: there is no folder {folder!r}")
 
 
 def write_text(path: str | os.PathLike[str], text: str, mark: str = ".") -> None:

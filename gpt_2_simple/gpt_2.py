@@ -40,6 +40,7 @@ from .create import create_gpt2
 from .dataset import encode_csv, load_dataset, save_npz, save_tokens
 from .documents import find_files
 from .download import download_gpt2, is_gpt2_downloaded
+from .files import check_folder
 from .memory import memory_plan
 from .report import say, verbosity
 from .sampler import split_dataset
@@ -79,6 +80,10 @@ __all__ = [
     "score",
     "start_tf_sess",
 ]
+
+
+# Attempts to load from a run that another process is training.
+LOADS = 10
 
 
 def finetune(
@@ -203,8 +208,8 @@ def finetune(
         FileNotFoundError: no such model, run or dataset.
         OSError: the run's folder cannot be written, or the disk is full; earlier checkpoints are
             as they were.
-        RuntimeError: the session is closed; another process trains this run; or, a
-            train.Diverged, the loss is infinite or no number.
+        RuntimeError: the session is closed, or is training already; another process trains this
+            run; or, a train.Diverged, the loss is infinite or no number.
         ValueError: an argument is out of range, or the dataset holds no text.
         MemoryError: the device has too little memory; says which setting to change.
     """
@@ -255,7 +260,7 @@ def finetune(
         "header": header,
         "cache_dir": cache_dir,
     }
-    session.memory(sess)  # a closed session is told before all work
+    session.check_idle(sess)  # one that is closed, or busy, is told before all work
     source = checkpoints.model_folder(model_dir, model_name)
     # So is a mistyped name, which else would leave a run's folder behind.
     find_files([dataset] if val_dataset is None else [dataset, val_dataset])
@@ -273,11 +278,15 @@ def finetune(
         state = _load(sess, run, start, "checkpoint", multi_gpu, "float32")
         state.base = os.path.abspath(source)
         data = _load_data(state.encoder, pad_documents, **sources)
-        resume = restore_from == "latest" and os.path.dirname(start) == run
+        resume = restore_from == "latest" and os.path.samefile(os.path.dirname(start), run)
         settings = {"model_name": model_name, **sources, **config.named()}
         runs.note_settings(run, settings, resume)
         stack.enter_context(memory.explained(state.hparams, config.step))
-        trainer = train.Trainer(sess, state, data, config, run, start, resume, overwrite, on_step)
+        samples = os.path.join(train.SAMPLES, run_name)
+        trainer = train.Trainer(
+            sess, state, data, config, run, samples, start, resume, overwrite, on_step
+        )
+        stack.enter_context(session.training(state, run))
         return trainer.train()
 
 
@@ -298,7 +307,7 @@ def _load_data(
     if val_dataset is not None:
         return train.Data(chunks, load_dataset(enc, val_dataset, combine, **options))
     if val_split:
-        return train.Data(*split_dataset(chunks, val_split))
+        return train.Data(*split_dataset(chunks, val_split, whole_chunks=pad_documents))
     return train.Data(chunks)
 
 
@@ -360,6 +369,7 @@ def load_gpt2(
 
     Raises:
         FileNotFoundError: no such run, model or checkpoint; lists those there are.
+        RuntimeError: the session is closed, or is training.
         ValueError: the session holds a model of other sizes or precision, or the files do not fit
             together.
     """
@@ -370,8 +380,15 @@ def load_gpt2(
             folder = checkpoints.run_folder(checkpoint_dir, run_name)
             runs.recover(folder)
         kind = "pretrained model" if model_name else "checkpoint"
-        prefix = checkpoints.restore_path(folder, checkpoint)
-        _load(sess, folder, prefix, kind, multi_gpu, precision)
+        for attempt in range(LOADS):
+            try:
+                prefix = checkpoints.restore_path(folder, checkpoint)
+                _load(sess, folder, prefix, kind, multi_gpu, precision)
+                return
+            except FileNotFoundError:
+                # It may be that another process, which trains this run, has just replaced it.
+                if attempt == LOADS - 1 or not runs.is_being_trained(folder):
+                    raise
 
 
 def _load(
@@ -386,6 +403,7 @@ def _load(
     hparams = checkpoints.read_hparams(folder)
     enc = encoder.get_encoder(folder)
     encoder.check_vocabulary(enc, hparams.n_vocab, folder)
+    session.check_idle(sess)
     gpus = get_available_gpus() if multi_gpu else []
     precision = precision and session.fit_precision(sess, precision)
     state = session.build_model(sess, hparams, gpus, precision)
@@ -395,6 +413,7 @@ def _load(
         if "restore" not in state.built:
             state.built["restore"] = checkpoints.build_restore(variables)
     say(f"Loading {kind}", prefix)
+    state.folder = state.base = None  # whatever happens now, these are no longer those weights
     checkpoints.restore(sess, state.built["restore"], prefix, variables)
     state.folder, state.base, state.encoder = os.path.abspath(folder), None, enc
     return state
@@ -559,6 +578,8 @@ def _new_tokens(length: int, max_new_tokens: int | None) -> int:
 def _end(
     truncate: str | None, stop: str | Sequence[str] | None, include_stop: bool, include_prefix: bool
 ) -> texts.End:
+    if truncate is not None and not isinstance(truncate, str):
+        raise ValueError(f"truncate={truncate!r} must be a string; stop= takes several")
     stops = () if stop is None else as_strings("stop", stop)
     return texts.End(truncate, stops, include_stop, None, include_prefix)
 
@@ -583,12 +604,14 @@ def generate_stream(
     no_repeat_ngram_size: int = 0,
     bad_words: Sequence[str] | None = None,
 ) -> Iterator[str]:
-    """Generates one text and yields it in pieces, as it comes; the arguments are generate()'s.
+    """Generates one text and gives it in pieces, as it comes; the arguments are generate()'s.
 
-    Yields:
-        Pieces of text, never half a character. Joined, they are what generate() returns, but for
-        newlines at the start of a text without its prefix.
+    Returns:
+        An iterator of pieces of text, never half a character. Joined, they are what generate()
+        returns, but for newlines at the start of a text without its prefix.
     """
+    if prefix is not None and not isinstance(prefix, str):
+        raise ValueError(f"prefix={prefix!r} must be a string: a stream is of one text")
     settings = sample.Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -602,7 +625,7 @@ def generate_stream(
     job = texts.make_job(prefix, 1, 1, length, settings, seed, end)
     state = _loaded(sess, "run1", "checkpoint", None, "models")
     job = texts.with_tokens(job, state.encoder, stop_token, bad_words)
-    yield from filter(None, texts.stream_text(sess, state, job))
+    return (piece for piece in texts.stream_text(sess, state, job) if piece)
 
 
 def score(
@@ -642,9 +665,11 @@ def next_token_probs(
 
     Raises:
         RuntimeError: the session holds no model, or is closed.
-        ValueError: k is out of range.
+        ValueError: k is out of range, or the prefix is no string.
     """
     enc = _loaded(sess, "run1", "checkpoint", None, "models").encoder
+    if not isinstance(prefix, str):
+        raise ValueError(f"prefix={prefix!r} must be a string")
     found, shares = sample.next_token_probs(sess, texts.start_ids(enc, prefix), k)
     pairs = zip(found, shares, strict=True)
     return [(enc.decode([token], surrogates=False), float(share)) for token, share in pairs]
@@ -699,7 +724,7 @@ def generate_to_file(
 def encode_dataset(
     file_path: str | Sequence[str],
     model_dir: str = "models",
-    out_path: str = "text_encoded.npz",
+    out_path: str | os.PathLike[str] = "text_encoded.npz",
     model_name: str = "124M",
     combine: int = 50000,
     *,
@@ -732,6 +757,8 @@ def encode_dataset(
         folder = checkpoints.model_folder(model_dir, model_name)
         enc = encoder.get_encoder(folder)
         encoder.check_vocabulary(enc, checkpoints.read_hparams(folder).n_vocab, folder)
+        out_path = os.fspath(out_path)
+        check_folder("out_path", out_path)
         say("Reading files")
         chunks = load_dataset(
             enc,
@@ -745,7 +772,7 @@ def encode_dataset(
             cache_dir=cache_dir,
         )
         say("Writing", out_path)
-        if out_path.endswith(".tokens"):
+        if out_path.lower().endswith(".tokens"):
             save_tokens(out_path, chunks, enc)
         else:
             save_npz(out_path, chunks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -16,7 +16,9 @@ class Interruption:
     Python lets only the main thread handle signals; elsewhere they go where they went before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[], object] = lambda: None) -> None:
+        """Takes what is called at the first signal, unless that ends a block at once."""
+        self._tell = tell
         self._count = 0
         self._at_once = False
         self._previous: dict[int, Any] = {}
@@ -52,3 +54,6 @@ class Interruption:
         self._count += 1
         if self._count > 1 or self._at_once:
             raise KeyboardInterrupt
+        # A signal may come in the middle of a print, which cannot be begun a second time.
+        with contextlib.suppress(RuntimeError):
+            self._tell()

@@ -102,6 +102,19 @@ def _take(file: Any, folder: str) -> None:
         ) from error
 
 
+def is_being_trained(folder: str) -> bool:
+    """Whether some process holds the lock of a run's folder."""
+    if not os.path.isfile(os.path.join(folder, LOCK)):
+        return False
+    try:
+        with lock(folder):
+            return False
+    except RuntimeError:
+        return True
+    except OSError:
+        return False
+
+
 def recover(folder: str) -> None:
     """Completes a save that a killed process left in a run, unless somebody is training it now."""
     try:
@@ -166,10 +179,12 @@ def starting_checkpoint(restore_from: str, folder: str, model_: str) -> str:
         model_: the folder of the model to start from.
 
     Raises:
-        FileNotFoundError: `restore_from` names nothing that can be loaded.
+        FileNotFoundError: `restore_from` names nothing that can be loaded, or is 'latest' in a run
+            none of whose checkpoints is whole: that is not to be trained over unasked.
     """
+    restore_from = os.fspath(restore_from).removesuffix(".index")
     if restore_from == "latest":
-        return checkpoint.latest_checkpoint(folder) or checkpoint.restore_path(model_)
+        return checkpoint.restore_path(folder if checkpoint.has_any(folder) else model_)
     if restore_from == "fresh":
         return checkpoint.restore_path(model_)
     if os.path.isdir(restore_from):
@@ -205,6 +220,7 @@ class RunState:
         best_loss: the lowest validation loss, None before the first.
         best_step: the step that reached it.
         worse: how many validations in a row have not been better since.
+        validation: tells the set that these losses were measured on from others.
     """
 
     step: int = 0
@@ -216,6 +232,7 @@ class RunState:
     best_loss: float | None = None
     best_step: int = 0
     worse: int = 0
+    validation: str | None = None
 
 
 def read_state(prefix: str) -> RunState | None:
@@ -244,7 +261,10 @@ def note_settings(folder: str, settings: Mapping[str, Any], resume: bool) -> Non
     text = json.dumps(settings, indent=2, default=str) + "\n"
     before = {}
     if resume:
-        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+        with (
+            contextlib.suppress(OSError, ValueError, TypeError),
+            open(path, encoding="utf-8") as file,
+        ):
             before = dict(json.load(file))
     changes = [
         f"{name} {before[name]} -> {value}"

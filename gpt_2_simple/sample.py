@@ -85,8 +85,6 @@ class Sampling:
             _check_whole(name, getattr(self, name))
         if self.stop_token is not None:
             _check_whole("stop_token", self.stop_token)
-        if self.min_length and self.stop_token is None:
-            raise ValueError(f"min_length={self.min_length} needs a stop_token to hold back")
         words = tuple(tuple(map(int, word)) for word in self.bad_words)
         if not all(words):
             raise ValueError(f"bad_words={self.bad_words!r} holds an empty word; leave it out")

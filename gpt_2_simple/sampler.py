@@ -52,13 +52,14 @@ def window_length(chunks: Sequence[np.ndarray], wanted: int, sampling: str = "ra
 
 
 def split_dataset(
-    chunks: Sequence[np.ndarray], val_split: float
+    chunks: Sequence[np.ndarray], val_split: float, whole_chunks: bool = False
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Takes the last part of a dataset away for validation.
 
     Args:
         chunks: the dataset.
         val_split: which share of the tokens to take, above 0 and below 1.
+        whole_chunks: take the share nearest to that which cuts no chunk, if there is one.
 
     Returns:
         The chunks to train on, and those to validate on.
@@ -70,6 +71,10 @@ def split_dataset(
         raise ValueError(f"val_split={val_split} must be above 0 and below 1, such as 0.05")
     total = sum(len(chunk) for chunk in chunks)
     cut = total - math.ceil(total * val_split)
+    if whole_chunks:
+        ends = np.cumsum([len(chunk) for chunk in chunks])
+        ends = ends[(ends >= 2) & (ends <= total - 2)]
+        cut = int(ends[np.abs(ends - cut).argmin()]) if len(ends) else cut
     if cut < 2 or total - cut < 2:
         raise ValueError(
             f"val_split={val_split} of {total} tokens leaves {cut} to train on and "
@@ -88,26 +93,35 @@ def split_dataset(
     return train, held_out
 
 
-def fixed_windows(chunks: Sequence[np.ndarray], length: int, count: int) -> np.ndarray:
+def fixed_windows(
+    chunks: Sequence[np.ndarray], length: int, count: int, pad_documents: bool = False
+) -> Batch:
     """Evenly spaced windows that do not overlap, to validate on: the same ones every time.
 
     Args:
         chunks: the dataset.
         length: tokens in a window.
         count: how many windows there are at most.
+        pad_documents: whether each window lies within one chunk, filled up if it is shorter.
 
     Returns:
-        int32 [windows, time].
+        Tokens and weights, each [windows, time].
 
     Raises:
-        ValueError: if the dataset is shorter than one window.
+        ValueError: if the dataset is shorter than one window, or has nothing to predict.
     """
     stream = _Stream(chunks)
+    if pad_documents:
+        documents = _DocumentWindows(stream, length)
+        if not documents.count:
+            raise ValueError(documents.missing)
+        chosen = np.linspace(0, documents.count - 1, min(count, documents.count)).astype(np.int64)
+        return stream.batch([documents.locate(index) for index in chosen.tolist()], length)
     if not 2 <= length <= stream.size:
         raise ValueError(f"length={length} must be from 2 to the dataset's {stream.size} tokens")
     fitting = max(1, (stream.size - 1) // (length - 1))
     starts = np.linspace(0, stream.size - length, min(count, fitting)).astype(np.int64)
-    return np.stack([stream.read(start, length) for start in starts.tolist()])
+    return stream.batch([_Window(start, length) for start in starts.tolist()], length)
 
 
 class _Stream:
@@ -125,6 +139,15 @@ class _Stream:
     def lengths(self) -> np.ndarray:
         """How many tokens each chunk has."""
         return np.diff(self.ends, prepend=0)
+
+    def batch(self, windows: Sequence[_Window], length: int, pad_id: int = 0) -> Batch:
+        """Reads windows of at most `length` tokens, each filled up with `pad_id`."""
+        tokens = np.full((len(windows), length), pad_id, np.int32)
+        weights = np.zeros((len(windows), length), np.float32)
+        for row, window in enumerate(windows):
+            tokens[row, : window.size] = self.read(window.start, window.size)
+            weights[row, window.fresh : window.size] = 1
+        return Batch(tokens, weights)
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Reads a stretch of the row, across chunks: int32 [length]."""
@@ -283,14 +306,9 @@ class Sampler:
             ValueError: if no window of this length can be drawn from the dataset.
         """
         self._set_length(length)
-        tokens = np.full((batch_size, length), self.pad_id, np.int32)
-        weights = np.zeros((batch_size, length), np.float32)
-        for row in range(batch_size):
-            window = self._windows.locate(self._next_index())
-            tokens[row, : window.size] = self._stream.read(window.start, window.size)
-            weights[row, window.fresh : window.size] = 1
-            self._predicted += window.size - window.fresh
-        return Batch(tokens, weights)
+        windows = [self._windows.locate(self._next_index()) for _ in range(batch_size)]
+        self._predicted += sum(window.size - window.fresh for window in windows)
+        return self._stream.batch(windows, length, self.pad_id)
 
     def _set_length(self, length: int) -> None:
         """Settles which windows there are; another length begins another epoch."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -29,6 +31,7 @@ class Memory:
         folder: where the weights in the session came from, None before anything was loaded.
         base: the model's folder that the run in `folder` was started from, if that is known.
         encoder: the vocabulary of `folder`.
+        training: the run that is being trained right now, None if none is.
         built: parts of the graph by whatever key their builder chose.
     """
 
@@ -40,6 +43,7 @@ class Memory:
     folder: str | None = None
     base: str | None = None
     encoder: Any = None
+    training: str | None = None
     built: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -62,6 +66,26 @@ def memory(sess: tf.compat.v1.Session) -> Memory:
         if not found:
             found.append(Memory())
         return found[0]
+
+
+@contextlib.contextmanager
+def training(state: Memory, folder: str) -> Iterator[None]:
+    """Within this block the session's weights are those of the run in `folder`, being trained."""
+    state.training = folder
+    try:
+        yield
+    finally:
+        state.training = None
+
+
+def check_idle(sess: tf.compat.v1.Session) -> None:
+    """Raises RuntimeError if the session's weights are being trained, by the caller perhaps."""
+    folder = memory(sess).training
+    if folder is not None:
+        raise RuntimeError(
+            f"this session is training {folder}: load and train others in a session of their own, "
+            "from start_tf_sess()"
+        )
 
 
 def build_model(

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from . import model, sample, session
 from .encoder import Encoder, IncrementalDecoder
+from .files import check_folder
 from .report import progress, say
 from .step import check_whole
 
@@ -153,8 +154,10 @@ def with_tokens(
     """The job with what only the vocabulary can tell.
 
     Raises:
-        ValueError: no such token, or an empty bad word.
+        ValueError: no such token, no token that `min_length` could hold back, or an empty bad word.
     """
+    if job.settings.min_length and stop_token is None:
+        raise ValueError(f"min_length={job.settings.min_length} needs a stop_token to hold back")
     if isinstance(stop_token, str):
         if stop_token not in enc.encoder:
             raise ValueError(f"stop_token={stop_token!r} is no token; give its id, or use stop=")
@@ -411,26 +414,36 @@ def score_texts(
 def file_writer(path: str) -> Iterator[Callable[[str], None]]:
     """A function that adds text to a file, which gets its name when the block ends.
 
-    Until then the text is in `<path>.part`; a block that ends by an error keeps what there is.
+    Until then the text is in `<path>.<letters>.part`. A block that ends by an error keeps what
+    there is, or, if there is nothing, the file that was there before.
 
     Raises:
+        FileNotFoundError: there is no folder for it.
         ValueError: there is a folder of that name.
     """
     if os.path.isdir(path):
         raise ValueError(f"destination_path={path!r} is a folder; name a file in it")
-    part = f"{path}.part"
-    with open(part, "w", encoding="utf-8", errors="surrogatepass", newline="\n") as file:
+    check_folder("destination_path", path)
+    part = f"{path}.{secrets.token_hex(4)}.part"
+    keep = False
+    try:
+        with open(part, "x", encoding="utf-8", errors="surrogatepass", newline="\n") as file:
 
-        def write(text: str) -> None:
-            file.write(text)
-            file.flush()
+            def write(text: str) -> None:
+                nonlocal keep
+                keep = True
+                file.write(text)
+                file.flush()
 
-        try:
             yield write
-        finally:
+            keep = True
             file.flush()
             os.fsync(file.fileno())
+    finally:
+        if keep:
             os.replace(part, path)
+        else:
+            os.remove(part)
 
 
 def print_text(text: str) -> None:

@@ -19,6 +19,7 @@ from .report import say
 from .sampler import SAMPLING, Sampler, fixed_windows, window_length
 from .schedule import Schedule, steps_of_epochs
 from .step import StepConfig, build, check_whole
+from .token_file import hash_json
 from .watch import Watch
 
 SAMPLES = "samples"
@@ -54,6 +55,8 @@ class Config:
         for name in ("sample_every", "sample_num", "max_checkpoints", "patience"):
             check_whole(name, getattr(self, name), 0)
         check_whole("warmup_steps", self.schedule.warmup_steps, 0)
+        if self.seed is not None:
+            check_whole("seed", self.seed, 0)
         if self.sampling not in SAMPLING:
             raise ValueError(f"sampling={self.sampling!r} must be one of {', '.join(SAMPLING)}")
         if self.steps != -1:
@@ -110,7 +113,11 @@ class Diverged(RuntimeError):
 
 
 class Validation:
-    """A fixed set of windows, and the model's loss on them."""
+    """A fixed set of windows, and the model's loss on them.
+
+    Attributes:
+        identity: a digest of the windows: losses on others do not compare.
+    """
 
     def __init__(
         self,
@@ -131,10 +138,12 @@ class Validation:
         if size < window:
             say(f"the validation set is shorter than {window} tokens: one window of {size}")
         count = config.val_batch_count * config.step.batch_size
-        self.windows = fixed_windows(chunks, min(window, size), count)
-        batch_size = min(config.step.batch_size, len(self.windows))
-        self.ops = evaluate.build_evaluation(sess, state, batch_size, self.windows.shape[1])
+        self.windows = fixed_windows(chunks, min(window, size), count, config.pad_documents)
+        rows, time = self.windows.tokens.shape
+        batch_size = min(config.step.batch_size, rows)
+        self.ops = evaluate.build_evaluation(sess, state, batch_size, time)
         self.sess = sess
+        self.identity = hash_json([values.tolist() for values in self.windows])
 
     def loss(self) -> float:
         """The mean loss now, in nats a token."""
@@ -156,6 +165,7 @@ class Trainer:
         data: Data,
         config: Config,
         folder: str,
+        samples: str,
         start: str,
         resume: bool,
         overwrite: bool = False,
@@ -169,13 +179,14 @@ class Trainer:
             data: the tokens.
             config: settings.
             folder: the run's folder, locked.
+            samples: the folder that samples are written to.
             start: the checkpoint that the weights came from.
             resume: whether that is the run's own latest: its steps go on counting.
             overwrite: with `resume`, remove the run's older checkpoints and events.
             on_step: called with each step's entry; training ends when it returns False.
         """
         self.sess, self.state, self.data, self.config = sess, state, data, config
-        self.folder, self.start, self.on_step = folder, start, on_step
+        self.folder, self.samples, self.start, self.on_step = folder, samples, start, on_step
         window = training_window(data.chunks, config, state.hparams.n_ctx)
         self.ops = build(sess, state, config.step, window)
         self.sampler = Sampler(data.chunks, config.seed, config.sampling, config.pad_documents)
@@ -192,12 +203,18 @@ class Trainer:
         )
         self.sess.run(self.ops.initialize)
         self.run = self._resumed() if resume else self._new()
+        if not resume and checkpoint.is_whole(os.path.join(folder, checkpoint.BEST)):
+            say(f"Checkpoint 'best' in {folder} is that of an earlier training")
         steps = steps_to_take(data.chunks, config, window)
         self.last = None if steps is None else self.run.step + steps
+        if self.validation:
+            self._settle_best()
         if overwrite and resume:
             self.saves.overwrite()
         self.watch = Watch(folder, self.run, steps, config.print_every)
-        self.interruption = Interruption()
+        self.interruption = Interruption(
+            lambda: say("Stopping after this step, then saving; once more stops at once")
+        )
         self.has_ended = False
 
     def _new(self) -> runs.RunState:
@@ -211,8 +228,21 @@ class Trainer:
         run = runs.read_state(self.start) or self._new()
         run.step = runs.step_of(self.start)
         if run.sampler is not None:
-            self.sampler.restore(run.sampler)
+            try:
+                self.sampler.restore(run.sampler)
+            except ValueError as error:
+                say(f"{error}: the data starts anew")
         return run
+
+    def _settle_best(self) -> None:
+        """Decides whether the best loss so far still counts, and how long patience lasts."""
+        run, identity, patience = self.run, self.validation.identity, self.config.patience
+        if run.best_loss is not None and run.validation != identity:
+            say("The validation set is another than before: its best loss is yet to be found")
+            run.best_loss, run.best_step, run.worse = None, 0, 0
+        run.validation = identity
+        if patience and run.worse >= patience:
+            run.worse = 0  # that ended the last call; this one is wanted all the same
 
     def train(self) -> Result:
         """Trains to the end, saving on the way and at the end.
@@ -238,7 +268,7 @@ class Trainer:
                 raise Diverged(f"{error}; {self.go_back()}") from None
             except tf.errors.ResourceExhaustedError:
                 raise  # The weights may be those of half a step.
-            except Exception:
+            except (Exception, SystemExit):
                 self.rescue()
                 raise
         return self.result()
@@ -253,7 +283,8 @@ class Trainer:
             if self.validation and (run.step % config.val_every == 0 or run.step == self.last):
                 entry = self.validate(entry)
             self.watch.log(entry)
-            if self.on_step and self.on_step(entry) is False:
+            answer = self.on_step(entry) if self.on_step else None
+            if isinstance(answer, (bool, np.bool_)) and not answer:
                 self.has_ended = True
             if self.is_done:
                 break  # train() saves
@@ -390,7 +421,7 @@ class Trainer:
     def write_samples(self) -> None:
         """Generates samples that each follow a token drawn from the dataset; says and writes them.
 
-        They land in `samples/<run>/samples-<step + 1>`, as gpt-2-simple always named them.
+        They land in `samples/<run_name>/samples-<step + 1>`, as gpt-2-simple always named them.
         """
         config, step = self.config, self.run.step
         rng = np.random.default_rng([self.run.seed, step])
@@ -408,9 +439,8 @@ class Trainer:
         if written:
             text = "\n".join(written)
             self.watch.samples(step, text)
-            target = os.path.join(SAMPLES, os.path.basename(self.folder))
-            os.makedirs(target, exist_ok=True)
-            checkpoint.write_file(os.path.join(target, f"samples-{step + 1}"), text)
+            os.makedirs(self.samples, exist_ok=True)
+            checkpoint.write_file(os.path.join(self.samples, f"samples-{step + 1}"), text)
 
     def result(self) -> Result:
         """What this call reached."""
@@ -440,7 +470,7 @@ def training_window(chunks: Sequence[np.ndarray], config: Config, n_ctx: int) ->
     joined = config.sampling == "epoch" and not config.pad_documents
     window = window_length(chunks, wanted, "epoch" if joined else "random")
     if window < wanted:
-        say(f"the dataset is shorter than {wanted} tokens: training on windows of {window}")
+        say(f"no text of the dataset has {wanted} tokens: training on windows of {window}")
     return window
 
 

@@ -703,17 +703,43 @@ def test_split_dataset():
         split_dataset(chunks, 0.01)
 
 
+@pytest.mark.parametrize(("share", "held_out"), [(0.3, [10]), (0.01, [10]), (0.6, [20, 10])])
+def test_split_dataset_between_documents(share, held_out):
+    chunks = [np.arange(10), np.arange(20), np.arange(10)]
+    train, val = split_dataset(chunks, share, whole_chunks=True)
+    assert [len(chunk) for chunk in val] == held_out
+    assert [len(chunk) for chunk in train + val] == [10, 20, 10]
+
+
+def test_a_single_document_is_cut():
+    train, val = split_dataset([np.arange(10)], 0.3, whole_chunks=True)
+    assert (len(train[0]), len(val[0])) == (7, 3)
+
+
 def test_fixed_windows():
     chunks = [np.arange(10), np.arange(10, 50)]
-    windows = fixed_windows(chunks, 8, 3)
+    windows, weights = fixed_windows(chunks, 8, 3)
     assert windows.dtype == np.int32
     assert windows[:, 0].tolist() == [0, 21, 42]
-    everything = fixed_windows(chunks, 8, 100)
+    assert weights.tolist() == [[0] + [1] * 7] * 3
+    everything, _ = fixed_windows(chunks, 8, 100)
     assert everything.shape == (7, 8)
     assert (np.diff(everything[:, 0]) >= 7).all()
-    assert fixed_windows(chunks, 50, 3).tolist() == [list(range(50))]
+    assert fixed_windows(chunks, 50, 3).tokens.tolist() == [list(range(50))]
     with pytest.raises(ValueError, match="50 tokens"):
         fixed_windows(chunks, 51, 3)
+
+
+def test_fixed_windows_within_documents():
+    chunks = [np.arange(10, 13), np.arange(20, 30), np.arange(40, 41)]
+    windows, weights = fixed_windows(chunks, 8, 5, pad_documents=True)
+    assert windows.tolist() == [
+        [10, 11, 12, 0, 0, 0, 0, 0], [*range(20, 28)], [27, 28, 29, 0, 0, 0, 0, 0],
+    ]  # fmt: skip
+    assert weights.tolist() == [[0, 1, 1] + [0] * 5, [0] + [1] * 7, [0, 1, 1] + [0] * 5]
+    assert fixed_windows(chunks, 8, 2, pad_documents=True).tokens[:, 0].tolist() == [10, 27]
+    with pytest.raises(ValueError, match="no document of the dataset has 2 tokens"):
+        fixed_windows([np.arange(1), np.arange(1)], 2, 5, pad_documents=True)
 
 
 # Text of any length.
@@ -859,6 +885,9 @@ def test_the_cache_is_found_again_and_only_for_the_same(tmp_path, large, monkeyp
         os.rename(path, tmp_path / "b.txt")
         path = str(tmp_path / "b.txt")
         assert loaded() == 1
+    (kept,) = cache.iterdir()
+    kept.write_bytes(kept.read_bytes()[:-9])  # damaged: it is made again
+    assert loaded() == 1
     assert loaded(combine=100_000) == 2
     assert loaded(allow_special=False) == 3
     assert loaded(pad_documents=True) == 4

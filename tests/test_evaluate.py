@@ -5,6 +5,7 @@ import oracle
 import pytest
 
 from gpt_2_simple import evaluate, model, session
+from gpt_2_simple.sampler import Batch
 
 
 @pytest.fixture
@@ -24,8 +25,17 @@ def test_the_loss_is_the_mean_over_all_windows(sess, loaded, rows, monkeypatch):
     state, weights = loaded
     windows = np.random.default_rng(1).integers(0, 11, (5, 7)).astype(np.int32)
     ops = evaluate.build_evaluation(sess, state, 2, 7)  # the last batch is half full
+    wanted = np.zeros(windows.shape, np.float32)
+    wanted[:, 1:] = 1
     expected = oracle.loss(weights, state.hparams, windows)
-    assert evaluate.mean_loss(sess, ops, windows) == pytest.approx(expected, rel=1e-5)
+    found = evaluate.mean_loss(sess, ops, Batch(windows, wanted))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+    # A document that ends early: what comes after it does not count.
+    wanted[1:, 3:] = 0
+    parts = [oracle.loss(weights, state.hparams, part) for part in (windows[:1], windows[1:, :3])]
+    found = evaluate.mean_loss(sess, ops, Batch(windows, wanted))
+    assert found == pytest.approx((6 * parts[0] + 8 * parts[1]) / 14, rel=1e-5)
 
 
 def test_it_is_built_once(sess, loaded):

@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import time
 
 import pytest
 
@@ -23,6 +24,17 @@ def test_a_file_appears_when_the_block_ends(tmp_path):
         file.write(b" and half")
     assert path.read_bytes() == b"half and half"
     assert names(tmp_path) == ["a.txt"]
+
+
+def test_what_a_killed_process_left_is_removed_in_time(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / f".{name}.0123abcd.tmp").write_bytes(b"half")
+    (tmp_path / ".a.txt.ffff0000.tmp").write_bytes(b"somebody is writing this")
+    long_ago = time.time() - files.STALE - 60
+    for name in (".a.txt.0123abcd.tmp", ".b.txt.0123abcd.tmp"):
+        os.utime(tmp_path / name, (long_ago, long_ago))
+    files.write_text(tmp_path / "a.txt", "whole")
+    assert names(tmp_path) == [".a.txt.ffff0000.tmp", ".b.txt.0123abcd.tmp", "a.txt"]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])

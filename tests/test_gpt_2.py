@@ -321,6 +321,8 @@ def test_a_closed_session_says_so(workplace, use):
         ({"prefix": []}, r"prefix=\[\] must hold at least one prefix"),
         ({"stop": ""}, r"stop=\[''\] holds an empty string; leave it out"),
         ({"stop": ["a", ""]}, r"stop=\['a', ''\] holds an empty string"),
+        ({"min_length": 3}, "min_length=3 needs a stop_token to hold back"),
+        ({"truncate": ["a"]}, r"truncate=\['a'\] must be a string; stop= takes several"),
         ({"prefix": 5}, "prefix=5 must be a string or a list of strings"),
         ({"prefix": ["a", None]}, r"prefix=\['a', None\] must be a string or"),
         ({"stop": 5}, "stop=5 must be a string or a list of strings"),
@@ -331,8 +333,9 @@ def test_values_out_of_range_are_refused(loaded, changes, message):
     with pytest.raises(ValueError, match=message):
         texts(loaded, **changes)
     if not {"nsamples", "batch_size"} & changes.keys():
+        message = "prefix=.* must be a string" if "prefix" in changes else message
         with pytest.raises(ValueError, match=message):
-            stream(loaded, **changes)
+            gpt2.generate_stream(loaded, **{"length": 5, **changes})  # before the first piece
 
 
 def test_a_prefix_of_5000_tokens_is_cut_for_the_model_alone(loaded):
@@ -346,6 +349,23 @@ def test_a_prefix_of_5000_tokens_is_cut_for_the_model_alone(loaded):
     (found,) = gpt2.score(loaded, prefix)
     assert found.log_probabilities.shape == (5000,)
     assert np.isfinite(found.log_probabilities).all()
+
+
+def test_min_length_holds_the_stop_token_back(loaded):
+    first = gpt2.next_token_probs(loaded, "on")[0][0]
+    options = {"prefix": "on", "temperature": 0, "include_prefix": False, "stop_token": first}
+    assert texts(loaded, **options) == [""]
+    (held,) = texts(loaded, **options, min_length=3)
+    assert len(held) >= 3
+    assert first not in held[:3]
+    assert "".join(gpt2.generate_stream(
+        loaded, "on", length=12, temperature=0, include_prefix=False, stop_token=first, min_length=3
+    )).lstrip("\n") == held  # fmt: skip
+
+
+def test_a_prefix_to_go_on_from_must_be_text(loaded):
+    with pytest.raises(ValueError, match="prefix=5 must be a string"):
+        gpt2.next_token_probs(loaded, 5)
 
 
 def test_texts_to_score_must_be_text(loaded):
@@ -463,6 +483,131 @@ def test_text_of_any_kind_is_trained_on(workplace, sess, capsys, content, tokens
     assert finetune(sess, "some.txt", steps=1, **options).step == 1
     end = tokens < 50000  # <|endoftext|>
     assert f"dataset has {tokens + end} tokens\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["run1/", "./run1", "deep/../run1", ""])
+def test_a_run_goes_on_however_its_folder_is_spelled(workplace, sess, name):
+    os.makedirs("checkpoint/deep")
+    finetune(sess, run_name="run1" if name else "", seed=None)
+    assert finetune(sess, run_name=name, seed=None).step == 6
+
+
+def test_samples_are_kept_apart_by_the_runs_whole_name(workplace, sess):
+    for name in ("a/poems", "b/poems"):
+        finetune(sess, run_name=name, steps=2, sample_every=1, sample_length=3)
+        assert os.path.isfile(f"samples/{name}/samples-2")
+
+
+def test_a_name_in_brackets_is_no_pattern(workplace, sess):
+    finetune(sess, run_name="run[1]")
+    assert finetune(sess, run_name="run[1]").step == 6
+    gpt2.load_gpt2(sess, run_name="run[1]")
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_trained_over(workplace, sess):
+    finetune(sess)
+    data = "checkpoint/run1/model-3.data-00000-of-00001"
+    os.truncate(data, os.path.getsize(data) - 100)
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint.* restore_from='fresh'"):
+        finetune(sess)
+    os.remove("checkpoint/run1/checkpoint")
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
+        finetune(sess)
+    assert finetune(sess, restore_from="fresh").step == 3
+
+
+def test_a_load_that_fails_leaves_no_mixture_behind(workplace, sess):
+    finetune(sess, run_name="good")
+    finetune(sess, run_name="bad", learning_rate=1.0)
+    expected = texts(sess, run_name="good", temperature=0)
+    data = "checkpoint/bad/model-3.data-00000-of-00001"
+    with open(data, "r+b") as file:
+        file.seek(os.path.getsize(data) // 2)
+        file.write(b"!")
+    with pytest.raises(ValueError, match="is damaged"):
+        gpt2.load_gpt2(sess, run_name="bad")
+    with pytest.raises(RuntimeError, match="no model yet"):
+        texts(sess)
+    assert texts(sess, run_name="good", temperature=0) == expected
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_again(workplace, sess, monkeypatch):
+    finetune(sess)
+    index = "checkpoint/run1/model-3.index"
+    run, seen = sess.run, []
+
+    def run_and_replace(fetches, feed=None):
+        found = run(fetches, feed)
+        if not seen:
+            shutil.copy(index, "other")
+            os.replace("other", index)
+        seen.append(feed)
+        return found
+
+    monkeypatch.setattr(sess, "run", run_and_replace)
+    with pytest.raises(FileNotFoundError, match="model-3 was replaced while it was read"):
+        gpt2.load_gpt2(sess)
+    seen.clear()
+    with runs.lock("checkpoint/run1"):  # as a process that trains holds it
+        gpt2.load_gpt2(sess)
+    assert len(seen) == 2
+
+
+def test_a_session_that_trains_loads_nothing_else(workplace, sess):
+    finetune(sess, run_name="other")
+
+    def on_step(entry):
+        assert len(texts(sess, run_name="run1")) == 1  # its own weights may be used
+        for use in (texts, gpt2.load_gpt2, finetune):
+            with pytest.raises(RuntimeError, match="is training checkpoint/run1: load and train"):
+                use(sess, run_name="other")
+
+    assert finetune(sess, on_step=on_step).step == 3
+    gpt2.load_gpt2(sess, run_name="other")
+
+
+def test_the_best_of_an_earlier_training_is_mentioned(workplace, sess, capsys):
+    said = "Checkpoint 'best' in checkpoint/run1 is that of an earlier training\n"
+    finetune(sess, val_split=0.2)
+    finetune(sess)
+    assert said not in capsys.readouterr().out
+    finetune(sess, restore_from="fresh")
+    assert said in capsys.readouterr().out
+
+
+def test_what_goes_nowhere_is_told_before_the_work(loaded, workplace):
+    (workplace / "rows.csv").write_text("a\nb\n")
+    for work in (
+        lambda: gpt2.encode_dataset("text.txt", model_name="tiny", out_path="no/where.npz"),
+        lambda: gpt2.encode_csv("rows.csv", out_path="no/where.txt"),
+        lambda: gpt2.generate(loaded, length=3, destination_path="no/where.txt"),
+    ):
+        with pytest.raises(FileNotFoundError, match="_path='no/where.*there is no folder '/.*/no'"):
+            work()
+    gpt2.encode_dataset("text.txt", model_name="tiny", out_path=workplace / "a.TOKENS")
+    assert os.path.isfile("a.TOKENS")
+
+
+def test_a_file_of_texts_stays_if_there_is_nothing_to_replace_it(loaded, workplace):
+    (workplace / "texts.txt").write_text("old")
+    (workplace / "texts.txt.part").write_text("mine")
+    with pytest.raises(ValueError, match="leave no token to choose"):
+        gpt2.generate(loaded, length=400, no_repeat_ngram_size=1, destination_path="texts.txt")
+    assert (workplace / "texts.txt").read_text() == "old"
+    assert (workplace / "texts.txt.part").read_text() == "mine"
+    assert sorted(os.listdir()) == ["models", "text.txt", "texts.txt", "texts.txt.part"]
+
+
+@pytest.mark.parametrize("path", [5, None, {"text.txt"}, ["text.txt", 5]])
+def test_a_dataset_that_is_no_path_is_an_error(workplace, sess, path):
+    with pytest.raises(ValueError, match="the dataset .* is neither a path nor a list of paths"):
+        finetune(sess, path)
+
+
+def test_a_text_in_place_of_its_path_is_not_told_whole(workplace, sess):
+    with pytest.raises(FileNotFoundError, match="give the path of a file, not the text") as caught:
+        finetune(sess, "To be, or not to be\n" * 1000)
+    assert len(str(caught.value)) < 200
 
 
 def test_bytes_that_are_no_text_are_counted(workplace, sess):

@@ -450,7 +450,6 @@ def broken():
         ({"top_k": True}, "top_k=True"),
         ({"repetition_penalty": 0}, "repetition_penalty=0"),
         ({"no_repeat_ngram_size": -2}, "no_repeat_ngram_size=-2"),
-        ({"min_length": 3}, "min_length=3 needs a stop_token"),
         ({"stop_token": -5}, "stop_token=-5"),
         ({"bad_words": [[1], []]}, "empty word"),
     ],

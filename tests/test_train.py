@@ -281,6 +281,36 @@ def fail(at, before=lambda: None):
     return on_step
 
 
+def test_numpys_false_ends_the_training_too(small, sess):
+    assert finetune(sess, 9, on_step=lambda entry: np.float32(entry.step) < 2).step == 2
+    assert finetune(sess, 2, on_step=lambda entry: 0).step == 4  # an answer, but not that one
+
+
+def test_leaving_the_program_saves_first(small, sess):
+    with pytest.raises(SystemExit):
+        finetune(sess, 9, on_step=lambda entry: sys.exit() if entry.step == 3 else None)
+    assert checkpoint.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-3"
+
+
+def test_the_first_ctrl_c_is_answered_at_once(small, sess, capsys):
+    def on_step(entry):
+        capsys.readouterr()
+        os.kill(os.getpid(), signal.SIGINT)
+        said = "Stopping after this step, then saving; once more stops at once\n"
+        assert capsys.readouterr().out == said
+
+    assert finetune(sess, 9, on_step=on_step, verbose=1).step == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("settings.json", "[1, 2]"), ("state-2.json", '{"sampler": {}}')]
+)
+def test_a_damaged_note_beside_the_weights_does_not_stop_a_run(small, sess, name, content):
+    finetune(sess, 2)
+    (small / "checkpoint" / "run1" / name).write_text(content)
+    assert finetune(sess, 2).step == 4
+
+
 def test_the_average_of_a_short_run_is_its_last_loss(small, sess):
     result = finetune(sess, 3, print_every=50)
     assert result.average_loss == result.loss
@@ -353,6 +383,37 @@ def test_a_loss_that_is_no_number_goes_back_to_the_last_checkpoint(small, sess):
 def script_losses(monkeypatch, losses):
     remaining = iter(losses)
     monkeypatch.setattr(evaluate, "mean_loss", lambda *_: next(remaining))
+
+
+def test_losses_of_another_validation_set_do_not_compare(small, sess, monkeypatch, capsys):
+    options = {"val_every": 1, "patience": 2, "verbose": 1}
+    (small / "other.txt").write_text("nothing like it " * 9)
+    script_losses(monkeypatch, [2.0, 2.5, 2.25, 2.1, 1.9, 3.0, 2.9, 3.1, 3.2])
+    assert finetune(sess, 9, val_split=0.3, **options).step == 3
+    # It was stopped; to be gone on with all the same gives it its patience again.
+    result = finetune(sess, 2, val_split=0.3, **options)
+    assert (result.step, result.best_step) == (5, 5)
+    assert "validation set is another" not in capsys.readouterr().out
+    result = finetune(sess, 9, val_dataset="other.txt", **options)
+    assert (result.step, result.best_step, result.best_loss) == (9, 7, 2.9)
+    assert "The validation set is another than before" in capsys.readouterr().out
+
+
+def test_validation_keeps_documents_apart_too(small, sess, monkeypatch):
+    rows = "".join(f"row {n}\n" for n in range(40))
+    (small / "rows.csv").write_text("text\n" + rows)
+    seen = []
+    monkeypatch.setattr(evaluate, "mean_loss", lambda sess, ops, windows: seen.append(windows) or 1)
+    options = {"dataset": "rows.csv", "val_split": 0.2, "pad_documents": True}
+    finetune(sess, 1, **options, sampling="epoch", sequence_length=16)
+    decode = session.memory(sess).encoder.decode
+    shown = []
+    for tokens, weights in zip(*seen[0], strict=True):
+        size = int(weights.sum()) + 1
+        assert (tokens[size:] == 0).all()
+        shown.append(decode(tokens[:size]))
+    assert max(text.count("row") for text in shown) == 1
+    assert sum("row" in text for text in shown) == 8
 
 
 def test_the_best_weights_are_kept_and_patience_ends_the_training(small, sess, monkeypatch, capsys):
