@@ -71,6 +71,8 @@ def create_gpt2(
     chosen = {name: value for name, value in given.items() if value is not None}
     hparams = model.HParams(**{**size._asdict(), **chosen})
     hparams.check()
+    if hparams.n_ctx < 2:
+        raise ValueError(f"n_ctx={n_ctx} must be at least 2: a token, and the one after it")
     folder = os.path.join(model_dir, model_name)
     if os.path.lexists(folder) and not overwrite:
         raise FileExistsError(

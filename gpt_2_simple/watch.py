@@ -82,7 +82,7 @@ class Watch:
             total, weight = self.run.losses
             self.run.losses = (total * 0.99 + loss, weight * 0.99 + 1.0)
             say(f"[{step} | {self.seconds:2.2f}] loss={loss:2.2f} avg={self.average:2.2f}")
-        tokens_per_second = round(self._rate, 1)
+        tokens_per_second = round(float(self._rate), 1)
         figures = {"loss": f"{loss:.2f}", "avg": f"{self.average:.2f}", "tok/s": self._rate}
         self._bar.set_postfix(figures, refresh=False)
         self._bar.update()

@@ -266,6 +266,7 @@ def test_the_callback_sees_each_step_and_may_end_the_training(small, sess):
     assert seen == result.history
     assert [entry.step for entry in seen] == [1, 2, 3]
     assert all(0 < entry.loss < 7 and entry.tokens_per_second > 0 for entry in seen)
+    assert {type(value) for entry in seen for value in entry} == {int, float, type(None)}
 
 
 class Mishap(Exception):
