@@ -283,7 +283,15 @@ def read_rows(
 def _csv_cells(
     lines: Iterable[str], file: DataFile, rows: RowFormat, report: ReadReport
 ) -> Iterator[list[str]]:
-    reader = csv.reader(lines, delimiter="\t" if file.kind == "tsv" else ",")
+    quotes = start = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal quotes
+        for line in lines:
+            quotes += line.count('"')
+            yield line
+
+    reader = csv.reader(counted(), delimiter="\t" if file.kind == "tsv" else ",")
     before = csv.field_size_limit(LONGEST_FIELD)
     try:
         first = next((row for row in reader if row), [])
@@ -295,8 +303,14 @@ def _csv_cells(
                 f"{file.path}: the first row reads like data, so it is used; header=True skips it"
             )
         wanted = [_column_index(name, first, header, file.path) for name in rows.fields]
+        if rows.fields == [None] and len(first) > 1:
+            report.lines.append(
+                f"{file.path}: its first column is used, of {len(first)}; column= names another"
+            )
         wider = 0
+        end = reader.line_num
         for row in itertools.chain([] if header or not first else [first], reader):
+            start, end = end, reader.line_num
             wider += len(row) > len(first)
             yield [row[index] if index < len(row) else "" for index in wanted]
     except csv.Error as error:
@@ -305,6 +319,11 @@ def _csv_cells(
         ) from error
     finally:
         csv.field_size_limit(before)
+    if quotes % 2 and reader.line_num - start > 1:
+        report.warnings.append(
+            f"{file.path!r}: a quote is left open: lines {start + 1:,} to {reader.line_num:,} were "
+            "read as one row"
+        )
     if wider:
         report.warnings.append(
             f"{file.path!r}: {wider:,} rows have more columns than the first, which has "

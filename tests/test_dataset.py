@@ -117,6 +117,23 @@ def test_words_that_meet_across_a_join_are_encoded_together(tmp_path):
     assert load_dataset(ENC, tmp_path)[0].tolist() == ids_of(whole)
 
 
+def test_the_choice_of_a_first_column_is_said(tmp_path, capsys):
+    path = write(tmp_path / "a.csv", "id,text\n1,one\n2,two\n")
+    said = f"{path}: its first column is used, of 2; column= names another\n"
+    load_dataset(ENC, path)
+    assert said in capsys.readouterr().out
+    load_dataset(ENC, path, column="text")
+    load_dataset(ENC, write(tmp_path / "b.csv", "text\none\n"))
+    assert "first column" not in capsys.readouterr().out
+
+
+def test_a_quote_that_is_left_open_is_noticed(tmp_path):
+    path = write(tmp_path / "a.csv", 'text\na pipe\n"two\nlines"\n"open\nthree\nfour\n')
+    with pytest.warns(UserWarning, match="a quote is left open: lines 5 to 7 were read as one"):
+        load_dataset(ENC, path)
+    load_dataset(ENC, write(tmp_path / "b.csv", 'text\n6" pipe\nthe end\n'))  # no warning
+
+
 def test_csv_rows_are_wrapped_and_joined(tmp_path):
     path = write(tmp_path / "a.csv", 'text\nfirst\n"sec, ond",x\n"two\nlines"\n')
     with pytest.warns(UserWarning, match="1 rows have more columns"):
