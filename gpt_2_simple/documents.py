@@ -54,7 +54,7 @@ class DataFile(NamedTuple):
     Attributes:
         path: where it lies.
         kind: 'text', 'csv', 'tsv', 'jsonl', 'npz' or 'tokens', by its suffix.
-        named: whether the user named it, rather than a folder it lies in.
+        named: whether the user named it, rather than a folder it lies in or a pattern.
     """
 
     path: str
@@ -159,10 +159,10 @@ def find_files(path: Any) -> list[DataFile]:
         return _files_in_folder(path)
     found = [one for one in sorted(glob.glob(path, recursive=True)) if os.path.exists(one)]
     # '**' finds a folder and the files in it too: each file is taken once.
-    files = list({file.path: file for one in found for file in find_files(one)}.values())
+    files = {file.path: file._replace(named=False) for one in found for file in find_files(one)}
     if not files:
         raise FileNotFoundError(_not_found(path))
-    return files
+    return list(files.values())
 
 
 def kind_of(path: str) -> str:

@@ -202,6 +202,13 @@ def test_globs_and_lists(tmp_path):
     assert [file.path for file in documents.find_files([b, Path(a)])] == [b, a]
 
 
+def test_a_glob_leaves_out_what_is_no_text_as_a_folder_does(tmp_path):
+    write(tmp_path / "a.txt", "a")
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\0\0")
+    with pytest.warns(UserWarning, match=r"b\.png' is not UTF-8 text and was left out"):
+        assert texts_of(str(tmp_path / "*"), combine=1) == ["a<|endoftext|>"]
+
+
 def test_a_file_whose_name_looks_like_a_pattern(tmp_path):
     assert texts_of(write(tmp_path / "a[1].txt", "x"), combine=1) == ["x"]
 
