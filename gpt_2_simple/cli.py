@@ -945,7 +945,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 command, options = _read(argv)
                 return command.run(options)
         finally:
-            sys.stdout.flush()  # a closed pipe shows here rather than after the end
+            if sys.stdout is not None:  # a daemon has none
+                sys.stdout.flush()  # a closed pipe shows here rather than after the end
     except SystemExit as stop:  # argparse, after --help or wrong usage
         return int(stop.code or 0)
     except KeyboardInterrupt:

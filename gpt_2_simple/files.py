@@ -17,7 +17,8 @@ STALE = 86400
 def write_whole(path: str | os.PathLike[str], mark: str = ".") -> Iterator[BinaryIO]:
     """Opens a temporary file beside `path` that takes its place if the block ends well.
 
-    Whatever ends the block otherwise leaves `path` as it was, and nothing else behind.
+    Whatever ends the block otherwise leaves `path` as it was, and nothing else behind. A link
+    stays, and what it leads to is replaced. What is no file, such as a pipe, is written to.
 
     Args:
         path: the file to make or to replace; its folder must exist.
@@ -27,7 +28,11 @@ def write_whole(path: str | os.PathLike[str], mark: str = ".") -> Iterator[Binar
     Raises:
         OSError: the folder is missing or cannot be written, or the disk is full.
     """
-    folder, name = os.path.split(os.path.abspath(path))
+    if is_special(path):
+        with open(path, "wb") as file:
+            yield file
+        return
+    folder, name = os.path.split(os.path.realpath(path))
     _remove_stale(folder, f"{mark}{name}.")
     temporary = os.path.join(folder, f"{mark}{name}.{secrets.token_hex(4)}.tmp")
     file = open(temporary, "xb")
@@ -41,6 +46,11 @@ def write_whole(path: str | os.PathLike[str], mark: str = ".") -> Iterator[Binar
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
+
+
+def is_special(path: str | os.PathLike[str]) -> bool:
+    """Whether there is something that is neither file nor folder: a device, or a named pipe."""
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def _remove_stale(folder: str, start: str) -> None:

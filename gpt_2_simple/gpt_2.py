@@ -42,7 +42,7 @@ from .documents import find_files
 from .download import download_gpt2, is_gpt2_downloaded
 from .files import check_folder
 from .memory import memory_plan
-from .report import say, verbosity
+from .report import is_silent, say, verbosity
 from .sampler import split_dataset
 from .schedule import Schedule
 from .session import get_available_gpus, reset_session, start_tf_sess
@@ -81,6 +81,9 @@ __all__ = [
     "start_tf_sess",
 ]
 
+
+# The default of generate()'s run_name: "run1", as ever, but not the same as if the caller said so.
+THE_LOADED = str(b"run1", "ascii")
 
 # Attempts to load from a run that another process is training.
 LOADS = 10
@@ -264,6 +267,7 @@ def finetune(
     source = checkpoints.model_folder(model_dir, model_name)
     # So is a mistyped name, which else would leave a run's folder behind.
     find_files([dataset] if val_dataset is None else [dataset, val_dataset])
+    session.check_model(sess, checkpoints.read_hparams(source), "float32")
     run = os.path.join(checkpoint_dir, run_name)
     with verbosity(verbose), contextlib.ExitStack() as stack:
         step = dataclasses.replace(
@@ -341,7 +345,7 @@ def plot_history(
 
 def load_gpt2(
     sess: tf.compat.v1.Session,
-    checkpoint: str = "latest",
+    checkpoint: str | int = "latest",
     run_name: str = "run1",
     checkpoint_dir: str = "checkpoint",
     model_name: str | None = None,
@@ -356,7 +360,7 @@ def load_gpt2(
 
     Args:
         sess: a session, from start_tf_sess().
-        checkpoint: 'latest', 'best', or a checkpoint's name such as 'model-500'.
+        checkpoint: 'latest', 'best', or a checkpoint's name such as 'model-500', or its step.
         run_name: the run to load, a folder in `checkpoint_dir`.
         checkpoint_dir: where runs are.
         model_name: load this model, not a run; a folder in `model_dir`.
@@ -373,6 +377,8 @@ def load_gpt2(
         ValueError: the session holds a model of other sizes or precision, or the files do not fit
             together.
     """
+    if isinstance(checkpoint, int):
+        checkpoint = f"{runs.MODEL}-{checkpoint}"
     with verbosity(verbose):
         if model_name:
             folder = checkpoints.model_folder(model_dir, model_name)
@@ -428,7 +434,7 @@ def _loaded(
 ) -> session.Memory:
     """The session's model, after loading what the caller names if that is something else."""
     state = session.memory(sess)
-    named = model_name is not None or (run_name, checkpoint_dir) != ("run1", "checkpoint")
+    named = model_name is not None or run_name is not THE_LOADED or checkpoint_dir != "checkpoint"
     if state.folder is None and not named:
         raise RuntimeError(
             "this session has no model yet: call gpt2.load_gpt2(sess) for a run of yours, "
@@ -437,13 +443,16 @@ def _loaded(
     if named:
         path = (model_dir, model_name) if model_name else (checkpoint_dir, run_name)
         if os.path.abspath(os.path.join(*path)) not in (state.folder, state.base):
-            load_gpt2(sess, "latest", run_name, checkpoint_dir, model_name, model_dir)
+            load_gpt2(
+                sess, "latest", run_name, checkpoint_dir, model_name, model_dir,
+                verbose=0 if is_silent() else 1,
+            )  # fmt: skip
     return state
 
 
 def generate(
     sess: tf.compat.v1.Session,
-    run_name: str = "run1",
+    run_name: str = THE_LOADED,
     checkpoint_dir: str = "checkpoint",
     model_name: str | None = None,
     model_dir: str = "models",
@@ -483,7 +492,8 @@ def generate(
         sess: a session with a model, from load_gpt2() or finetune().
         run_name: the run to generate from; needed only if it is not what the session holds.
         checkpoint_dir: where runs are.
-        model_name: generate from this model, not from a run.
+        model_name: generate from this model, not from a run; after finetune() from that model, as
+            in 0.8.1, from what the session holds.
         model_dir: where models are.
         sample_dir: accepted for old scripts; nothing is written there.
         return_as_list: return the texts, do not print them.
@@ -504,13 +514,14 @@ def generate(
         include_prefix: False leaves the prefix out of the texts.
         max_new_tokens: in place of `length`: the name that other libraries have for it.
         stop: a string, or several: each text ends before the first of them.
-        stop_token: a token's id, or its text such as '<|endoftext|>', that ends a text.
+        stop_token: a token's id, or its text such as '<|endoftext|>' or a newline, that ends it.
         include_stop: keep the `stop` or `stop_token` at the end.
         min_length: tokens before `stop_token` may come.
         repetition_penalty: above 1 makes tokens of the text so far less likely (Keskar et al.
             2019).
         no_repeat_ngram_size: no run of this many tokens comes twice; 0 for no such rule.
-        bad_words: strings that must not be written.
+        bad_words: words that must not be written, at the start of a text or after a space; a token
+            that holds more, such as "cathedral" for "cat", is another word.
         num_beams: above 1: search the likeliest text, following this many at once (beam search);
             nothing is drawn, so temperature, top_k, top_p and seed do not count, and nsamples is
             how many of the texts found are wanted, the best first.
@@ -623,7 +634,7 @@ def generate_stream(
     end = _end(truncate, stop, include_stop, include_prefix)
     length = _new_tokens(length, max_new_tokens)
     job = texts.make_job(prefix, 1, 1, length, settings, seed, end)
-    state = _loaded(sess, "run1", "checkpoint", None, "models")
+    state = _loaded(sess, THE_LOADED, "checkpoint", None, "models")
     job = texts.with_tokens(job, state.encoder, stop_token, bad_words)
     return (piece for piece in texts.stream_text(sess, state, job) if piece)
 
@@ -646,7 +657,7 @@ def score(
         RuntimeError: the session holds no model, or is closed.
         ValueError: an empty text, or a stride out of range.
     """
-    state = _loaded(sess, "run1", "checkpoint", None, "models")
+    state = _loaded(sess, THE_LOADED, "checkpoint", None, "models")
     return score_texts(sess, state.encoder, as_strings("texts", texts), stride)
 
 
@@ -667,7 +678,7 @@ def next_token_probs(
         RuntimeError: the session holds no model, or is closed.
         ValueError: k is out of range, or the prefix is no string.
     """
-    enc = _loaded(sess, "run1", "checkpoint", None, "models").encoder
+    enc = _loaded(sess, THE_LOADED, "checkpoint", None, "models").encoder
     if not isinstance(prefix, str):
         raise ValueError(f"prefix={prefix!r} must be a string")
     found, shares = sample.next_token_probs(sess, texts.start_ids(enc, prefix), k)
@@ -677,7 +688,7 @@ def next_token_probs(
 
 def generate_to_file(
     sess: tf.compat.v1.Session,
-    run_name: str = "run1",
+    run_name: str = THE_LOADED,
     checkpoint_dir: str = "checkpoint",
     model_name: str | None = None,
     model_dir: str = "models",

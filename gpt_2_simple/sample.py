@@ -107,10 +107,11 @@ def _check_number(name: str, value: Any, remedy: str, least: float, most: float 
         raise ValueError(f"{name}={value!r} must be {remedy}")
 
 
-def _check_whole(name: str, value: Any, least: int = 0) -> None:
+def _check_whole(name: str, value: Any, least: int = 0, most: float = 2**31 - 1) -> None:
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number, {least} or above")
+    if not whole or not least <= value <= most:
+        limit = f" and at most {most}" if whole and value > most else ""
+        raise ValueError(f"{name}={value!r} must be a whole number, {least} or above{limit}")
 
 
 # --- The graph ---------------------------------------------------------------------------------
@@ -791,7 +792,7 @@ def generate_tokens(
     if chunk is not None:
         _check_whole("chunk", chunk, 1)
     if seed is not None:
-        _check_whole("seed", seed, -(2**63))
+        _check_whole("seed", seed, -(2**63), math.inf)
     ids = range(len(texts)) if row_ids is None else row_ids
     if len(ids) != len(texts):
         raise ValueError(f"{len(ids)} row_ids for {len(texts)} prefixes; give one each")
@@ -829,7 +830,7 @@ def _checked_tokens(tokens: Sequence[int], n_vocab: int) -> list[int]:
 def _cut(texts: list[list[int]], n_ctx: int, length: int) -> list[list[int]]:
     """Takes from texts that are too long their start, leaving room for at most half a context."""
     kept = n_ctx - min(length, n_ctx // 2)
-    cut = sum(len(text) - kept for text in texts if len(text) > n_ctx)
+    cut = max((len(text) - kept for text in texts if len(text) > n_ctx), default=0)
     if cut:
         warn(
             f"a prefix is longer than the context of {n_ctx} tokens: its first {cut} tokens are "
@@ -1058,7 +1059,7 @@ class Beams:
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of its range."""
         _check_whole("num_beams", self.count, 1)
-        _check_number("length_penalty", self.length_penalty, "a finite number", -1e9)
+        _check_number("length_penalty", self.length_penalty, "between -50 and 50", -50, 50)
 
     def score(self, log_probability: float, length: int) -> float:
         """What texts are compared by."""

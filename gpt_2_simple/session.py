@@ -116,17 +116,25 @@ def build_model(
                 hparams, gpus=gpus, reuse=bool(found), dtype=model.PRECISIONS[state.precision]
             )
             state.hparams, state.gpus = dataclasses.replace(hparams), gpus
-        elif state.hparams != hparams:
-            raise ValueError(
-                f"this session holds a model of other sizes ({state.hparams}, not {hparams}); "
-                "call sess = gpt2.reset_session(sess) first, or use a second session"
-            )
-        elif precision not in (None, state.precision):
-            raise ValueError(
-                f"this session holds a model in {state.precision}, and {precision} is wanted; call "
-                "sess = gpt2.reset_session(sess) first, or use a second session"
-            )
+        check_model(sess, hparams, precision)
         return state
+
+
+def check_model(sess: tf.compat.v1.Session, hparams: model.HParams, precision: str | None) -> None:
+    """Raises ValueError if the session holds a model of other sizes, or in another precision."""
+    state = memory(sess)
+    if state.weights is None:
+        return
+    if state.hparams != hparams:
+        raise ValueError(
+            f"this session holds a model of other sizes ({state.hparams}, not {hparams}); "
+            "call sess = gpt2.reset_session(sess) first, or use a second session"
+        )
+    if precision not in (None, state.precision):
+        raise ValueError(
+            f"this session holds a model in {state.precision}, and {precision} is wanted; call "
+            "sess = gpt2.reset_session(sess) first, or use a second session"
+        )
 
 
 def named_variables(state: Memory) -> dict[str, tf.Variable]:

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from . import model, sample, session
 from .encoder import Encoder, IncrementalDecoder
-from .files import check_folder
+from .files import check_folder, is_special
 from .report import progress, say
 from .step import check_whole
 
@@ -159,9 +159,10 @@ def with_tokens(
     if job.settings.min_length and stop_token is None:
         raise ValueError(f"min_length={job.settings.min_length} needs a stop_token to hold back")
     if isinstance(stop_token, str):
-        if stop_token not in enc.encoder:
+        ids = encode(enc, stop_token)
+        if len(ids) != 1:
             raise ValueError(f"stop_token={stop_token!r} is no token; give its id, or use stop=")
-        stop_token = enc.encoder[stop_token]
+        (stop_token,) = ids
     bad_words = as_strings("bad_words", bad_words or ())
     if "" in bad_words:
         raise ValueError(f"bad_words={list(bad_words)!r} holds an empty string; leave it out")
@@ -204,7 +205,7 @@ class _Text:
         self.decoder = IncrementalDecoder(enc)
         self.new = ""
         self.told = 0
-        self.ended = False
+        self.started = self.ended = False
 
     def feed(self, ids: np.ndarray | Sequence[int]) -> None:
         """Takes the next tokens; -1 stands for none."""
@@ -238,9 +239,11 @@ class _Text:
             for stop in self.end.strings:
                 held = (n for n in range(len(stop) - 1, 0, -1) if self.new.endswith(stop[:n]))
                 safe = min(safe, len(self.new) - next(held, 0))
-        first = self.told == 0
         piece, self.told = self.new[self.told : safe], max(self.told, safe)
-        return self._start() + piece if first and self.told else piece
+        if self.started or not (piece or self.ended):
+            return piece
+        self.started = True
+        return self._start() + piece
 
     def _start(self) -> str:
         return self.prefix if self.end.include_prefix else ""
@@ -424,6 +427,11 @@ def file_writer(path: str) -> Iterator[Callable[[str], None]]:
     if os.path.isdir(path):
         raise ValueError(f"destination_path={path!r} is a folder; name a file in it")
     check_folder("destination_path", path)
+    if is_special(path):
+        with open(path, "w", encoding="utf-8", errors="surrogatepass", newline="\n") as file:
+            yield lambda text: print(text, end="", file=file, flush=True)
+        return
+    path = os.path.realpath(path)
     part = f"{path}.{secrets.token_hex(4)}.part"
     keep = False
     try:

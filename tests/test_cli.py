@@ -977,3 +977,8 @@ def test_ctrl_c_in_training_saves_and_ends_with_130(tiny, monkeypatch):
     assert "interrupted" in printed
     saved = re.search(r"Saving checkpoint/run1/(model-\d+)\n$", printed)[1]
     assert (tiny / "checkpoint" / "run1" / f"{saved}.index").exists()
+
+
+def test_a_daemon_without_standard_output_ends_well(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["memory", "124M"]) == 0

@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import threading
 import time
 
 import pytest
@@ -24,6 +25,22 @@ def test_a_file_appears_when_the_block_ends(tmp_path):
         file.write(b" and half")
     assert path.read_bytes() == b"half and half"
     assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_link_stays_and_a_pipe_is_written_to(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"old")
+    os.symlink("a.txt", tmp_path / "link")
+    files.write_text(tmp_path / "link", "new")
+    assert os.path.islink(tmp_path / "link")
+    assert (tmp_path / "a.txt").read_bytes() == b"new"
+    os.mkfifo(tmp_path / "pipe")
+    read = []
+    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()))
+    reader.start()
+    files.write_text(tmp_path / "pipe", "through")
+    reader.join(60)
+    assert read == [b"through"]
+    assert names(tmp_path) == ["a.txt", "link", "pipe"]
 
 
 def test_what_a_killed_process_left_is_removed_in_time(tmp_path):

@@ -322,6 +322,10 @@ def test_a_closed_session_says_so(workplace, use):
         ({"stop": ""}, r"stop=\[''\] holds an empty string; leave it out"),
         ({"stop": ["a", ""]}, r"stop=\['a', ''\] holds an empty string"),
         ({"min_length": 3}, "min_length=3 needs a stop_token to hold back"),
+        (
+            {"top_k": 2**31},
+            "top_k=2147483648 must be a whole number, 0 or above and at most 2147483",
+        ),
         ({"truncate": ["a"]}, r"truncate=\['a'\] must be a string; stop= takes several"),
         ({"prefix": 5}, "prefix=5 must be a string or a list of strings"),
         ({"prefix": ["a", None]}, r"prefix=\['a', None\] must be a string or"),
@@ -341,10 +345,12 @@ def test_values_out_of_range_are_refused(loaded, changes, message):
 def test_a_prefix_of_5000_tokens_is_cut_for_the_model_alone(loaded):
     prefix = "All work and no play makes Jack " * 157  # a byte is a token here
     prefix = prefix[:5000]
-    with pytest.warns(UserWarning, match="longer than the context of 32.* first 4980 tokens") as w:
-        (whole,) = texts(loaded, prefix=prefix)
+    message = "longer than the context of 32.* first 4980 tokens"
+    with pytest.warns(UserWarning, match=message) as w:
+        whole, again = texts(loaded, prefix=[prefix, "on"], batch_size=2)
     assert [warning.filename for warning in w] == [__file__]  # the user's line, not ours
     assert whole.startswith(prefix)
+    assert again.startswith("on")
     assert whole[5000:] == texts(loaded, prefix=prefix[4980:])[0][20:]
     (found,) = gpt2.score(loaded, prefix)
     assert found.log_probabilities.shape == (5000,)
@@ -366,6 +372,68 @@ def test_min_length_holds_the_stop_token_back(loaded):
 def test_a_prefix_to_go_on_from_must_be_text(loaded):
     with pytest.raises(ValueError, match="prefix=5 must be a string"):
         gpt2.next_token_probs(loaded, 5)
+
+
+def test_a_stop_token_is_named_by_its_text(workplace, sess):
+    gpt2.create_gpt2("text.txt", "words", n_layer=1, n_head=1, n_embd=8, n_ctx=16, vocab_size=300)
+    gpt2.load_gpt2(sess, model_name="words", verbose=0)
+    enc = gpt2.encoder.get_encoder("models/words")
+    for text in ("\n", " ", enc.decode([280])):
+        (token,) = enc.encode(text)
+        found = gpt2.generate(sess, stop_token=text, length=8, seed=1, return_as_list=True)
+        assert found == gpt2.generate(sess, stop_token=token, length=8, seed=1, return_as_list=True)
+    with pytest.raises(ValueError, match="stop_token='é' is no token; give its id, or use stop="):
+        gpt2.generate(sess, stop_token="é")  # two bytes; byte 0xE9 has this name in encoder.json
+
+
+def test_a_stream_that_ends_at_once_has_its_prefix(loaded, capsys):
+    options = {"length": 9, "temperature": 0, "stop": gpt2.next_token_probs(loaded, "on", 1)[0][0]}
+    assert texts(loaded, prefix="on", **options) == ["on"]
+    assert list(gpt2.generate_stream(loaded, "on", **options)) == ["on"]
+    assert list(gpt2.generate_stream(loaded, "on", include_prefix=False, **options)) == []
+    gpt2.generate(loaded, prefix="on", stream=True, **options)
+    assert capsys.readouterr().out == "on\n"
+
+
+def test_a_run_that_is_named_is_the_one_that_writes(workplace, sess, capsys):
+    for name in ("run1", "run2"):
+        finetune(sess, run_name=name, learning_rate=0.01 if name == "run1" else 0.1)
+    second = texts(sess)
+    first = texts(sess, run_name="run1")
+    assert first != second
+    gpt2.load_gpt2(sess, run_name="run2")
+    assert texts(sess) == second
+    capsys.readouterr()
+    assert texts(sess, run_name="run1", verbose=0) == first
+    assert capsys.readouterr().out == ""
+    gpt2.generate_to_file(sess, run_name="run2", seed=5, length=12)
+    assert (workplace / "gpt_2_gen_texts.txt").read_text() == f"{second[0]}\n"
+    gpt2.load_gpt2(sess, 3, run_name="run1")
+    assert texts(sess) == first
+
+
+def test_a_refused_training_leaves_no_run(workplace, sess):
+    gpt2.load_gpt2(sess, model_name="tiny", precision="bfloat16")
+    with pytest.raises(ValueError, match="holds a model in bfloat16"):
+        finetune(sess)
+    assert not os.path.exists("checkpoint")
+
+
+def test_texts_go_through_a_link_and_into_a_pipe(loaded, workplace):
+    (workplace / "texts.txt").write_text("old")
+    os.symlink("texts.txt", "link.txt")
+    gpt2.generate_to_file(loaded, destination_path="link.txt", length=5, seed=1)
+    assert os.path.islink("link.txt")
+    expected = (workplace / "texts.txt").read_text()
+    assert expected == texts(loaded, length=5, seed=1)[0] + "\n"
+    os.mkfifo("pipe")
+    read = []
+    reader = threading.Thread(target=lambda: read.append((workplace / "pipe").read_text()))
+    reader.start()
+    gpt2.generate_to_file(loaded, destination_path="pipe", length=5, seed=1)
+    reader.join(60)
+    assert read == [expected]
+    assert not os.path.isfile("pipe")
 
 
 def test_texts_to_score_must_be_text(loaded):
