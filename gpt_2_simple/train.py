@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from . import checkpoint, evaluate, history, runs, sample, session, texts
 from .interruption import Interruption
-from .report import say
+from .report import say, verbosity
 from .sampler import SAMPLING, Sampler, fixed_windows, window_length
 from .schedule import Schedule, steps_of_epochs
 from .step import StepConfig, build, check_whole
@@ -268,6 +268,10 @@ class Trainer:
                 raise Diverged(f"{error}; {self.go_back()}") from None
             except tf.errors.ResourceExhaustedError:
                 raise  # The weights may be those of half a step.
+            except BrokenPipeError:
+                with verbosity(0):  # nobody reads what is printed any more
+                    self.rescue()
+                raise
             except (Exception, SystemExit):
                 self.rescue()
                 raise

@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import io
 import math
 import os
 import re
@@ -291,6 +292,20 @@ def test_leaving_the_program_saves_first(small, sess):
     with pytest.raises(SystemExit):
         finetune(sess, 9, on_step=lambda entry: sys.exit() if entry.step == 3 else None)
     assert checkpoint.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-3"
+
+
+def test_a_reader_that_leaves_costs_no_steps(small, sess, monkeypatch):
+    class Pipe(io.StringIO):
+        def write(self, text):
+            if "[3 |" in self.getvalue():
+                raise BrokenPipeError
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stdout", Pipe())
+    with pytest.raises(BrokenPipeError):
+        finetune(sess, 9, verbose=1)
+    saved = runs.step_of(checkpoint.latest_checkpoint("checkpoint/run1"))
+    assert saved in (3, 4)
 
 
 def test_the_first_ctrl_c_is_answered_at_once(small, sess, capsys):
