@@ -48,7 +48,7 @@ def main() -> None:
         measure(*arguments.measure, arguments.vocabulary)
         return
     print(f"{core_count()} cores")
-    print(f"{'MB':>8} {'encoder':<24} {'MB/s':>8} {'x tiktoken':>11} {'memory, MB':>11}")
+    print(f"{'MB':>8} {'encoder':<24} {'MB/s':>8} {'x tiktoken':>11} {'tokens':>14} {'memory':>11}")
     for size in arguments.sizes:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "text.txt")
@@ -123,7 +123,8 @@ def report(size: float, name: str, rounds: list[dict[str, dict[str, float] | str
     ]
     ratio = f"{statistics.median(ratios):11.2f}" if ratios else f"{'?':>11}"
     memory = f"{median('memory'):11.0f}" if "memory" in results[0] else f"{'?':>11}"
-    print(f"{size:8.1f} {name:<24} {size / median('seconds'):8.2f} {ratio} {memory}", flush=True)
+    speed, tokens = size / median("seconds"), results[0]["tokens"]
+    print(f"{size:8.1f} {name:<24} {speed:8.2f} {ratio} {tokens:14,.0f} {memory}", flush=True)
     if "seconds_again" in results[0]:
         label = f"{name}, kept tokens"
         print(f"{size:8.1f} {label:<24} {size / median('seconds_again'):8.2f}", flush=True)
