@@ -295,13 +295,7 @@ def _csv_cells(
     before = csv.field_size_limit(LONGEST_FIELD)
     try:
         first = next((row for row in reader if row), [])
-        header = rows.header
-        if header is None:
-            header = any(name in first for name in rows.fields) or _names_columns(first)
-        if not header and rows.header is None:
-            report.lines.append(
-                f"{file.path}: the first row reads like data, so it is used; header=True skips it"
-            )
+        header = _has_header(first, file, rows, report)
         wanted = [_column_index(name, first, header, file.path) for name in rows.fields]
         if rows.fields == [None] and len(first) > 1:
             report.lines.append(
@@ -329,6 +323,18 @@ def _csv_cells(
             f"{file.path!r}: {wider:,} rows have more columns than the first, which has "
             f"{len(first)}; text that holds the delimiter must be in quotes, or is cut there"
         )
+
+
+def _has_header(first: list[str], file: DataFile, rows: RowFormat, report: ReadReport) -> bool:
+    """Whether a table's first row names its columns: as the caller says, or as it looks."""
+    if rows.header is not None:
+        return rows.header
+    header = any(name in first for name in rows.fields) or _names_columns(first)
+    if not header:
+        report.lines.append(
+            f"{file.path}: the first row reads like data, so it is used; header=True skips it"
+        )
+    return header
 
 
 def _names_columns(row: list[str]) -> bool:

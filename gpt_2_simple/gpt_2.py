@@ -267,14 +267,15 @@ def finetune(
     source = checkpoints.model_folder(model_dir, model_name)
     # So is a mistyped name, which else would leave a run's folder behind.
     find_files([dataset] if val_dataset is None else [dataset, val_dataset])
-    session.check_model(sess, checkpoints.read_hparams(source), "float32")
+    hparams = checkpoints.read_hparams(source)
+    session.check_model(sess, hparams, "float32")
     run = os.path.join(checkpoint_dir, run_name)
     with verbosity(verbose), contextlib.ExitStack() as stack:
         step = dataclasses.replace(
             config.step, precision=session.fit_precision(sess, config.step.precision)
         )
         if use_memory_saving_gradients is None:
-            step = memory.choose(sess, checkpoints.read_hparams(source), step, model_name)
+            step = memory.choose(sess, hparams, step, model_name)
         config = dataclasses.replace(config, step=step)
         stack.enter_context(runs.lock(run))
         runs.prepare(run, source)
