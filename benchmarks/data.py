@@ -142,7 +142,8 @@ def measure(name: str, path: str, vocabulary: str) -> None:
 
 def measure_ours(path: str, vocabulary: str) -> dict[str, float]:
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from gpt_2_simple import dataset, encoder
+    from gpt_2_simple import encoder
+    from gpt_2_simple.data import dataset
 
     with tempfile.TemporaryDirectory() as cache, watched_memory() as memory:
         start = time.perf_counter()

@@ -29,7 +29,7 @@ import numpy as np
 import tensorflow as tf
 
 import gpt_2_simple as gpt2
-from gpt_2_simple import checkpoint, runs
+from gpt_2_simple.storage import checkpoint, runs
 
 SIZES = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_ctx": 16}
 TEXT = "".join(f"{n} green bottles, hanging on the wall.\n" for n in range(20))

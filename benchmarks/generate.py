@@ -53,7 +53,8 @@ def write_vocabulary(folder: Path) -> None:
 def write_run(size: str) -> None:
     """checkpoint/run1/ with a model of random weights."""
     import_ours()
-    from gpt_2_simple import checkpoint, memory
+    from gpt_2_simple.storage import checkpoint
+    from gpt_2_simple.training import memory_plan as memory
 
     run = Path("checkpoint/run1")
     write_vocabulary(run)

@@ -71,7 +71,8 @@ def prepare(folder: Path, size: str) -> None:
     import numpy as np
     from generate import write_vocabulary
 
-    from gpt_2_simple import checkpoint, memory
+    from gpt_2_simple.storage import checkpoint
+    from gpt_2_simple.training import memory_plan as memory
 
     model = folder / "models" / size
     if not (model / "checkpoint").exists():
@@ -142,7 +143,7 @@ CARDS = [4, 6, 8, 11, 16, 24]
 
 def fits_table() -> str:
     """The README's table of what fits, from the plan: a row a card, a column a model."""
-    from gpt_2_simple import memory
+    from gpt_2_simple.training import memory_plan as memory
 
     sizes = list(memory.PUBLISHED)
     lines = [f"| card | {' | '.join(sizes)} |", "|---" * (len(sizes) + 1) + "|"]
@@ -181,7 +182,7 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     log = arguments.folder / "memory.log"
     sys.path.insert(0, str(ROOT))
-    from gpt_2_simple import memory
+    from gpt_2_simple.training import memory_plan as memory
 
     print(
         "| model, optimizer, micro-batches | goal, MB | trained under, MB | plan | floor | notes |"

@@ -30,13 +30,14 @@ BEAMS = 4
 def ours(folder: str, size: str, time: int) -> dict:
     """Losses, scores and texts; leaves the weights it began with in weights.npz."""
     import_ours()
-    from gpt_2_simple import gpt_2, sample, session, step
+    from gpt_2_simple import gpt_2, sample, session
+    from gpt_2_simple.training import step
 
     os.chdir(folder)
     write_run(size)
     sess = gpt_2.start_tf_sess()
     gpt_2.load_gpt2(sess)
-    state = session.memory(sess)
+    state = session.graph_state(sess)
     names = session.named_variables(state)
     np.savez("weights.npz", **dict(zip(names, sess.run(list(names.values())), strict=True)))
     windows = np.load("tokens.npy")
@@ -56,7 +57,7 @@ def ours(folder: str, size: str, time: int) -> dict:
     scores = [scores.mean() for scores in sample.score_tokens(sess, unseen)]
     start = unseen[:1, :20].tolist()
     (greedy,) = sample.generate_tokens(
-        sess, start, LENGTH, sample.Sampling(temperature=0), chunk=LENGTH
+        sess, start, LENGTH, sample.SamplingParams(temperature=0), chunk=LENGTH
     )
     with sample.Search(sess, start, LENGTH, sample.Beams(BEAMS)) as search:
         while not search.done:

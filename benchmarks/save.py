@@ -23,11 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tensorflow as tf
 
 import gpt_2_simple as gpt2
-from gpt_2_simple import memory, model, runs, session
-from gpt_2_simple.optimizer import make_optimizer
+from gpt_2_simple import model, session
+from gpt_2_simple.storage import checkpoint_manager, runs
+from gpt_2_simple.training import memory_plan as memory
+from gpt_2_simple.training.optimizer import make_optimizer
 
 
-def make_saves(sess: tf.compat.v1.Session, folder: str) -> runs.Saves:
+def make_saves(sess: tf.compat.v1.Session, folder: str) -> checkpoint_manager.CheckpointManager:
     """The operations that save a new model and its Adam state, which the session then holds."""
     state = session.build_model(sess, memory.published_hparams("124M"), [])
     variables = model.flatten(state.weights)
@@ -37,10 +39,10 @@ def make_saves(sess: tf.compat.v1.Session, folder: str) -> runs.Saves:
             optimizer.apply(tf.zeros(variable.shape), variable)
         slots = optimizer.variables()
         sess.run([variable.initializer for variable in [*variables, *slots]])
-    return runs.Saves(sess, state, folder, 1, slots, None)
+    return checkpoint_manager.CheckpointManager(sess, state, folder, 1, slots, None)
 
 
-def timed_save(saves: runs.Saves, step: int) -> tuple[float, int]:
+def timed_save(saves: checkpoint_manager.CheckpointManager, step: int) -> tuple[float, int]:
     """Seconds that a save takes, as the loop does it, and how many bytes it writes."""
     started = time.perf_counter()
     if not saves.are_weights_finite():

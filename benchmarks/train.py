@@ -34,7 +34,9 @@ class Ours:
         import tensorflow as tf
 
         import gpt_2_simple  # noqa: F401 (sets TF_ENABLE_ONEDNN_OPTS)
-        from gpt_2_simple import memory, session, step
+        from gpt_2_simple import session
+        from gpt_2_simple.training import memory_plan as memory
+        from gpt_2_simple.training import step
 
         self.sess = session.start_tf_sess()
         state = session.build_model(self.sess, memory.published_hparams(size), [])

@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import re
-import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,10 +23,8 @@ from pathlib import Path
 import numpy as np
 import regex
 
-from .files import write_text
-
 END_OF_TEXT = "<|endoftext|>"
-_MERGES_HEADER = "#version"
+MERGES_HEADER = "#version"
 
 # Letters and numbers that came with Unicode 17 and 18. tiktoken 0.14 and tokenizers 0.23 know
 # Unicode 16; newer releases of `regex` know more. Without this a word's ids would depend on the
@@ -380,7 +377,7 @@ def get_encoder(folder: str | os.PathLike[str]) -> Encoder:
 def _load(folder: str, stamps: tuple[tuple[int, int], ...]) -> Encoder:
     """Reads a vocabulary; `stamps` are part of what the cache compares."""
     vocabulary, merges = Path(folder, "encoder.json"), Path(folder, "vocab.bpe")
-    encoder, bpe_merges = _read_vocabulary(vocabulary), _read_merges(merges)
+    encoder, bpe_merges = read_vocabulary(vocabulary), read_merges(merges)
     try:
         return Encoder(encoder, bpe_merges)
     except ValueError as error:
@@ -394,63 +391,6 @@ def check_vocabulary(encoder: Encoder, n_vocab: int, folder: str | os.PathLike[s
             f"{Path(folder, 'encoder.json')} has {encoder.n_vocab} tokens, but n_vocab={n_vocab} "
             "in hparams.json: these files belong to different models"
         )
-
-
-def byte_vocabulary() -> Encoder:
-    """A vocabulary of 257 tokens for any language: the 256 bytes and `<|endoftext|>`, no merges."""
-    tokens = [*bytes_to_unicode().values(), END_OF_TEXT]
-    return Encoder({token: token_id for token_id, token in enumerate(tokens)}, [])
-
-
-def train_vocabulary(texts: Iterable[str], vocab_size: int) -> Encoder:
-    """Learns a byte-level BPE vocabulary from text with the `tokenizers` library.
-
-    Args:
-        texts: the text, in parts of any size.
-        vocab_size: how many tokens at most, at least 257; a short text yields fewer.
-
-    Returns:
-        The vocabulary: the 256 bytes, the merges' tokens, and `<|endoftext|>` last.
-
-    Raises:
-        ImportError: `tokenizers` is not installed.
-        ValueError: vocab_size is below 257.
-    """
-    fewest = len(bytes_to_unicode()) + 1
-    if vocab_size < fewest:
-        raise ValueError(
-            f"vocab_size={vocab_size} must be at least {fewest}: 256 bytes and {END_OF_TEXT}"
-        )
-    try:
-        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    except ImportError as error:
-        raise ImportError(
-            'training a vocabulary needs the tokenizers library: pip install "gpt_2_simple[bpe]"'
-        ) from error
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        initial_alphabet=sorted(bytes_to_unicode().values()),
-        show_progress=False,
-    )
-    # The library takes no lone surrogates.
-    tokenizer.train_from_iterator(
-        (text.encode("utf-8", "replace").decode() for text in texts), trainer
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        vocabulary, merges = tokenizer.model.save(folder)
-        encoder, bpe_merges = _read_vocabulary(Path(vocabulary)), _read_merges(Path(merges))
-    encoder[END_OF_TEXT] = len(encoder)
-    return Encoder(encoder, bpe_merges)
-
-
-def save_vocabulary(encoder: Encoder, folder: str | os.PathLike[str]) -> None:
-    """Writes encoder.json and vocab.bpe as GPT-2 has them, each of them whole or not at all."""
-    merges = "".join(f"{left} {right}\n" for left, right in encoder.bpe_merges)
-    os.makedirs(folder, exist_ok=True)
-    write_text(Path(folder, "encoder.json"), json.dumps(encoder.encoder))
-    write_text(Path(folder, "vocab.bpe"), f"{_MERGES_HEADER}: 0.2\n{merges}")
 
 
 def _chunks(text: str) -> Iterator[str]:
@@ -513,7 +453,7 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _read_vocabulary(path: Path) -> dict[str, int]:
+def read_vocabulary(path: Path) -> dict[str, int]:
     """encoder.json: a JSON object of tokens and ids."""
     try:
         encoder = json.loads(_read_text(path))
@@ -527,10 +467,10 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
     return encoder
 
 
-def _read_merges(path: Path) -> list[tuple[str, str]]:
+def read_merges(path: Path) -> list[tuple[str, str]]:
     """vocab.bpe: a header, then two tokens a line."""
     lines = _read_text(path).rstrip("\n").split("\n")
-    has_header = lines[0].startswith(_MERGES_HEADER)
+    has_header = lines[0].startswith(MERGES_HEADER)
     merges = []
     for number, line in enumerate(lines[has_header:], start=1 + has_header):
         left, _, right = line.partition(" ")

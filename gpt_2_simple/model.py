@@ -7,13 +7,15 @@ shapes of the variables are those of OpenAI's published checkpoints.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
+
+from .common.hparams import HParams
+from .common.hparams import default_hparams as default_hparams  # public here, as in OpenAI's code
 
 # With a static sequence length, queries attend in chunks of this many rows, each to the keys it may
 # see: less than the whole square of scores is then computed and stored.
@@ -31,59 +33,10 @@ CHECKPOINTS = "checkpoints"
 PRECISIONS = {"float32": tf.float32, "bfloat16": tf.bfloat16, "float16": tf.float16}
 
 
-@dataclasses.dataclass
-class HParams:
-    """GPT-2's hyper-parameters, named as in `hparams.json`.
-
-    Attributes:
-        n_vocab: tokens in the vocabulary.
-        n_ctx: longest context, in tokens.
-        n_embd: width of the residual stream.
-        n_head: attention heads in a block; divides n_embd.
-        n_layer: transformer blocks.
-    """
-
-    n_vocab: int = 0
-    n_ctx: int = 1024
-    n_embd: int = 768
-    n_head: int = 12
-    n_layer: int = 12
-
-    def override_from_dict(self, param_dict: Mapping[str, int]) -> None:
-        """Replaces the named values; those that `param_dict` does not name stay.
-
-        Raises:
-            ValueError: an unknown name, or a value that is not a positive integer, or heads that
-                do not divide the width. Nothing is changed then.
-        """
-        names = [field.name for field in dataclasses.fields(self)]
-        unknown = sorted(set(param_dict) - set(names))
-        if unknown:
-            raise ValueError(f"unknown hyper-parameters {unknown}; GPT-2 has {names}")
-        dataclasses.replace(self, **param_dict).check()
-        for name, value in param_dict.items():
-            setattr(self, name, value)
-
-    def check(self) -> None:
-        """Raises ValueError for sizes no GPT-2 can have; n_vocab may still be 0 (not known yet)."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.name == "n_vocab" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{field.name}={value!r} must be a whole number above 0")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
-
-
 def check_precision(precision: str) -> None:
     """Raises ValueError for a name that is not in PRECISIONS."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} must be one of {list(PRECISIONS)}")
-
-
-def default_hparams() -> HParams:
-    """The 124M model's hyper-parameters, but for n_vocab=0: the vocabulary decides that."""
-    return HParams()
 
 
 class Affine(NamedTuple):

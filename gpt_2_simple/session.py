@@ -12,14 +12,14 @@ import tensorflow as tf
 from tensorflow.core.protobuf import rewriter_config_pb2
 
 from . import model
-from .report import say
+from .common.report import say
 
 # A key that is no string is skipped when a graph is exported.
-_MEMORY = ("gpt_2_simple",)
+_COLLECTION = ("gpt_2_simple",)
 
 
 @dataclasses.dataclass
-class Memory:
+class GraphState:
     """What a graph remembers between calls, so that a second call builds nothing.
 
     Attributes:
@@ -47,10 +47,10 @@ class Memory:
     built: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
 
-_new_memory = threading.Lock()
+_new_state = threading.Lock()
 
 
-def memory(sess: tf.compat.v1.Session) -> Memory:
+def graph_state(sess: tf.compat.v1.Session) -> GraphState:
     """What the session's graph remembers; made on first use.
 
     Raises:
@@ -61,15 +61,15 @@ def memory(sess: tf.compat.v1.Session) -> Memory:
         raise TypeError(f"sess={sess!r} is no session; make one with gpt2.start_tf_sess()")
     if getattr(sess, "_closed", False):
         raise RuntimeError("this session is closed; make another with start_tf_sess()")
-    with _new_memory:
-        found = sess.graph.get_collection_ref(_MEMORY)
+    with _new_state:
+        found = sess.graph.get_collection_ref(_COLLECTION)
         if not found:
-            found.append(Memory())
+            found.append(GraphState())
         return found[0]
 
 
 @contextlib.contextmanager
-def training(state: Memory, folder: str) -> Iterator[None]:
+def training(state: GraphState, folder: str) -> Iterator[None]:
     """Within this block the session's weights are those of the run in `folder`, being trained."""
     state.training = folder
     try:
@@ -80,7 +80,7 @@ def training(state: Memory, folder: str) -> Iterator[None]:
 
 def check_idle(sess: tf.compat.v1.Session) -> None:
     """Raises RuntimeError if the session's weights are being trained, by the caller perhaps."""
-    folder = memory(sess).training
+    folder = graph_state(sess).training
     if folder is not None:
         raise RuntimeError(
             f"this session is training {folder}: load and train others in a session of their own, "
@@ -93,7 +93,7 @@ def build_model(
     hparams: model.HParams,
     gpus: list[str],
     precision: str | None = None,
-) -> Memory:
+) -> GraphState:
     """Gives the session's graph the model's variables, unless it has them already.
 
     Args:
@@ -107,7 +107,7 @@ def build_model(
     """
     if precision is not None:
         model.check_precision(precision)
-    state = memory(sess)
+    state = graph_state(sess)
     with state.lock, sess.graph.as_default():
         if state.weights is None:
             found = [v.op.name for v in tf.compat.v1.global_variables() if v.op.name == "model/wte"]
@@ -122,7 +122,7 @@ def build_model(
 
 def check_model(sess: tf.compat.v1.Session, hparams: model.HParams, precision: str | None) -> None:
     """Raises ValueError if the session holds a model of other sizes, or in another precision."""
-    state = memory(sess)
+    state = graph_state(sess)
     if state.weights is None:
         return
     if state.hparams != hparams:
@@ -137,7 +137,7 @@ def check_model(sess: tf.compat.v1.Session, hparams: model.HParams, precision: s
         )
 
 
-def named_variables(state: Memory) -> dict[str, tf.Variable]:
+def named_variables(state: GraphState) -> dict[str, tf.Variable]:
     """The model's variables by their names in a checkpoint, such as 'model/wte'."""
     return {variable.op.name: variable for variable in model.flatten(state.weights)}
 
@@ -210,7 +210,7 @@ def reset_session(
         A new session, ready for another model.
     """
     sess.close()
-    sess.graph.get_collection_ref(_MEMORY).clear()
+    sess.graph.get_collection_ref(_COLLECTION).clear()
     return start_tf_sess(threads, server)
 
 

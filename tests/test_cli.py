@@ -19,7 +19,11 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
-from gpt_2_simple import cli, dataset, download, gpt_2, memory, model
+from gpt_2_simple import gpt_2, model
+from gpt_2_simple.cli import main as cli
+from gpt_2_simple.data import dataset
+from gpt_2_simple.storage import download
+from gpt_2_simple.training import memory_plan as memory
 
 ROOT = Path(__file__).parent.parent
 
@@ -813,7 +817,7 @@ def python(*argv, **options):
 WITHOUT_TENSORFLOW = """
 import sys
 sys.modules["tensorflow"] = None
-from gpt_2_simple.cli import main
+from gpt_2_simple.cli.main import main
 for line in sys.argv[1:]:
     print("ended with", main(line.split()))
     print("after", line, file=sys.stderr)

@@ -18,9 +18,10 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt_2_simple import dataset, documents, parallel_encode, token_file
-from gpt_2_simple.dataset import (
-    Sampler,
+from gpt_2_simple.data import dataset, parallel_encode, tables, token_file
+from gpt_2_simple.data import text_files as documents
+from gpt_2_simple.data.dataset import (
+    WindowSampler,
     encode_csv,
     fixed_windows,
     load_dataset,
@@ -418,7 +419,7 @@ def test_fields_longer_than_csv_allows_by_default(tmp_path):
 
 
 def test_an_open_quote_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "LONGEST_FIELD", 1000)
+    monkeypatch.setattr(tables, "LONGEST_FIELD", 1000)
     path = write(tmp_path / "a.csv", 'text\n"open\n' + "row\n" * 1000)
     with pytest.raises(ValueError, match="a.csv', line .*quote left open"):
         load_dataset(ENC, path)
@@ -575,7 +576,7 @@ def test_a_token_file_that_is_not_ours(tmp_path):
 
 def test_random_windows_are_fair_and_stay_within_chunks():
     chunks = [np.arange(10), np.arange(100, 103), np.arange(200, 204)]
-    sampler = Sampler(chunks, seed=1)
+    sampler = WindowSampler(chunks, seed=1)
     assert sampler.total_size == 17
     drawn = Counter(tuple(sampler.sample(3).tolist()) for _ in range(11_000))
     possible = {tuple(c[i : i + 3].tolist()) for c in chunks for i in range(len(c) - 2)}
@@ -585,29 +586,29 @@ def test_random_windows_are_fair_and_stay_within_chunks():
 
 
 def test_tokens_that_random_windows_never_reach_are_told(capsys):
-    sampler = Sampler([np.arange(30), np.arange(4), np.arange(5)], seed=0)
+    sampler = WindowSampler([np.arange(30), np.arange(4), np.arange(5)], seed=0)
     sampler.sample_batch(3, 5)
     sampler.sample_batch(3, 5)
     assert capsys.readouterr().out.count("4 of the 39 tokens") == 1
 
 
 def test_a_window_as_long_as_the_data():
-    assert Sampler([np.arange(4)], seed=0).sample(4).tolist() == [0, 1, 2, 3]
+    assert WindowSampler([np.arange(4)], seed=0).sample(4).tolist() == [0, 1, 2, 3]
 
 
 def test_batches_are_int32_and_the_same_as_single_windows():
     chunks = [np.arange(1000, dtype=np.uint16)]
-    batch = Sampler(chunks, seed=3).sample_batch(4, 10)
+    batch = WindowSampler(chunks, seed=3).sample_batch(4, 10)
     assert batch.dtype == np.int32
     assert batch.shape == (4, 10)
-    singles = Sampler(chunks, seed=3)
+    singles = WindowSampler(chunks, seed=3)
     assert [singles.sample(10).tolist() for _ in range(4)] == batch.tolist()
 
 
 def test_the_global_seed_is_left_alone():
     np.random.seed(5)
     before = np.random.get_state()[1].tolist()
-    Sampler([np.arange(100)]).sample_batch(2, 10)
+    WindowSampler([np.arange(100)]).sample_batch(2, 10)
     assert np.random.get_state()[1].tolist() == before
 
 
@@ -616,11 +617,11 @@ def test_the_global_seed_is_left_alone():
 def test_a_restored_sampler_draws_the_same_windows(sampling, pad_documents):
     chunks = [np.arange(30), np.arange(50, 57), np.arange(100, 180)]
     options = {"sampling": sampling, "pad_documents": pad_documents}
-    sampler = Sampler(chunks, seed=7, **options)
+    sampler = WindowSampler(chunks, seed=7, **options)
     sampler.sample_batch(5, 6)
     state = json.loads(json.dumps(sampler.state()))
     expected = [sampler.sample_batch(3, 6).tolist() for _ in range(20)]
-    resumed = Sampler(chunks, seed=8, **options)
+    resumed = WindowSampler(chunks, seed=8, **options)
     resumed.restore(state)
     assert [resumed.sample_batch(3, 6).tolist() for _ in range(20)] == expected
     assert resumed.times_seen == sampler.times_seen
@@ -628,21 +629,21 @@ def test_a_restored_sampler_draws_the_same_windows(sampling, pad_documents):
 
 
 def test_a_state_taken_before_any_draw():
-    sampler = Sampler([np.arange(30)], seed=7, sampling="epoch")
-    resumed = Sampler([np.arange(30)], seed=8, sampling="epoch")
+    sampler = WindowSampler([np.arange(30)], seed=7, sampling="epoch")
+    resumed = WindowSampler([np.arange(30)], seed=8, sampling="epoch")
     resumed.restore(sampler.state())
     assert sampler.times_seen == 0
     assert sampler.sample_batch(9, 6).tolist() == resumed.sample_batch(9, 6).tolist()
 
 
 def test_a_state_of_other_data_begins_a_new_epoch(capsys):
-    sampler = Sampler([np.arange(30)], seed=7, sampling="epoch")
+    sampler = WindowSampler([np.arange(30)], seed=7, sampling="epoch")
     sampler.sample(5)
-    resumed = Sampler([np.arange(40)], seed=8, sampling="epoch")
+    resumed = WindowSampler([np.arange(40)], seed=8, sampling="epoch")
     resumed.restore(sampler.state())
     assert "a new epoch" in capsys.readouterr().out
     assert resumed.sample(5).shape == (5,)
-    with pytest.raises(ValueError, match="not the state of a Sampler"):
+    with pytest.raises(ValueError, match="not the state of a WindowSampler"):
         resumed.restore({"step": 3})
 
 
@@ -661,7 +662,7 @@ def test_an_epoch_predicts_every_token_once(lengths, length, batch_size, pad_doc
     fits = bool(expected) if pad_documents else len(tokens) >= length
     if not fits:
         return
-    sampler = Sampler(chunks, 0, "epoch", pad_documents, pad_id=-1)
+    sampler = WindowSampler(chunks, 0, "epoch", pad_documents, pad_id=-1)
     predicted: Counter = Counter()
     visited = set()
     while sampler.times_seen < 1:
@@ -682,7 +683,7 @@ def test_an_epoch_predicts_every_token_once(lengths, length, batch_size, pad_doc
 
 
 def test_epochs_come_in_different_orders():
-    sampler = Sampler([np.arange(201)], seed=0, sampling="epoch")
+    sampler = WindowSampler([np.arange(201)], seed=0, sampling="epoch")
     first = sampler.sample_batch(20, 11)[:, 0].tolist()
     second = sampler.sample_batch(20, 11)[:, 0].tolist()
     assert sorted(first) == sorted(second) == list(range(0, 200, 10))
@@ -691,17 +692,17 @@ def test_epochs_come_in_different_orders():
 
 def test_sampling_what_cannot_be_sampled():
     with pytest.raises(ValueError, match="sampling='shuffle'"):
-        Sampler([np.arange(3)], sampling="shuffle")
+        WindowSampler([np.arange(3)], sampling="shuffle")
     with pytest.raises(ValueError, match="no tokens"):
-        Sampler([])
+        WindowSampler([])
     with pytest.raises(ValueError, match="4 tokens in a row, the longest has 3"):
-        Sampler([np.arange(3), np.arange(2)]).sample(4)
+        WindowSampler([np.arange(3), np.arange(2)]).sample(4)
     with pytest.raises(ValueError, match="3 tokens, fewer than a window of 4"):
-        Sampler([np.arange(3)], sampling="epoch").sample(4)
+        WindowSampler([np.arange(3)], sampling="epoch").sample(4)
     with pytest.raises(ValueError, match="no document of the dataset has 2 tokens"):
-        Sampler([np.arange(1)], pad_documents=True).sample(4)
+        WindowSampler([np.arange(1)], pad_documents=True).sample(4)
     with pytest.raises(ValueError, match="length=1"):
-        Sampler([np.arange(3)]).sample(1)
+        WindowSampler([np.arange(3)]).sample(1)
 
 
 def test_window_length():
@@ -888,9 +889,10 @@ def test_large_text_is_encoded_into_a_file_with_the_same_ids(tmp_path, large, pr
     assert chunk.tolist() == ids_of(text)
     (kept,) = (tmp_path / "cache").iterdir()
     assert f"tokens are kept in {kept}" in capsys.readouterr().out
-    windows = Sampler(load_dataset(ENC, path), seed=1).sample_batch(3, 50)
+    windows = WindowSampler(load_dataset(ENC, path), seed=1).sample_batch(3, 50)
     assert (
-        windows.tolist() == Sampler([np.array(ids_of(text))], seed=1).sample_batch(3, 50).tolist()
+        windows.tolist()
+        == WindowSampler([np.array(ids_of(text))], seed=1).sample_batch(3, 50).tolist()
     )
 
 
@@ -940,7 +942,7 @@ def test_many_documents_in_a_file(tmp_path, large):
     path = write(tmp_path / "a.csv", "text\n" + "".join(f'"{row}"\n' for row in rows))
     chunks = load_dataset(ENC, path, pad_documents=True, processes=2)
     assert [chunk.tolist() for chunk in chunks] == [ids_of(row) for row in wrapped(*rows)]
-    sampler = Sampler(chunks, 0, "epoch", pad_documents=True)
+    sampler = WindowSampler(chunks, 0, "epoch", pad_documents=True)
     while sampler.times_seen < 1:
         sampler.sample_batch(10, 200)
     assert sampler.times_seen == pytest.approx(1, abs=0.01)

@@ -21,7 +21,8 @@ import pytest
 import requests
 import tensorflow as tf
 
-from gpt_2_simple import download, report
+from gpt_2_simple.common import report
+from gpt_2_simple.storage import download
 
 tf1 = tf.compat.v1
 SHARED = Path(__file__, "../../../shared/data").resolve()
@@ -1016,7 +1017,7 @@ def test_a_lock_that_its_owner_has_just_removed_is_no_lock(tmp_path, monkeypatch
 
 KILLED = """
 import sys
-from gpt_2_simple import download
+from gpt_2_simple.storage import download
 download.PUBLISHED_SHA256.clear()
 download.download_gpt2(sys.argv[1], base_url=sys.argv[2])
 """

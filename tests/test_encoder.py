@@ -12,16 +12,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpt_2_simple import encoder as module
+from gpt_2_simple.data.vocabulary import byte_vocabulary, save_vocabulary, train_vocabulary
 from gpt_2_simple.encoder import (
     END_OF_TEXT,
     Encoder,
     IncrementalDecoder,
-    byte_vocabulary,
     bytes_to_unicode,
     check_vocabulary,
     get_encoder,
-    save_vocabulary,
-    train_vocabulary,
 )
 
 tokenizers = pytest.importorskip("tokenizers")

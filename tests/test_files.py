@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from gpt_2_simple import files
+from gpt_2_simple.common import files
 
 
 def names(folder):

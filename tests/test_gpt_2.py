@@ -11,7 +11,9 @@ import pytest
 import tensorflow as tf
 
 import gpt_2_simple as gpt2
-from gpt_2_simple import checkpoint, dataset, runs
+from gpt_2_simple.common import folders, locks
+from gpt_2_simple.data import dataset
+from gpt_2_simple.storage import checkpoint
 
 RUN = {"model_name": "tiny", "sample_every": 0, "learning_rate": 0.01, "batch_size": 4}
 
@@ -616,7 +618,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_again(workplace,
     with pytest.raises(FileNotFoundError, match="model-3 was replaced while it was read"):
         gpt2.load_gpt2(sess)
     seen.clear()
-    with runs.lock("checkpoint/run1"):  # as a process that trains holds it
+    with locks.lock("checkpoint/run1"):  # as a process that trains holds it
         gpt2.load_gpt2(sess)
     assert len(seen) == 2
 
@@ -754,7 +756,7 @@ def test_a_run_folder_that_cannot_be_written_is_named(workplace, sess, monkeypat
     def refuse(path, *_, **__):
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(runs, "open", refuse, raising=False)
+    monkeypatch.setattr(locks, "open", refuse, raising=False)
     with pytest.raises(PermissionError, match="cannot write in checkpoint/run2.*checkpoint_dir"):
         finetune(sess, run_name="run2")
     assert os.listdir("checkpoint/run2") == []
@@ -809,7 +811,7 @@ def test_creating_never_replaces_unasked(workplace):
     with pytest.raises(FileExistsError, match="overwrite=True"):
         gpt2.create_gpt2(model_name="tiny")
     gpt2.create_gpt2(model_name="tiny", n_layer=1, n_head=1, n_embd=4, n_ctx=8, overwrite=True)
-    assert checkpoint.read_hparams("models/tiny").n_layer == 1
+    assert folders.read_hparams("models/tiny").n_layer == 1
     assert os.listdir("models") == ["tiny"]
 
 
@@ -825,7 +827,7 @@ def test_the_same_seed_creates_the_same_weights(workplace):
 def test_a_trained_vocabulary_comes_with_the_model(workplace, sess):
     pytest.importorskip("tokenizers")
     gpt2.create_gpt2("text.txt", "words", n_layer=1, n_head=2, n_embd=16, n_ctx=32, vocab_size=300)
-    hparams = checkpoint.read_hparams("models/words")
+    hparams = folders.read_hparams("models/words")
     assert 257 < hparams.n_vocab <= 300
     finetune(sess, model_name="words")
     assert texts(sess)

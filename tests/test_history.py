@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import gpt_2_simple as gpt2
-from gpt_2_simple import history
-from gpt_2_simple.history import Entry, History, read_history
+from gpt_2_simple.training import history
+from gpt_2_simple.training.history import Entry, History, read_history
 
 STEPS = [Entry(step, step / 2, 5.0 / step, 0.1, 100.0) for step in range(1, 6)]
 

@@ -497,7 +497,7 @@ import json
 import numpy as np
 import tensorflow as tf
 from gpt_2_simple.memory_saving_gradients import gradients
-from gpt_2_simple.optimizer import AccumulatingOptimizer, make_optimizer, zeros
+from gpt_2_simple.training.optimizer import AccumulatingOptimizer, make_optimizer, zeros
 
 v1 = tf.compat.v1
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from gpt_2_simple import memory_saving_gradients, optimizer
-from gpt_2_simple.optimizer import AccumulatingOptimizer, make_optimizer
+from gpt_2_simple import memory_saving_gradients
+from gpt_2_simple.training import optimizer
+from gpt_2_simple.training.optimizer import AccumulatingOptimizer, make_optimizer
 
 v1 = tf.compat.v1
 STEPS = 10
@@ -344,7 +345,7 @@ def test_accumulating_refuses_what_cannot_train():
 
 MEMORY_SCRIPT = """
 import tensorflow as tf
-from gpt_2_simple.optimizer import AccumulatingOptimizer, make_optimizer, zeros
+from gpt_2_simple.training.optimizer import AccumulatingOptimizer, make_optimizer, zeros
 
 v1 = tf.compat.v1
 

@@ -16,8 +16,10 @@ import pytest
 import tensorflow as tf
 
 import gpt_2_simple as gpt2
-from gpt_2_simple import checkpoint, model, runs, session
-from gpt_2_simple.optimizer import make_optimizer
+from gpt_2_simple import model, session
+from gpt_2_simple.common import locks
+from gpt_2_simple.storage import checkpoint, checkpoint_manager, runs
+from gpt_2_simple.training.optimizer import make_optimizer
 
 # --- the lock -----------------------------------------------------------------------------------
 
@@ -41,29 +43,29 @@ def test_the_second_process_is_told_and_a_dead_ones_lock_is_taken_over(tmp_path)
         assert holder.stdout.readline() == b"locked\n"
         with (
             pytest.raises(RuntimeError, match="is being trained by process 4711 on elsewhere"),
-            runs.lock(str(tmp_path)),
+            locks.lock(str(tmp_path)),
         ):
             pass
         holder.send_signal(signal.SIGKILL)
-    with runs.lock(str(tmp_path)), open(path) as file:
+    with locks.lock(str(tmp_path)), open(path) as file:
         assert file.read().startswith(f"process {os.getpid()} on ")
 
 
 def test_two_sessions_of_one_process_are_told_apart_too(tmp_path):
     with (
-        runs.lock(str(tmp_path)),
+        locks.lock(str(tmp_path)),
         pytest.raises(RuntimeError, match=f"process {os.getpid()} on "),
-        runs.lock(str(tmp_path)),
+        locks.lock(str(tmp_path)),
     ):
         pass
-    with runs.lock(str(tmp_path)):
+    with locks.lock(str(tmp_path)):
         pass
 
 
 def test_a_run_folder_that_is_a_file_is_an_error(tmp_path):
     (tmp_path / "run1").write_text("mine")
     with pytest.raises(NotADirectoryError, match="run1 is a file; give another run_name"):
-        with runs.lock(str(tmp_path / "run1")):
+        with locks.lock(str(tmp_path / "run1")):
             pass
     assert (tmp_path / "run1").read_text() == "mine"
 
@@ -87,7 +89,7 @@ def test_a_read_only_folder_is_a_clear_error():
         with (
             somebody_else(),
             pytest.raises(PermissionError, match="cannot write in .* give another checkpoint_dir"),
-            runs.lock(folder),
+            locks.lock(folder),
         ):
             pass
         os.chmod(folder, 0o755)
@@ -115,7 +117,9 @@ class Setup:
     def saves(self, max_checkpoints=1, resume=True):
         latest = checkpoint.latest_checkpoint(self.folder) if resume else None
         variables = list(self.optimizer.values())
-        return runs.Saves(self.sess, self.state, self.folder, max_checkpoints, variables, latest)
+        return checkpoint_manager.CheckpointManager(
+            self.sess, self.state, self.folder, max_checkpoints, variables, latest
+        )
 
     def set(self, value):
         for variable in [*self.variables.values(), *self.optimizer.values()]:

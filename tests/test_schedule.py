@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from gpt_2_simple.sampler import Sampler
-from gpt_2_simple.schedule import Schedule, steps_of_epochs
+from gpt_2_simple.data.windows import WindowSampler
+from gpt_2_simple.training.schedule import Schedule, steps_of_epochs
 
 
 def rates(last, **settings):
@@ -69,7 +69,7 @@ def test_epochs_are_as_many_steps_as_show_all_data_so_often(sampling, pad_docume
     chunks = [np.arange(size, dtype=np.int32) for size in (100, 3, 1, 57, 220)]
     lengths = [len(chunk) for chunk in chunks]
     steps = steps_of_epochs(3, lengths, 8, 4, sampling, pad_documents)
-    sampler = Sampler(chunks, 1, sampling, pad_documents)
+    sampler = WindowSampler(chunks, 1, sampling, pad_documents)
     for _ in range(steps - 1):
         sampler.sample_weighted(4, 8)
     assert sampler.times_seen < 3

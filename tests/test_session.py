@@ -24,8 +24,8 @@ def test_two_sessions_hold_two_models():
     with gpt2.start_tf_sess() as a, gpt2.start_tf_sess() as b:
         session.build_model(a, HPARAMS, [])
         session.build_model(b, OTHER, [])
-        assert session.memory(a).hparams == HPARAMS
-        assert session.memory(b).hparams == OTHER
+        assert session.graph_state(a).hparams == HPARAMS
+        assert session.graph_state(b).hparams == OTHER
 
 
 def test_a_model_is_built_once_and_another_is_refused(sess):
@@ -57,7 +57,7 @@ def test_reset_gives_room_for_another_model():
     with gpt2.reset_session(sess) as fresh:
         session.build_model(fresh, OTHER, [])
         with pytest.raises(RuntimeError, match="start_tf_sess"):
-            session.memory(sess)
+            session.graph_state(sess)
 
 
 def test_closing_twice_is_harmless():
@@ -86,7 +86,7 @@ def test_a_users_own_session_holds_a_model():
 def test_resetting_the_default_graph_leaves_sessions_alone(sess):
     session.build_model(sess, HPARAMS, [])
     tf.compat.v1.reset_default_graph()
-    assert session.memory(sess).hparams == HPARAMS
+    assert session.graph_state(sess).hparams == HPARAMS
 
 
 def test_threads_are_limited():

@@ -7,8 +7,9 @@ import oracle
 import pytest
 import tensorflow as tf
 
-from gpt_2_simple import model, session, step
-from gpt_2_simple.step import StepConfig
+from gpt_2_simple import model, session
+from gpt_2_simple.training import step
+from gpt_2_simple.training.step import StepConfig
 
 HPARAMS = model.HParams(n_vocab=23, n_ctx=12, n_embd=8, n_head=2, n_layer=3)
 TOKENS = np.random.default_rng(0).integers(0, 23, [2, 12])

@@ -1,0 +1,1 @@
+"""What every other part uses; no TensorFlow."""

@@ -1,0 +1,84 @@
+"""Names of models and runs in, their folders and hyper-parameters out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+
+from .hparams import HParams, default_hparams
+
+
+def model_folder(model_dir: str, model_name: str) -> str:
+    """The folder of a model.
+
+    Raises:
+        FileNotFoundError: there is none; says which there are and how to get one.
+    """
+    folder = os.path.join(model_dir, model_name)
+    if not os.path.isfile(os.path.join(folder, "hparams.json")):
+        raise FileNotFoundError(
+            f"no model in {folder}{_listing(model_dir, 'models')}; get it by "
+            f"gpt2.download_gpt2(model_dir={model_dir!r}, model_name={model_name!r}), "
+            "or make a small one by gpt2.create_gpt2()"
+        )
+    return folder
+
+
+def run_folder(checkpoint_dir: str, run_name: str) -> str:
+    """The folder of a run.
+
+    Raises:
+        FileNotFoundError: there is none; says which runs there are.
+    """
+    folder = os.path.join(checkpoint_dir, run_name)
+    if not os.path.isfile(os.path.join(folder, "hparams.json")):
+        lacking = ": it has no hparams.json" if os.path.isdir(folder) else ""
+        raise FileNotFoundError(
+            f"no run in {folder}{lacking}{_listing(checkpoint_dir, 'runs')}; make it by "
+            f"gpt2.finetune(sess, dataset, run_name={run_name!r}), "
+            "or load a model by load_gpt2(sess, model_name=...)"
+        )
+    return folder
+
+
+def folders_in(parent: str) -> list[str]:
+    """The names of the model or run folders in `parent`."""
+    try:
+        names = sorted(os.listdir(parent))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [name for name in names if os.path.isfile(os.path.join(parent, name, "hparams.json"))]
+
+
+def _listing(parent: str, kind: str) -> str:
+    found = folders_in(parent)
+    return f" ({kind} there: {', '.join(found)})" if found else f" ({parent} holds no {kind})"
+
+
+def read_hparams(folder: str) -> HParams:
+    """A folder's hyper-parameters.
+
+    Raises:
+        FileNotFoundError: no hparams.json there.
+        ValueError: it does not parse, or a key is missing, unknown or of a wrong value.
+    """
+    path = os.path.join(folder, "hparams.json")
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            values = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}); download or copy it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {values!r} where an object of hyper-parameters should be")
+    missing = sorted({f.name for f in dataclasses.fields(HParams)} - set(values))
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    hparams = default_hparams()
+    try:
+        hparams.override_from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if hparams.n_vocab < 1:
+        raise ValueError(f"{path}: n_vocab={hparams.n_vocab} must be above 0")
+    return hparams

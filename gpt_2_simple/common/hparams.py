@@ -1,0 +1,55 @@
+"""GPT-2's hyper-parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass
+class HParams:
+    """GPT-2's hyper-parameters, named as in `hparams.json`.
+
+    Attributes:
+        n_vocab: tokens in the vocabulary.
+        n_ctx: longest context, in tokens.
+        n_embd: width of the residual stream.
+        n_head: attention heads in a block; divides n_embd.
+        n_layer: transformer blocks.
+    """
+
+    n_vocab: int = 0
+    n_ctx: int = 1024
+    n_embd: int = 768
+    n_head: int = 12
+    n_layer: int = 12
+
+    def override_from_dict(self, param_dict: Mapping[str, int]) -> None:
+        """Replaces the named values; those that `param_dict` does not name stay.
+
+        Raises:
+            ValueError: an unknown name, or a value that is not a positive integer, or heads that
+                do not divide the width. Nothing is changed then.
+        """
+        names = [field.name for field in dataclasses.fields(self)]
+        unknown = sorted(set(param_dict) - set(names))
+        if unknown:
+            raise ValueError(f"unknown hyper-parameters {unknown}; GPT-2 has {names}")
+        dataclasses.replace(self, **param_dict).check()
+        for name, value in param_dict.items():
+            setattr(self, name, value)
+
+    def check(self) -> None:
+        """Raises ValueError for sizes no GPT-2 can have; n_vocab may still be 0 (not known yet)."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name == "n_vocab" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{field.name}={value!r} must be a whole number above 0")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+
+
+def default_hparams() -> HParams:
+    """The 124M model's hyper-parameters, but for n_vocab=0: the vocabulary decides that."""
+    return HParams()

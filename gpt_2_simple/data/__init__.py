@@ -1,0 +1,1 @@
+"""Files in, windows of tokens out; no TensorFlow."""

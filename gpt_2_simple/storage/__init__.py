@@ -1,0 +1,1 @@
+"""Models and runs on disk: downloaded, created, found, checked, restored, saved."""

@@ -1,0 +1,126 @@
+"""A run's or a model's folder in, its weights in a session out."""
+
+from __future__ import annotations
+
+import os
+
+import tensorflow as tf
+
+from .. import encoder, session
+from ..common.folders import model_folder, read_hparams, run_folder
+from ..common.report import is_silent, say, verbosity
+from . import checkpoint as checkpoints
+from . import runs
+
+# The default of generate()'s run_name: "run1", as ever, but not the same as if the caller said so.
+THE_LOADED = str(b"run1", "ascii")
+
+# Attempts to load from a run that another process is training.
+LOADS = 10
+
+
+def load_gpt2(
+    sess: tf.compat.v1.Session,
+    checkpoint: str | int = "latest",
+    run_name: str = "run1",
+    checkpoint_dir: str = "checkpoint",
+    model_name: str | None = None,
+    model_dir: str = "models",
+    multi_gpu: bool = False,
+    reuse: bool = False,
+    *,
+    precision: str | None = None,
+    verbose: int = 1,
+) -> None:
+    """Loads a run, or a model, into a session; generate(sess) then needs no names.
+
+    Args:
+        sess: a session, from start_tf_sess().
+        checkpoint: 'latest', 'best', or a checkpoint's name such as 'model-500', or its step.
+        run_name: the run to load, a folder in `checkpoint_dir`.
+        checkpoint_dir: where runs are.
+        model_name: load this model, not a run; a folder in `model_dir`.
+        model_dir: where models are.
+        multi_gpu: spread the blocks over all GPUs.
+        reuse: accepted for old scripts; a session's model is always reused.
+        precision: 'bfloat16' or 'float16' holds the blocks' matrices in 16 bits: about half the
+            memory, for generating only. None is 'float32', or what the session has already.
+        verbose: 0 prints nothing.
+
+    Raises:
+        FileNotFoundError: no such run, model or checkpoint; lists those there are.
+        RuntimeError: the session is closed, or is training.
+        ValueError: the session holds a model of other sizes or precision, or the files do not fit
+            together.
+    """
+    if isinstance(checkpoint, int):
+        checkpoint = f"{checkpoints.RUN_CHECKPOINT}-{checkpoint}"
+    with verbosity(verbose):
+        if model_name:
+            folder = model_folder(model_dir, model_name)
+        else:
+            folder = run_folder(checkpoint_dir, run_name)
+            runs.recover(folder)
+        kind = "pretrained model" if model_name else "checkpoint"
+        for attempt in range(LOADS):
+            try:
+                prefix = checkpoints.restore_path(folder, checkpoint)
+                load_checkpoint(sess, folder, prefix, kind, multi_gpu, precision)
+                return
+            except FileNotFoundError:
+                # It may be that another process, which trains this run, has just replaced it.
+                if attempt == LOADS - 1 or not runs.is_being_trained(folder):
+                    raise
+
+
+def load_checkpoint(
+    sess: tf.compat.v1.Session,
+    folder: str,
+    prefix: str,
+    kind: str,
+    multi_gpu: bool,
+    precision: str | None,
+) -> session.GraphState:
+    """Gives the session the model of `folder`, with the weights of the checkpoint `prefix`."""
+    hparams = read_hparams(folder)
+    enc = encoder.get_encoder(folder)
+    encoder.check_vocabulary(enc, hparams.n_vocab, folder)
+    session.check_idle(sess)
+    gpus = session.get_available_gpus() if multi_gpu else []
+    precision = precision and session.fit_precision(sess, precision)
+    state = session.build_model(sess, hparams, gpus, precision)
+    variables = session.named_variables(state)
+    checkpoints.check_shapes(prefix, variables, hparams)
+    with state.lock, sess.graph.as_default():
+        if "restore" not in state.built:
+            state.built["restore"] = checkpoints.build_restore(variables)
+    say(f"Loading {kind}", prefix)
+    state.folder = state.base = None  # whatever happens now, these are no longer those weights
+    checkpoints.restore(sess, state.built["restore"], prefix, variables)
+    state.folder, state.base, state.encoder = os.path.abspath(folder), None, enc
+    return state
+
+
+def ensure_loaded(
+    sess: tf.compat.v1.Session,
+    run_name: str,
+    checkpoint_dir: str,
+    model_name: str | None,
+    model_dir: str,
+) -> session.GraphState:
+    """The session's model, after loading what the caller names if that is something else."""
+    state = session.graph_state(sess)
+    named = model_name is not None or run_name is not THE_LOADED or checkpoint_dir != "checkpoint"
+    if state.folder is None and not named:
+        raise RuntimeError(
+            "this session has no model yet: call gpt2.load_gpt2(sess) for a run of yours, "
+            "gpt2.load_gpt2(sess, model_name='124M') for a downloaded model, or gpt2.finetune()"
+        )
+    if named:
+        path = (model_dir, model_name) if model_name else (checkpoint_dir, run_name)
+        if os.path.abspath(os.path.join(*path)) not in (state.folder, state.base):
+            load_gpt2(
+                sess, "latest", run_name, checkpoint_dir, model_name, model_dir,
+                verbose=0 if is_silent() else 1,
+            )  # fmt: skip
+    return state

@@ -1,0 +1,1 @@
+"""Settings and text in, a trained run out."""

@@ -1,0 +1,203 @@
+"""What each step reached in, a file of one JSON line a logged step out, and a plot of it.
+
+The file is only ever added to. A run that goes on from an earlier step than its last line's, since
+it was killed after its last save or started afresh, says so by a line {"start": step}: what the
+lines before it say of later steps is void.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ..common.folders import run_folder
+from ..common.report import in_notebook
+
+HISTORY = "history.jsonl"
+PLOT = "history.png"
+
+
+class Entry(NamedTuple):
+    """What a step reached.
+
+    Attributes:
+        step: counted over the run's whole life.
+        seconds: what the run has taken so far, over all calls.
+        loss: of the step's batch before its update, in nats a token.
+        learning_rate: the step's.
+        tokens_per_second: predicted tokens, over the time that training steps took.
+        validation_loss: in nats a token, None if it was not measured after this step.
+    """
+
+    step: int
+    seconds: float
+    loss: float
+    learning_rate: float
+    tokens_per_second: float
+    validation_loss: float | None = None
+
+
+class History:
+    """Adds to a run's history file."""
+
+    def __init__(self, folder: str, start: int):
+        """Opens the file, and notes that the run goes on from step `start`."""
+        path = os.path.join(folder, HISTORY)
+        # A killed process may have left half a line, which must stay a line of its own.
+        broken = _lacks_newline(path)
+        self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115
+        self._write(("\n" if broken else "") + json.dumps({"start": start}))
+
+    def add(self, entry: Entry) -> None:
+        """Adds a step's line."""
+        values = {name: value for name, value in entry._asdict().items() if value is not None}
+        self._write(json.dumps(values))
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _write(self, line: str) -> None:
+        self._file.write(f"{line}\n")
+        self._file.flush()
+
+
+def _lacks_newline(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            if not file.tell():
+                return False
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+    except FileNotFoundError:
+        return False
+
+
+def read_history(folder: str) -> list[Entry]:
+    """Reads a run's history, leaving out lines that are broken or void.
+
+    Args:
+        folder: the run's folder.
+
+    Returns:
+        What its steps reached, by rising step.
+
+    Raises:
+        FileNotFoundError: the run has no
+    """
+    path = os.path.join(folder, HISTORY)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no {path}: only runs that this release trained have a history")
+    entries: list[Entry] = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            values = _parsed(line)
+            if isinstance(values.get("start"), int):
+                entries = [entry for entry in entries if entry.step <= values["start"]]
+            elif isinstance(values.get("step"), int):
+                entries.append(Entry(*(values.get(n, _MISSING[n]) for n in Entry._fields)))
+    return entries
+
+
+_MISSING: dict[str, Any] = {name: math.nan for name in Entry._fields} | {"validation_loss": None}
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def smoothed(losses: Sequence[float]) -> list[float]:
+    """Each loss averaged with those before it: about a 25th of them all, 100 at most."""
+    decay = 1 - 1 / min(max(len(losses) / 25, 1), 100)
+    averages = []
+    total = weight = 0.0
+    for loss in losses:
+        total, weight = total * decay + loss, weight * decay + 1
+        averages.append(total / weight)
+    return averages
+
+
+def plot(entries: Sequence[Entry], path: str, title: str) -> None:
+    """Draws losses and learning rate over the steps into a PNG file.
+
+    Args:
+        entries: from read_history(), at least one.
+        path: the file to write.
+        title: over the plot.
+
+    Raises:
+        ImportError: matplotlib is not there; says how to install it.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plotting needs matplotlib: pip install 'gpt_2_simple[plot]'") from error
+    # A Figure of its own, not pyplot's: no window, and the caller's backend stays as it is.
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    steps = [entry.step for entry in entries]
+    losses = [entry.loss for entry in entries]
+    upper.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="loss")
+    upper.plot(steps, smoothed(losses), color="tab:blue", label="loss, averaged")
+    validated = [entry for entry in entries if entry.validation_loss is not None]
+    if validated:
+        values = [entry.validation_loss for entry in validated]
+        best = min(range(len(values)), key=values.__getitem__)
+        at = [entry.step for entry in validated]
+        upper.plot(at, values, color="tab:orange", marker=".", label="validation loss")
+        upper.plot(
+            at[best], values[best], "o", color="tab:red", fillstyle="none", markersize=9,
+            label=f"best: {values[best]:.3f} in step {at[best]}",
+        )  # fmt: skip
+    upper.set(title=title, ylabel="nats a token")
+    upper.grid(alpha=0.3)
+    upper.legend()
+    lower.plot(steps, [entry.learning_rate for entry in entries], color="tab:green")
+    lower.set(ylabel="learning rate", xlabel="step")
+    lower.set_ylim(bottom=0)
+    lower.grid(alpha=0.3)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def show(path: str) -> None:
+    """Shows a PNG file where this runs in a notebook."""
+    if in_notebook():
+        from IPython.display import Image, display
+
+        display(Image(filename=path, format="png"))
+
+
+def plot_history(
+    run_name: str = "run1", checkpoint_dir: str = "checkpoint", path: str | None = None
+) -> str:
+    """Draws a run's losses and learning rates into a PNG file, and shows it in a notebook.
+
+    Args:
+        run_name: the run, a folder in `checkpoint_dir`.
+        checkpoint_dir: where runs are.
+        path: the file to write; None means history.png in the run's folder.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        FileNotFoundError: no such run, or it has no
+        ImportError: matplotlib is not there: `pip install "gpt_2_simple[plot]"`.
+        ValueError: the history is empty.
+    """
+    folder = run_folder(checkpoint_dir, run_name)
+    entries = read_history(folder)
+    if not entries:
+        raise ValueError(f"the history in {folder} is empty: nothing was logged yet")
+    path = os.path.join(folder, PLOT) if path is None else path
+    plot(entries, path, run_name)
+    show(path)
+    return path

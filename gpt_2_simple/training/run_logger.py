@@ -1,0 +1,133 @@
+"""Losses in; printed lines, a progress bar, TensorBoard events and the history file out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+
+import tensorflow as tf
+
+from ..common.report import progress, say
+from ..storage.runs import RunState
+from . import history
+
+
+class RunLogger:
+    """What a user sees of a training run, and finds in its folder afterwards.
+
+    Attributes:
+        entries: what each step of this call reached.
+    """
+
+    def __init__(self, folder: str, run: RunState, steps: int | None, print_every: int):
+        """Opens the files.
+
+        Args:
+            folder: the run's.
+            run: kept up to date with the average and the time.
+            steps: how many this call takes, None if nobody knows.
+            print_every: steps between lines.
+        """
+        self.run, self.print_every = run, print_every
+        self.entries: list[history.Entry] = []
+        self._started = time.time()
+        self._seconds_before = run.seconds
+        self._busy, self._tokens, self._rate, self._loss = 0.0, 0, 0.0, math.nan
+        self._history = history.History(folder, run.step)
+        with tf.Graph().as_default():  # A FileWriter wants a graph, not eager mode.
+            self._events = tf.compat.v1.summary.FileWriter(folder)
+        self._bar = progress(total=steps, desc="Training", unit="step", leave=False)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._bar.close()
+        self._history.close()
+        self._events.close()
+
+    @property
+    def seconds(self) -> float:
+        """The time since this call began to train."""
+        return time.time() - self._started
+
+    @property
+    def average(self) -> float:
+        """The loss, averaged with a decay of 0.99 a printed step; before one, the last loss."""
+        total, weight = self.run.losses
+        return total / weight if weight else self._loss
+
+    def is_logged(self, step: int) -> bool:
+        """Whether a step has a line of its own."""
+        return step % self.print_every == 0
+
+    def step(self, loss: float, learning_rate: float, tokens: int, busy: float) -> history.Entry:
+        """Notes that a step was taken, and says so every `print_every` steps.
+
+        Args:
+            loss: the step's.
+            learning_rate: the step's.
+            tokens: how many were predicted in it.
+            busy: the seconds it took.
+
+        Returns:
+            The step's entry.
+        """
+        step = self.run.step
+        self.run.seconds = self._seconds_before + self.seconds
+        self._busy, self._tokens, self._loss = self._busy + busy, self._tokens + tokens, loss
+        if self.is_logged(step) or not self._rate:
+            self._rate = self._tokens / max(self._busy, 1e-9)
+            self._busy, self._tokens = 0.0, 0
+        if self.is_logged(step):
+            total, weight = self.run.losses
+            self.run.losses = (total * 0.99 + loss, weight * 0.99 + 1.0)
+            say(f"[{step} | {self.seconds:2.2f}] loss={loss:2.2f} avg={self.average:2.2f}")
+        tokens_per_second = round(float(self._rate), 1)
+        figures = {"loss": f"{loss:.2f}", "avg": f"{self.average:.2f}", "tok/s": self._rate}
+        self._bar.set_postfix(figures, refresh=False)
+        self._bar.update()
+        seconds = round(self.run.seconds, 3)
+        return history.Entry(step, seconds, loss, learning_rate, tokens_per_second)
+
+    def validated(self, entry: history.Entry, loss: float, times_seen: float) -> history.Entry:
+        """Says a validation loss, and adds it to the step's entry."""
+        say(
+            f"[{entry.step} | {self.seconds:2.2f}] validation loss={loss:2.2f} "
+            f"perplexity={perplexity(loss):2.2f}, data seen {times_seen:.1f} times"
+        )
+        return entry._replace(validation_loss=loss)
+
+    def log(self, entry: history.Entry) -> None:
+        """Adds a step to the history and the events."""
+        self.entries.append(entry)
+        scalars = {"loss": entry.loss}
+        if self.is_logged(entry.step) or entry.validation_loss is not None:
+            self._history.add(entry)
+            scalars["learning_rate"] = entry.learning_rate
+            scalars["tokens_per_second"] = entry.tokens_per_second
+        if entry.validation_loss is not None:
+            scalars["validation_loss"] = entry.validation_loss
+            scalars["perplexity"] = perplexity(entry.validation_loss)
+        self._add_scalars(entry.step, scalars)
+
+    def samples(self, step: int, text: str) -> None:
+        """Adds samples to the events, as text."""
+        plugin = tf.compat.v1.SummaryMetadata.PluginData(plugin_name="text")
+        value = tf.compat.v1.Summary.Value(
+            tag="samples",
+            metadata=tf.compat.v1.SummaryMetadata(plugin_data=plugin),
+            tensor=tf.make_tensor_proto([text.encode("utf-8", "replace")], tf.string),
+        )
+        self._events.add_summary(tf.compat.v1.Summary(value=[value]), step)
+
+    def _add_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        values = [
+            tf.compat.v1.Summary.Value(tag=tag, simple_value=value)
+            for tag, value in scalars.items()
+        ]
+        self._events.add_summary(tf.compat.v1.Summary(value=values), step)
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a loss in nats a token; infinite where that is no float."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,88 @@
+"""Fixed windows of tokens in, the model's mean loss on them out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from .. import model, session
+from ..data.windows import Batch
+
+# Rows of logits that exist at once: 256 of 50,257 float32 are 51 MB.
+LOGIT_ROWS = 256
+
+
+class EvaluationOps(NamedTuple):
+    """What is fed, and the loss.
+
+    Attributes:
+        tokens: int32 [batch, time]; each but the first is to be predicted.
+        losses: float32 [batch, time - 1], the cross-entropy of each, in nats.
+    """
+
+    tokens: tf.Tensor
+    losses: tf.Tensor
+
+
+def build_evaluation(
+    sess: tf.compat.v1.Session, state: session.GraphState, batch_size: int, time: int
+) -> EvaluationOps:
+    """The operations that measure a batch of windows, built once in a session's graph.
+
+    Args:
+        sess: holds the model.
+        state: what its graph remembers.
+        batch_size: windows in a batch.
+        time: tokens in a window.
+
+    Returns:
+        EvaluationOps.
+    """
+    key = ("evaluation", batch_size, time)
+    with state.lock, sess.graph.as_default():
+        if key not in state.built:
+            with tf.compat.v1.name_scope("evaluation"):
+                state.built[key] = _build(state, batch_size, time)
+        return state.built[key]
+
+
+def _build(state: session.GraphState, batch_size: int, time: int) -> EvaluationOps:
+    tokens = tf.compat.v1.placeholder(tf.int32, [batch_size, time], "tokens")
+    weights = model.read(state.weights)
+    hidden = model.hidden_states(weights, state.hparams, tokens[:, :-1], gpus=state.gpus)
+    tf.compat.v1.get_default_graph().clear_collection(model.CHECKPOINTS)
+    h = tf.reshape(hidden.h, [batch_size * (time - 1), state.hparams.n_embd])
+    labels = tf.reshape(tokens[:, 1:], [-1])
+    losses: list[tf.Tensor] = []
+    for start in range(0, h.shape[0], LOGIT_ROWS):
+        rows = slice(start, min(start + LOGIT_ROWS, h.shape[0]))
+        with tf.control_dependencies(losses[-1:]):
+            logits = model.project(weights, tf.identity(h[rows]))  # [rows, n_vocab]
+        losses.append(
+            tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels[rows], logits=logits)
+        )
+    return EvaluationOps(tokens, tf.reshape(tf.concat(losses, axis=0), [batch_size, time - 1]))
+
+
+def mean_loss(sess: tf.compat.v1.Session, ops: EvaluationOps, windows: Batch) -> float:
+    """The mean loss over all tokens of `windows` that are to be predicted.
+
+    Args:
+        sess: holds the model.
+        ops: from build_evaluation.
+        windows: tokens and weights [windows, time], any number of them.
+
+    Returns:
+        Nats a token; its exponential is the perplexity.
+    """
+    batch_size, time = ops.tokens.shape
+    total = 0.0
+    for start in range(0, len(windows.tokens), batch_size):
+        batch = windows.tokens[start : start + batch_size]
+        # The last batch may be smaller than the graph's; what fills it up is not counted.
+        filled = np.resize(batch, (batch_size, time))
+        losses = sess.run(ops.losses, {ops.tokens: filled})[: len(batch)]
+        total += float((losses * windows.weights[start : start + batch_size, 1:]).sum())
+    return total / float(windows.weights[:, 1:].sum())

@@ -1,0 +1,616 @@
+"""The loop: exact resumes, interruptions, errors, validation, schedules, and what it writes."""
+
+import contextlib
+import glob
+import io
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import gpt_2_simple as gpt2
+from gpt_2_simple import session
+from gpt_2_simple.common import report
+from gpt_2_simple.generation import text_stream
+from gpt_2_simple.storage import checkpoint, runs
+from gpt_2_simple.training import step
+from gpt_2_simple.training import trainer as train
+from gpt_2_simple.training import validation as evaluate
+from gpt_2_simple.training.history import read_history
+
+RUN = {"model_name": "tiny", "sample_every": 0, "learning_rate": 0.01, "batch_size": 2,
+       "accumulate_gradients": 1, "seed": 1, "verbose": 0}  # fmt: skip
+
+
+def finetune(sess, steps, run_name="run1", dataset="text.txt", **changes):
+    return gpt2.finetune(sess, dataset, steps, run_name=run_name, **{**RUN, **changes})
+
+
+def tensors(prefix):
+    reader = tf.train.load_checkpoint(prefix)
+    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+
+
+def distance(run_name, other):
+    """The largest difference between the weights, and optimizer states, of two runs."""
+    most = 0.0
+    for kind in ("model", "optimizer"):
+        ours, theirs = (
+            tensors(
+                checkpoint.latest_checkpoint(f"checkpoint/{name}").replace("model-", f"{kind}-")
+            )
+            for name in (run_name, other)
+        )
+        assert ours.keys() == theirs.keys()
+        most = max([most, *(float(np.abs(ours[n] - theirs[n]).max()) for n in ours)])
+    return most
+
+
+@pytest.fixture(scope="module")
+def sess():
+    """One session for all tests, with one thread: what is built once serves them all."""
+    with gpt2.start_tf_sess(threads=1) as session:
+        yield session
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A current folder with a model that is quick to build, and a text of a few windows."""
+    monkeypatch.chdir(tmp_path)
+    gpt2.create_gpt2(model_name="tiny", n_layer=1, n_head=1, n_embd=8, n_ctx=16, seed=3)
+    (tmp_path / "text.txt").write_text(
+        "".join(f"{n} green bottles on the wall\n" for n in range(9))
+    )
+    return tmp_path
+
+
+# --- going on -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "tolerance"),
+    [
+        ({"optimizer": "adam"}, 0),
+        ({"optimizer": "adam", "accumulate_gradients": 3, "sampling": "epoch"}, 0),
+        ({"optimizer": "adafactor", "accumulate_gradients": 2, "sampling": "epoch"}, 0),
+        ({"optimizer": "sgd", "sampling": "epoch", "pad_documents": True, "warmup_steps": 15}, 0),
+        ({"optimizer": "adam", "accumulate_gradients": 2}, 1e-6),
+        ({"dropout": 0.2, "accumulate_gradients": 2}, 0),
+        ({"gradient_clip": 0.1}, 0),
+        ({"precision": "float16"}, 0),
+    ],
+)
+def test_10_steps_and_10_more_are_20(small, sess, monkeypatch, settings, tolerance):
+    # float16 then skips its first steps: those of a run that forgot its scale, too.
+    monkeypatch.setattr(step, "FIRST_LOSS_SCALE", 2.0**24)
+    with contextlib.ExitStack() as stack:
+        if tolerance:
+            sess = stack.enter_context(gpt2.start_tf_sess())
+        finetune(sess, 20, "whole", **settings)
+        finetune(sess, 10, "parts", **settings)
+        # Another seed would draw other data: a run goes on with its own.
+        result = finetune(sess, 10, "parts", **{**settings, "seed": 2})
+    assert result.step == 20
+    assert distance("whole", "parts") <= tolerance
+    state = runs.read_state("checkpoint/parts/model-20")
+    assert state.sampler == runs.read_state("checkpoint/whole/model-20").sampler
+
+
+def test_a_run_keeps_its_optimizer_when_the_precision_changes(small, capsys):
+    for count, precision in enumerate(("float32", "float16", "bfloat16", "float16"), 1):
+        with gpt2.start_tf_sess(threads=1) as sess:
+            finetune(sess, 1, precision=precision, verbose=1)
+        saved = tensors(f"checkpoint/run1/optimizer-{count}")
+        assert saved["optimizer/adam/step"] == count
+        assert ("optimizer/loss_scale/scale" in saved) == (precision == "float16")
+    assert saved["optimizer/loss_scale/good_steps"] == 1
+    out = capsys.readouterr().out
+    assert "goes on with other settings: precision float32 -> float16\n" in out
+    assert "anew" not in out
+
+
+def test_what_a_run_lacks_is_said_when_it_goes_on(small, sess, capsys):
+    finetune(sess, 2)
+    os.remove("checkpoint/run1/optimizer-2.index")
+    assert finetune(sess, 1, verbose=1).step == 3
+    out = capsys.readouterr().out
+    assert (
+        "checkpoint/run1/model-2 has no optimizer state beside it: the optimizer starts anew" in out
+    )
+    assert "has no state-" not in out
+
+    # As gpt-2-simple 0.8.1 leaves a run.
+    for name in os.listdir("checkpoint/run1"):
+        if name.startswith(("optimizer", "state", "history", "settings", ".lock")):
+            os.remove(f"checkpoint/run1/{name}")
+    assert finetune(sess, 1, verbose=1).step == 4
+    out = capsys.readouterr().out
+    assert "has no optimizer state beside it" in out
+    assert "has no state-3.json that can be read: the data starts anew" in out
+
+    finetune(sess, 1, verbose=1, optimizer="sgd", learning_rate=0.02)
+    out = capsys.readouterr().out
+    assert "goes on with other settings: optimizer adam -> sgd, learning_rate 0.01 -> 0.02\n" in out
+    assert "is of another optimizer" in out
+
+
+def test_overwriting_keeps_the_latest_checkpoint_and_what_is_written_from_then_on(small, sess):
+    finetune(sess, 3, save_every=1, max_checkpoints=0)
+    (small / "checkpoint" / "run1" / "mine.txt").write_text("mine")
+    finetune(sess, 1, overwrite=True)
+    assert checkpoint.named_checkpoints("checkpoint/run1") == ["model-4"]
+    names = os.listdir("checkpoint/run1")
+    assert not [name for name in names if re.search(r"-[123]\.", name)]
+    assert "mine.txt" in names
+    (events,) = glob.glob("checkpoint/run1/events*")
+    steps = [event.step for event in tf.compat.v1.train.summary_iterator(events) if event.step]
+    assert steps == [4]
+    assert [entry.step for entry in read_history("checkpoint/run1")] == [1, 2, 3, 4]
+
+
+def test_kills_at_random_moments_lose_no_run():
+    script = Path(__file__).parents[1] / "benchmarks" / "faults.py"
+    done = subprocess.run(
+        [sys.executable, script, "--kills", "6"],
+        env={**os.environ, "PYTHONPATH": str(script.parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " 0 runs lost; " in done.stdout
+    assert " 0 tensors differ " in done.stdout
+
+
+def test_a_run_that_is_being_trained_is_refused(small, sess):
+    def on_step(entry):
+        with (
+            gpt2.start_tf_sess() as other,
+            pytest.raises(RuntimeError, match="run1 is being trained by process"),
+        ):
+            finetune(other, 1)
+
+    assert finetune(sess, 1, on_step=on_step).step == 1
+
+
+def test_a_full_disk_ends_the_training_and_not_the_run(small, sess):
+    finetune(sess, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    least = os.path.getsize("checkpoint/run1/model-1.data-00000-of-00001") - 1
+    resource.setrlimit(resource.RLIMIT_FSIZE, (least, hard))
+    try:
+        with pytest.raises(OSError, match="could not save checkpoint/run1/model-2: .*too large"):
+            finetune(sess, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoint.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-1"
+    assert finetune(sess, 1).step == 2
+
+
+# --- stopping -----------------------------------------------------------------------------------
+
+
+def send(number, at, times=1):
+    def on_step(entry):
+        if entry.step == at:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+
+    return on_step
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_returns(small, sess, capsys, number):
+    before = signal.getsignal(number)
+    result = finetune(sess, -1, on_step=send(number, 3), verbose=1, sampling="epoch")
+    assert (result.step, result.interrupted) == (3, True)
+    assert result.checkpoint == "checkpoint/run1/model-3"
+    out = capsys.readouterr().out
+    assert "interrupted\ndata seen 0.4 times so far\nSaving checkpoint/run1/model-3\n" in out
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_stops_at_once(small, sess):
+    with pytest.raises(KeyboardInterrupt):
+        finetune(sess, -1, on_step=send(signal.SIGINT, 3, 2), save_every=2)
+    assert checkpoint.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-2"
+    assert finetune(sess, 1).step == 3
+
+
+def test_a_signal_within_a_step_leaves_the_step_for_later(small, sess, monkeypatch):
+    finetune(sess, 4, "whole", accumulate_gradients=3)
+    draw = train.Trainer.draw
+
+    def draw_and_send(self):
+        if self.run.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return draw(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "draw", draw_and_send)
+        assert finetune(sess, 4, "parts", accumulate_gradients=3).step == 2
+    finetune(sess, 2, "parts", accumulate_gradients=3)
+    assert distance("whole", "parts") == 0
+
+
+def test_a_signal_ends_samples_and_validation_at_once(small, sess, monkeypatch):
+    def endless(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        while True:
+            yield "text"
+
+    monkeypatch.setattr(text_stream, "generate_texts", endless)
+    result = finetune(sess, 9, sample_every=2)
+    assert (result.step, result.interrupted) == (2, True)
+
+    def forever(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        while True:
+            pass
+
+    monkeypatch.setattr(evaluate, "mean_loss", forever)
+    result = finetune(sess, 9, val_split=0.5, val_every=3)
+    assert (result.step, result.interrupted, result.validation_loss) == (3, True, None)
+
+
+def test_the_callback_sees_each_step_and_may_end_the_training(small, sess):
+    seen = []
+
+    def on_step(entry):
+        seen.append(entry)
+        return entry.step < 3
+
+    result = finetune(sess, 9, on_step=on_step)
+    assert (result.step, result.interrupted) == (3, False)
+    assert seen == result.history
+    assert [entry.step for entry in seen] == [1, 2, 3]
+    assert all(0 < entry.loss < 7 and entry.tokens_per_second > 0 for entry in seen)
+    assert {type(value) for entry in seen for value in entry} == {int, float, type(None)}
+
+
+class Mishap(Exception):
+    pass
+
+
+def fail(at, before=lambda: None):
+    def on_step(entry):
+        if entry.step == at:
+            before()
+            raise Mishap
+
+    return on_step
+
+
+def test_numpys_false_ends_the_training_too(small, sess):
+    assert finetune(sess, 9, on_step=lambda entry: np.float32(entry.step) < 2).step == 2
+    assert finetune(sess, 2, on_step=lambda entry: 0).step == 4  # an answer, but not that one
+
+
+def test_leaving_the_program_saves_first(small, sess):
+    with pytest.raises(SystemExit):
+        finetune(sess, 9, on_step=lambda entry: sys.exit() if entry.step == 3 else None)
+    assert checkpoint.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-3"
+
+
+def test_a_reader_that_leaves_costs_no_steps(small, sess, monkeypatch):
+    class Pipe(io.StringIO):
+        def write(self, text):
+            if "[3 |" in self.getvalue():
+                raise BrokenPipeError
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stdout", Pipe())
+    with pytest.raises(BrokenPipeError):
+        finetune(sess, 9, verbose=1)
+    saved = runs.step_of(checkpoint.latest_checkpoint("checkpoint/run1"))
+    assert saved in (3, 4)
+
+
+def test_the_first_ctrl_c_is_answered_at_once(small, sess, capsys):
+    def on_step(entry):
+        capsys.readouterr()
+        os.kill(os.getpid(), signal.SIGINT)
+        said = "Stopping after this step, then saving; once more stops at once\n"
+        assert capsys.readouterr().out == said
+
+    assert finetune(sess, 9, on_step=on_step, verbose=1).step == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("settings.json", "[1, 2]"), ("state-2.json", '{"sampler": {}}')]
+)
+def test_a_damaged_note_beside_the_weights_does_not_stop_a_run(small, sess, name, content):
+    finetune(sess, 2)
+    (small / "checkpoint" / "run1" / name).write_text(content)
+    assert finetune(sess, 2).step == 4
+
+
+def test_the_average_of_a_short_run_is_its_last_loss(small, sess):
+    result = finetune(sess, 3, print_every=50)
+    assert result.average_loss == result.loss
+    result = finetune(sess, 4, print_every=2, run_name="run2")
+    printed = [entry.loss for entry in result.history if entry.step % 2 == 0]
+    expected = (printed[0] * 0.99 + printed[1]) / 1.99
+    assert result.average_loss == pytest.approx(expected)
+
+
+def test_an_error_saves_first(small, sess):
+    with pytest.raises(Mishap):
+        finetune(sess, 9, on_step=fail(3))
+    assert checkpoint.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-3"
+
+
+def poison(sess):
+    def put():
+        variable = next(v for v in sess.graph.get_collection("variables") if "ln_f/b" in v.name)
+        value = np.full(variable.shape, np.nan, np.float32)
+        sess.run(variable.initializer, {variable.initializer.inputs[1]: value})
+
+    return put
+
+
+def test_weights_that_are_no_numbers_are_never_saved(small, sess, monkeypatch, capsys):
+    finetune(sess, 1)
+    with pytest.raises(Mishap):
+        finetune(sess, 9, on_step=fail(3, poison(sess)), verbose=1)
+    assert "could not save step 3: a weight is infinite or no number" in capsys.readouterr().out
+    assert checkpoint.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-1"
+
+    put = poison(sess)
+    with pytest.raises(train.Diverged, match="a weight is infinite or no number after step 2"):
+        finetune(sess, 1, on_step=lambda entry: put())
+    script_losses(monkeypatch, [math.nan])
+    with pytest.raises(train.Diverged, match="validation loss is nan after step 4"):
+        finetune(sess, 9, val_split=0.5, val_every=4)
+    assert checkpoint.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-1"
+
+
+def test_a_checkpoint_that_is_no_better_is_said(small, sess):
+    finetune(sess, 1)
+    poison(sess)()
+    saves = session.graph_state(sess).built["save"]
+    sess.run(saves.done, {saves.prefix: "checkpoint/run1/model-1"})
+    with pytest.raises(
+        train.Diverged, match=r"back at checkpoint/run1/model-1, whose weights are no better: rest"
+    ):
+        finetune(sess, 1)
+
+
+def test_a_loss_that_is_no_number_goes_back_to_the_last_checkpoint(small, sess):
+    finetune(sess, 2)
+    before = tensors("checkpoint/run1/model-2")
+    with pytest.raises(
+        train.Diverged,
+        match=r"the loss is (nan|inf) in step \d+; training stopped, and the session is back at "
+        r"checkpoint/run1/model-2\. Try a lower learning_rate than 1e\+30",
+    ):
+        finetune(sess, 9, learning_rate=1e30, accumulate_gradients=2)
+    assert checkpoint.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-2"
+    for variable in sess.graph.get_collection("variables"):
+        if variable.op.name in before:
+            assert np.array_equal(sess.run(variable), before[variable.op.name])
+
+
+# --- validation ---------------------------------------------------------------------------------
+
+
+def script_losses(monkeypatch, losses):
+    remaining = iter(losses)
+    monkeypatch.setattr(evaluate, "mean_loss", lambda *_: next(remaining))
+
+
+def test_losses_of_another_validation_set_do_not_compare(small, sess, monkeypatch, capsys):
+    options = {"val_every": 1, "patience": 2, "verbose": 1}
+    (small / "other.txt").write_text("nothing like it " * 9)
+    script_losses(monkeypatch, [2.0, 2.5, 2.25, 2.1, 1.9, 3.0, 2.9, 3.1, 3.2])
+    assert finetune(sess, 9, val_split=0.3, **options).step == 3
+    # It was stopped; to be gone on with all the same gives it its patience again.
+    result = finetune(sess, 2, val_split=0.3, **options)
+    assert (result.step, result.best_step) == (5, 5)
+    assert "validation set is another" not in capsys.readouterr().out
+    result = finetune(sess, 9, val_dataset="other.txt", **options)
+    assert (result.step, result.best_step, result.best_loss) == (9, 7, 2.9)
+    assert "The validation set is another than before" in capsys.readouterr().out
+
+
+def test_validation_keeps_documents_apart_too(small, sess, monkeypatch):
+    rows = "".join(f"row {n}\n" for n in range(40))
+    (small / "rows.csv").write_text("text\n" + rows)
+    seen = []
+    monkeypatch.setattr(evaluate, "mean_loss", lambda sess, ops, windows: seen.append(windows) or 1)
+    options = {"dataset": "rows.csv", "val_split": 0.2, "pad_documents": True}
+    finetune(sess, 1, **options, sampling="epoch", sequence_length=16)
+    decode = session.graph_state(sess).encoder.decode
+    shown = []
+    for tokens, weights in zip(*seen[0], strict=True):
+        size = int(weights.sum()) + 1
+        assert (tokens[size:] == 0).all()
+        shown.append(decode(tokens[:size]))
+    assert max(text.count("row") for text in shown) == 1
+    assert sum("row" in text for text in shown) == 8
+
+
+def test_the_best_weights_are_kept_and_patience_ends_the_training(small, sess, monkeypatch, capsys):
+    script_losses(monkeypatch, [3.0, 2.0, 2.5, 2.25, 2.1])
+    result = finetune(
+        sess, 99, val_split=0.3, val_every=2, patience=3, save_every=1, max_checkpoints=0, verbose=1
+    )
+    assert (result.step, result.best_step, result.best_loss) == (10, 4, 2.0)
+    assert result.validation_loss == 2.1
+    out = capsys.readouterr().out
+    assert re.search(r"\[4 \| \d+\.\d\d\] validation loss=2.00 perplexity=7.39, data seen \d", out)
+    assert out.count("Warning: the validation loss turns up, from 2.00 in step 4 to 2.25") == 1
+    assert "Stopping: no better validation loss for 3 validations\n" in out
+    best, fourth = tensors("checkpoint/run1/best"), tensors("checkpoint/run1/model-4")
+    assert all(np.array_equal(best[name], fourth[name]) for name in fourth)
+    assert best.keys() == fourth.keys()
+
+    gpt2.load_gpt2(sess, "best")
+    assert "Loading checkpoint checkpoint/run1/best\n" in capsys.readouterr().out
+    variable = next(v for v in sess.graph.get_collection("variables") if v.op.name == "model/wte")
+    assert np.array_equal(sess.run(variable), best["model/wte"])
+    assert tf.train.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-10"
+    with pytest.raises(FileNotFoundError, match="no whole .*model-11; .* model-9, model-10, best"):
+        gpt2.load_gpt2(sess, "model-11")
+
+
+def test_patience_lives_on_in_a_resumed_run(small, sess, monkeypatch):
+    settings = {"val_split": 0.3, "val_every": 1, "patience": 3}
+    script_losses(monkeypatch, [2.0, 3.0, 3.0])
+    assert finetune(sess, 3, **settings).best_step == 1
+    script_losses(monkeypatch, [2.5, 1.0])
+    result = finetune(sess, 9, **settings)
+    assert (result.step, result.best_step) == (4, 1)
+    assert read_history("checkpoint/run1")[-1].validation_loss == 2.5
+
+
+def test_there_is_always_a_validation_after_the_last_step(small, sess):
+    (small / "other.txt").write_text("ten green bottles hanging on the wall\n" * 3)
+    result = finetune(sess, 3, val_dataset="other.txt", val_every=2, val_batch_count=3)
+    losses = [entry.validation_loss for entry in result.history]
+    assert [loss is None for loss in losses] == [True, False, False]
+    assert result.validation_loss == losses[2] == result.best_loss
+    gpt2.load_gpt2(sess, verbose=0)
+    again = finetune(sess, 1, val_dataset="other.txt", learning_rate=1e-30, val_batch_count=3)
+    assert again.validation_loss == pytest.approx(losses[2], abs=1e-6)
+
+
+def test_a_validation_set_may_be_shorter_than_a_window(small, sess, capsys):
+    (small / "few.npz").write_bytes(b"")
+    np.savez_compressed(small / "few.npz", np.arange(5, dtype=np.int32))
+    assert finetune(sess, 1, val_dataset="few.npz", verbose=1).validation_loss > 0
+    assert (
+        "the validation set is shorter than 16 tokens: one window of 5\n" in capsys.readouterr().out
+    )
+    np.savez_compressed(small / "one.npz", np.arange(1, dtype=np.int32))
+    with pytest.raises(ValueError, match="the validation set has 1 tokens: at least 2 are needed"):
+        finetune(sess, 1, val_dataset="one.npz")
+
+
+# --- how long, and how fast ---------------------------------------------------------------------
+
+
+def test_the_learning_rate_follows_its_schedule(small, sess):
+    settings = {"warmup_steps": 2, "lr_schedule": "linear", "min_learning_rate": 0.002}
+    result = finetune(sess, 5, **settings)
+    rates = [entry.learning_rate for entry in result.history]
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.006, 0.002])
+    result = finetune(sess, 2, **settings)  # no second warmup; falls until the new last step
+    rates = [entry.learning_rate for entry in result.history]
+    assert rates == pytest.approx([0.002 + 0.008 / 4, 0.002])
+
+
+def test_epochs_show_every_token_that_often(small, sess, capsys):
+    result = finetune(sess, -1, epochs=2, sampling="epoch", accumulate_gradients=2, verbose=1)
+    out = capsys.readouterr().out
+    tokens = int(re.search(r"dataset has (\d+) tokens", out)[1])
+    assert result.step == math.ceil(2 * math.ceil((tokens - 1) / 15) / 4)
+    assert f"epochs=2 are {result.step} steps\n" in out
+    state = runs.read_state(result.checkpoint)
+    assert 2 * (tokens - 1) <= state.sampler["predicted"] < 2.3 * tokens
+
+
+def test_padding_weighs_nothing_and_each_token_as_much(small, sess):
+    """Micro-batches of unequal windows take the step of one batch of them all."""
+    rows = ["a", "green bottle", "ten green bottles hanging on the wall", "wall"] * 4
+    (small / "rows.csv").write_text("text\n" + "\n".join(rows) + "\n")
+    settings = {"dataset": "rows.csv", "sampling": "epoch", "pad_documents": True,
+                "optimizer": "sgd"}  # fmt: skip
+    one = finetune(sess, 2, "one", batch_size=8, **settings)
+    many = finetune(sess, 2, "many", batch_size=2, accumulate_gradients=4, **settings)
+    assert one.loss == pytest.approx(many.loss, rel=1e-5)
+    ours, theirs = tensors(one.checkpoint), tensors(many.checkpoint)
+    for name, value in ours.items():
+        np.testing.assert_allclose(theirs[name], value, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps=0 must be a whole number, 1 or above"),
+        ({"steps": -2}, r"steps=-2 must be .* \(or -1: until Ctrl-C\)"),
+        ({"steps": 5, "epochs": 1}, "give steps=5 or epochs=1, not both"),
+        ({"epochs": 0}, "epochs=0 must be a number above 0"),
+        ({"epochs": math.nan}, "epochs=nan must be"),
+        ({"lr_schedule": "cosine"}, "lr_schedule='cosine' falls until the last step: give steps"),
+        ({"lr_schedule": "step"}, "lr_schedule='step' must be one of"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 must be"),
+        ({"sampling": "all"}, "sampling='all' must be one of random, epoch"),
+        ({"val_every": 0}, "val_every=0 must be"),
+        ({"val_batch_count": 0}, "val_batch_count=0 must be"),
+        ({"patience": -1}, "patience=-1 must be"),
+        (
+            {"patience": 2, "steps": 1},
+            "patience=2 needs a validation set: give val_dataset or",
+        ),
+        ({"val_split": 0.1, "val_dataset": "text.txt"}, "give val_dataset='text.txt' or val_split"),
+        ({"val_split": 1.5, "steps": 1}, "val_split=1.5 must be above 0 and below 1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(small, sess, changes, message):
+    with pytest.raises(ValueError, match=message):
+        finetune(sess, **{"steps": -1, **changes})
+    assert not os.path.exists("checkpoint/run1/checkpoint")
+
+
+# --- what it writes -----------------------------------------------------------------------------
+
+
+def test_history_events_and_samples(small, sess):
+    finetune(sess, 4, print_every=2, val_split=0.3, val_every=3, sample_every=3, sample_length=5)
+    found = read_history("checkpoint/run1")
+    assert [entry.step for entry in found] == [2, 3, 4]
+    assert [entry.validation_loss is None for entry in found] == [True, False, False]
+    finetune(sess, 1)
+    assert [entry.step for entry in read_history("checkpoint/run1")] == [2, 3, 4, 5]
+
+    values = {}
+    (first, _) = sorted(glob.glob("checkpoint/run1/events*"))
+    for event in tf.compat.v1.train.summary_iterator(first):
+        for value in event.summary.value:
+            values.setdefault(value.tag, []).append((event.step, value))
+    steps = {tag: [step for step, _ in found] for tag, found in values.items()}
+    assert steps == {
+        "loss": [1, 2, 3, 4], "learning_rate": [2, 3, 4], "tokens_per_second": [2, 3, 4],
+        "validation_loss": [3, 4], "perplexity": [3, 4], "samples": [3],
+    }  # fmt: skip
+    text = values["samples"][0][1]
+    assert text.metadata.plugin_data.plugin_name == "text"
+    with open("samples/run1/samples-4", encoding="utf-8") as file:
+        assert tf.make_ndarray(text.tensor)[0].decode() == file.read()
+    loss = values["validation_loss"][0][1].simple_value
+    assert values["perplexity"][0][1].simple_value == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+def test_a_broken_history_harms_no_run(small, sess):
+    finetune(sess, 2)
+    with open("checkpoint/run1/history.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    finetune(sess, 2)
+    assert [entry.step for entry in read_history("checkpoint/run1")] == [1, 2, 3, 4]
+
+
+def test_nothing_is_printed_without_verbose(small, sess, capfd):
+    capfd.readouterr()
+    finetune(sess, 4, val_split=0.3, val_every=2, sample_every=2, sample_length=5)
+    assert capfd.readouterr().out == ""
+
+
+def test_a_bar_lives_with_the_lines(small, sess, monkeypatch, capsys):
+    monkeypatch.setattr(report, "is_interactive", lambda: True)
+    finetune(sess, 3, verbose=1)
+    captured = capsys.readouterr()
+    assert "Training:" in captured.err
+    assert "3/3" in captured.err
+    assert re.search(r"loss=\d\.\d\d, avg=\d\.\d\d, tok/s=", captured.err)
+    lines = [line for line in captured.out.splitlines() if line.startswith("[")]
+    assert [bool(re.fullmatch(r"\[\d \| \d+\.\d\d\] loss=\d\.\d\d avg=\d\.\d\d", line))
+            for line in lines] == [True] * 3  # fmt: skip
