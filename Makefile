@@ -1,14 +1,30 @@
-# `make demo` trains and writes with no download; `make test` passes the tests; `make check` lints.
+# `make demo` trains a small model and generates from it. `make test` runs the tests.
+# `make check` runs ruff and mypy. `make test PYTHON=python3.13` does it with another Python, in an
+# environment of its own, .venv-3.13.
 PYTHON ?= python3
+ifneq ($(filter python3.%, $(PYTHON)),)
+# Where pyenv provides python3.13, it runs only when this variable names its version.
+RUN_PYTHON = PYENV_VERSION=$(patsubst python%,%,$(PYTHON)) $(PYTHON)
+else
+RUN_PYTHON = $(PYTHON)
+endif
+ifeq ($(origin PYTHON), file)
 VENV ?= .venv
+else
+VENV ?= .venv-$(shell $(RUN_PYTHON) -c "import sys; print('%d.%d' % sys.version_info[:2])")
+endif
+ifeq ($(OS), Windows_NT)
+BIN = $(VENV)/Scripts
+else
 BIN = $(VENV)/bin
+endif
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: demo test check clean
+.PHONY: demo test check format clean
 
-# One environment for all three; made again when the metadata changes.
+# One environment serves all targets. It is updated when the metadata changes.
 $(BIN)/.ready: pyproject.toml setup.py
-	$(PYTHON) -m venv $(VENV)
+	$(RUN_PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $@
@@ -18,10 +34,17 @@ demo: $(BIN)/.ready
 
 test: $(BIN)/.ready
 	$(BIN)/python -m pytest
+	@$(BIN)/python -c "import importlib.metadata as m, platform as p; \
+	print('The tests pass on Python', p.python_version(), 'and TensorFlow', m.version('tensorflow'))"
 
 check: $(BIN)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(BIN)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
