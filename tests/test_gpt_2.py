@@ -833,9 +833,9 @@ def test_a_trained_vocabulary_comes_with_the_model(workplace, sess):
     assert texts(sess)
     with pytest.raises(ValueError, match="needs a dataset"):
         gpt2.create_gpt2(model_name="x", vocab_size=300)
-    with pytest.raises(ValueError, match="n_ctx=1 must be at least 2"):
+    with pytest.raises(ValueError, match="n_ctx=1 must be a whole number, 2 or above"):
         gpt2.create_gpt2(model_name="x", n_ctx=1)
-    with pytest.raises(ValueError, match="at least 257"):
+    with pytest.raises(ValueError, match="vocab_size=100 must be a whole number, 257 or above"):
         gpt2.create_gpt2("text.txt", "x", vocab_size=100)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+PRECISIONS = ("float32", "bfloat16", "float16")
+"""The types that activations, or the blocks' matrices, can have."""
+
 
 @dataclasses.dataclass
 class HParams:

@@ -2,65 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
-from .. import encoder, model
+from ..common.hparams import HParams
 from ..common.report import say
-from ..data import vocabulary as vocabularies
+from ..common.settings import settings_function
 from ..data.tables import RowFormat
 from ..data.text_files import ReadReport, find_files, read_documents
-from . import checkpoint
-
-
-class Size(NamedTuple):
-    """A named size: blocks, heads, width and context."""
-
-    n_layer: int
-    n_head: int
-    n_embd: int
-    n_ctx: int
-
+from ..data.vocabulary import byte_vocabulary, save_vocabulary, train_vocabulary
+from ..encoder import Encoder
+from .settings import CreateSettings
 
 # nano: after two minutes on two cores it writes words; mini: an evening's training.
 SIZES = {
-    "nano": Size(n_layer=4, n_head=4, n_embd=128, n_ctx=256),
-    "micro": Size(n_layer=6, n_head=6, n_embd=192, n_ctx=512),
-    "mini": Size(n_layer=8, n_head=8, n_embd=384, n_ctx=1024),
+    "nano": HParams(n_layer=4, n_head=4, n_embd=128, n_ctx=256),
+    "micro": HParams(n_layer=6, n_head=6, n_embd=192, n_ctx=512),
+    "mini": HParams(n_layer=8, n_head=8, n_embd=384, n_ctx=1024),
 }
 
 
-def create_gpt2(
-    dataset: str | Sequence[str] | None = None,
-    model_name: str = "nano",
-    model_dir: str = "models",
-    n_layer: int | None = None,
-    n_head: int | None = None,
-    n_embd: int | None = None,
-    n_ctx: int | None = None,
-    vocab_size: int | None = None,
-    seed: int | None = None,
-    overwrite: bool = False,
-) -> str:
+@settings_function(CreateSettings)
+def create_gpt2(settings: CreateSettings) -> str:
     """Makes a small, randomly initialised GPT-2, to be trained like a downloaded one.
 
     Args:
-        dataset: the text that a vocabulary is trained on; needed only with `vocab_size`.
-        model_name: the folder to make in `model_dir`; 'nano', 'micro' and 'mini' name sizes too,
-            any other name has nano's, but for the sizes given below.
-        model_dir: where models are.
-        n_layer: transformer blocks.
-        n_head: attention heads in a block.
-        n_embd: width; a multiple of n_head.
-        n_ctx: longest context, in tokens.
-        vocab_size: None makes a vocabulary of the 256 bytes and `<|endoftext|>`, good for any
-            language; a number trains a byte-level BPE of that many tokens on `dataset` (needs
-            `pip install "gpt_2_simple[bpe]"`).
-        seed: of the random weights.
-        overwrite: replace a model of this name.
+        settings: each of them is an argument.
 
     Returns:
         The model's folder, with the seven files of a downloaded model.
@@ -69,25 +39,21 @@ def create_gpt2(
         FileExistsError: there is a model of this name, and overwrite is False.
         ValueError: sizes that no GPT-2 can have, or a vocab_size without a dataset.
     """
-    size = SIZES.get(model_name, SIZES["nano"])
-    given = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "n_ctx": n_ctx}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    hparams = model.HParams(**{**size._asdict(), **chosen})
-    hparams.check()
-    if hparams.n_ctx < 2:
-        raise ValueError(f"n_ctx={n_ctx} must be at least 2: a token, and the one after it")
-    folder = os.path.join(model_dir, model_name)
-    if os.path.lexists(folder) and not overwrite:
+    from . import checkpoint  # imports TensorFlow
+
+    hparams = _hparams(settings)
+    folder = os.path.join(settings.model_dir, settings.model_name)
+    if os.path.lexists(folder) and not settings.overwrite:
         raise FileExistsError(
             f"{folder} exists; give another model_name, or overwrite=True to replace it"
         )
-    vocabulary = _vocabulary(dataset, vocab_size)
+    vocabulary = _vocabulary(settings)
     hparams.n_vocab = vocabulary.n_vocab
-    os.makedirs(model_dir, exist_ok=True)
-    temporary = tempfile.mkdtemp(prefix=".creating-", dir=model_dir)
+    os.makedirs(settings.model_dir, exist_ok=True)
+    temporary = tempfile.mkdtemp(prefix=".creating-", dir=settings.model_dir)
     try:
-        vocabularies.save_vocabulary(vocabulary, temporary)
-        checkpoint.write_model(temporary, hparams, seed)
+        save_vocabulary(vocabulary, temporary)
+        checkpoint.write_model(temporary, hparams, settings.seed)
         os.chmod(temporary, 0o755)
         _replace_folder(temporary, folder)
     finally:
@@ -96,14 +62,22 @@ def create_gpt2(
     return folder
 
 
-def _vocabulary(dataset: str | Sequence[str] | None, vocab_size: int | None) -> encoder.Encoder:
-    if vocab_size is None:
-        return vocabularies.byte_vocabulary()
-    if dataset is None:
-        raise ValueError(f"vocab_size={vocab_size} needs a dataset to train the vocabulary on")
-    if vocab_size < 257:
-        raise ValueError(f"vocab_size={vocab_size} must be at least 257: each byte, <|endoftext|>")
-    return vocabularies.train_vocabulary(_texts(dataset), vocab_size)
+def _hparams(settings: CreateSettings) -> HParams:
+    """The sizes: those of the model's name, replaced by those that are given."""
+    hparams = dataclasses.replace(SIZES.get(settings.model_name, SIZES["nano"]))
+    given = {name: getattr(settings, name) for name in ("n_layer", "n_head", "n_embd", "n_ctx")}
+    hparams.override_from_dict({name: size for name, size in given.items() if size is not None})
+    return hparams
+
+
+def _vocabulary(settings: CreateSettings) -> Encoder:
+    if settings.vocab_size is None:
+        return byte_vocabulary()
+    if settings.dataset is None:
+        raise ValueError(
+            f"vocab_size={settings.vocab_size} needs a dataset to train the vocabulary on"
+        )
+    return train_vocabulary(_texts(settings.dataset), settings.vocab_size)
 
 
 def _texts(dataset: str | Sequence[str]) -> Iterator[str]:

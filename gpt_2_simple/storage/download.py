@@ -26,7 +26,20 @@ from typing import IO, NamedTuple
 import requests
 
 from ..common import report
+from ..common.published import (
+    BASE_URL_VARIABLE,
+    DATA_FILE,
+    DEFAULT_BASE_URL,
+    INDEX_FILE,
+    META_FILE,
+    MODEL_FILES,
+    MODEL_NAMES,
+    N_VOCAB,
+    VOCABULARY_SHA256,
+)
+from ..common.settings import settings_function
 from . import checkpoint_index
+from .settings import DownloadSettings
 
 try:
     import fcntl
@@ -34,27 +47,6 @@ except ImportError:  # Windows
     import msvcrt
 
     fcntl = None
-
-MODEL_NAMES = ("124M", "355M", "774M", "1558M", "117M", "345M")
-"""The published models. 117M and 345M are the names that 124M and 355M had at first."""
-
-_DATA, _INDEX, _META = (
-    f"model.ckpt.{suffix}" for suffix in ("data-00000-of-00001", "index", "meta")
-)
-# The data file comes last: its index says how long it must be.
-MODEL_FILES = ("checkpoint", "hparams.json", "encoder.json", "vocab.bpe", _META, _INDEX, _DATA)
-"""The files of a model, in the order in which they are fetched."""
-
-DEFAULT_BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2"
-BASE_URL_VARIABLE = "GPT2_BASE_URL"
-"""The environment variable that names another server than `DEFAULT_BASE_URL`."""
-
-# All published sizes share one vocabulary.
-PUBLISHED_SHA256 = {
-    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-}
-PUBLISHED_N_VOCAB = 50257
 
 _TIMEOUT = (10.0, 30.0)  # seconds to connect, seconds between two reads
 _CHUNK_BYTES = 1 << 15  # what a cut connection may cost
@@ -87,11 +79,8 @@ class _FetchError(Exception):
         self.wait = wait
 
 
-def download_gpt2(
-    model_dir: str | os.PathLike[str] = "models",
-    model_name: str = "124M",
-    base_url: str | None = None,
-) -> None:
+@settings_function(DownloadSettings)
+def download_gpt2(settings: DownloadSettings) -> None:
     """Downloads one of OpenAI's GPT-2 models, or what is missing of it.
 
     Call it again after an interruption: it goes on where it stopped, keeps the files that are whole
@@ -100,11 +89,7 @@ def download_gpt2(
     the server sends one. A second process that wants the same model waits for the first.
 
     Args:
-        model_dir: the folder of models; the files go to `<model_dir>/<model_name>/`.
-        model_name: '124M' (500 MB), '355M' (1.4 GB), '774M' (3.1 GB) or '1558M' (6.2 GB). '117M'
-            and '345M', the first names of '124M' and '355M', are folders of their own.
-        base_url: a mirror that has the files at `<base_url>/models/<model_name>/`. By default the
-            environment variable GPT2_BASE_URL, or OpenAI's server if that is not set.
+        settings: each of them is an argument.
 
     Raises:
         ValueError: there is no such model, or `base_url` is no http(s) address.
@@ -114,17 +99,14 @@ def download_gpt2(
             message lists the addresses, to fetch them by hand.
         OSError: with errno ENOSPC, before a file is fetched that the disk has no room for.
     """
-    if model_name not in MODEL_NAMES:
-        names = ", ".join(MODEL_NAMES)
-        raise ValueError(f"model_name={model_name!r} is not one of the published models: {names}")
-    folder_url = f"{_base_url(base_url)}/models/{model_name}/"
-    folder = Path(model_dir, model_name)
+    folder_url = f"{_base_url(settings.base_url)}/models/{settings.model_name}/"
+    folder = Path(settings.model_dir, settings.model_name)
     if not _may_be_published(folder):
         raise FileExistsError(
-            f"{folder} holds a model that is not OpenAI's (n_vocab is not {PUBLISHED_N_VOCAB}): "
+            f"{folder} holds a model that is not OpenAI's (n_vocab is not {N_VOCAB}): "
             "move it away, lest the download replace it, or give another model_dir"
         )
-    if is_gpt2_downloaded(model_dir, model_name):
+    if is_gpt2_downloaded(settings.model_dir, settings.model_name):
         for name in MODEL_FILES:
             _Partial(folder / name).discard()
         report.say(f"{folder} is already there, and whole")
@@ -181,7 +163,7 @@ def _by_hand(name: str, error: Exception, folder_url: str, folder: Path) -> str:
 def _may_be_published(folder: Path) -> bool:
     """Whether nothing speaks against this being a published model: its n_vocab would."""
     try:
-        return json.loads((folder / "hparams.json").read_bytes())["n_vocab"] == PUBLISHED_N_VOCAB
+        return json.loads((folder / "hparams.json").read_bytes())["n_vocab"] == N_VOCAB
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return True
 
@@ -194,9 +176,9 @@ def _defect(path: Path, name: str, published: bool) -> str | None:
     if not path.is_file():
         return "it is missing"
     try:
-        if name == _DATA:
+        if name == DATA_FILE:
             return _data_defect(path)
-        if name == _INDEX:
+        if name == INDEX_FILE:
             return None if checkpoint_index.read_bundle_index(path) else "it lists no tensor"
         content = path.read_bytes()
         return _content_defect(name, content) or (published and _unpublished(name, content)) or None
@@ -214,17 +196,17 @@ def _content_defect(name: str, content: bytes) -> str | None:
         return None if table and isinstance(table, dict) else "it is not a JSON object with entries"
     if name == "vocab.bpe":
         content.decode("utf-8")
-    if name == _META and not list(checkpoint_index.message_fields(content)):
+    if name == META_FILE and not list(checkpoint_index.message_fields(content)):
         return "it is empty"
     return None
 
 
 def _unpublished(name: str, content: bytes) -> str | None:
-    digest = PUBLISHED_SHA256.get(name)
+    digest = VOCABULARY_SHA256.get(name)
     if digest is not None and hashlib.sha256(content).hexdigest() != digest:
         return "its SHA-256 is not that of the published file"
-    if name == "hparams.json" and json.loads(content).get("n_vocab") != PUBLISHED_N_VOCAB:
-        return f"its n_vocab is not {PUBLISHED_N_VOCAB}"
+    if name == "hparams.json" and json.loads(content).get("n_vocab") != N_VOCAB:
+        return f"its n_vocab is not {N_VOCAB}"
     return None
 
 
@@ -235,9 +217,9 @@ def _data_defect(path: Path) -> str | None:
 
 def _least_data_size(folder: Path) -> int:
     try:
-        return checkpoint_index.data_sizes(checkpoint_index.read_bundle_index(folder / _INDEX)).get(
-            0, 0
-        )
+        return checkpoint_index.data_sizes(
+            checkpoint_index.read_bundle_index(folder / INDEX_FILE)
+        ).get(0, 0)
     except FileNotFoundError as error:
         raise ValueError("its index is missing") from error
 
@@ -351,7 +333,7 @@ def _ensure_file(session: requests.Session, url: str, target: Path) -> None:
         partial.discard()
         return
     least = 0
-    if target.name == _DATA:
+    if target.name == DATA_FILE:
         with contextlib.suppress(NotImplementedError):
             least = _least_data_size(target.parent)
         _adopt(session, url, partial)

@@ -9,8 +9,10 @@ import tensorflow as tf
 from .. import encoder, session
 from ..common.folders import model_folder, read_hparams, run_folder
 from ..common.report import is_silent, say, verbosity
+from ..common.settings import session_function
 from . import checkpoint as checkpoints
 from . import runs
+from .settings import LoadSettings
 
 # The default of generate()'s run_name: "run1", as ever, but not the same as if the caller said so.
 THE_LOADED = str(b"run1", "ascii")
@@ -19,33 +21,13 @@ THE_LOADED = str(b"run1", "ascii")
 LOADS = 10
 
 
-def load_gpt2(
-    sess: tf.compat.v1.Session,
-    checkpoint: str | int = "latest",
-    run_name: str = "run1",
-    checkpoint_dir: str = "checkpoint",
-    model_name: str | None = None,
-    model_dir: str = "models",
-    multi_gpu: bool = False,
-    reuse: bool = False,
-    *,
-    precision: str | None = None,
-    verbose: int = 1,
-) -> None:
+@session_function(LoadSettings)
+def load_gpt2(sess: tf.compat.v1.Session, settings: LoadSettings) -> None:
     """Loads a run, or a model, into a session; generate(sess) then needs no names.
 
     Args:
         sess: a session, from start_tf_sess().
-        checkpoint: 'latest', 'best', or a checkpoint's name such as 'model-500', or its step.
-        run_name: the run to load, a folder in `checkpoint_dir`.
-        checkpoint_dir: where runs are.
-        model_name: load this model, not a run; a folder in `model_dir`.
-        model_dir: where models are.
-        multi_gpu: spread the blocks over all GPUs.
-        reuse: accepted for old scripts; a session's model is always reused.
-        precision: 'bfloat16' or 'float16' holds the blocks' matrices in 16 bits: about half the
-            memory, for generating only. None is 'float32', or what the session has already.
-        verbose: 0 prints nothing.
+        settings: each of them is an argument.
 
     Raises:
         FileNotFoundError: no such run, model or checkpoint; lists those there are.
@@ -53,19 +35,20 @@ def load_gpt2(
         ValueError: the session holds a model of other sizes or precision, or the files do not fit
             together.
     """
+    checkpoint = settings.checkpoint
     if isinstance(checkpoint, int):
-        checkpoint = f"{checkpoints.RUN_CHECKPOINT}-{checkpoint}"
-    with verbosity(verbose):
-        if model_name:
-            folder = model_folder(model_dir, model_name)
+        checkpoint = f"{runs.MODEL}-{checkpoint}"
+    with verbosity(settings.verbose):
+        if settings.model_name:
+            folder = model_folder(settings.model_dir, settings.model_name)
         else:
-            folder = run_folder(checkpoint_dir, run_name)
+            folder = run_folder(settings.checkpoint_dir, settings.run_name)
             runs.recover(folder)
-        kind = "pretrained model" if model_name else "checkpoint"
+        kind = "pretrained model" if settings.model_name else "checkpoint"
         for attempt in range(LOADS):
             try:
                 prefix = checkpoints.restore_path(folder, checkpoint)
-                load_checkpoint(sess, folder, prefix, kind, multi_gpu, precision)
+                load_checkpoint(sess, folder, prefix, kind, settings.multi_gpu, settings.precision)
                 return
             except FileNotFoundError:
                 # It may be that another process, which trains this run, has just replaced it.
