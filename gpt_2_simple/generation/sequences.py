@@ -281,7 +281,7 @@ class Generation:
 
     def history(self, steps: int) -> np.ndarray:
         """The texts [rows, time] as Decode.history wants them."""
-        if not self.sampling.controlled:
+        if not self.sampling.changes_logits:
             return np.zeros([len(self.live), 0], np.int32)
         words = [len(word) for word in self.sampling.bad_words]
         width = max(self.sampling.no_repeat_ngram_size, *words, *(len(r.text) for r in self.live))
@@ -298,7 +298,7 @@ class Generation:
             **dataclasses.asdict(self.sampling),
             "bad_words": np.reshape([(-1,) * (longest - len(w)) + w for w in words], [-1, longest]),
             "stop_token": -1 if self.sampling.stop_token is None else self.sampling.stop_token,
-            "controlled": self.sampling.controlled,
+            "controlled": self.sampling.changes_logits,
         }
         return {getattr(controls, name): value for name, value in values.items()}
 

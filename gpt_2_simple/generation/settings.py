@@ -1,57 +1,368 @@
-"""Settings of generating: how the next token is chosen, and how beams are compared."""
+"""The settings of generate(), each stated once: type, default, range, meaning; no TensorFlow."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, ClassVar
 
-from ..common.checks import MAX_INT32, check_number, check_whole
+from ..common.settings import Field, Setting, Settings, convert, fields_of
+
+# The default of run_name. It equals "run1", as in gpt-2-simple 0.8.1, but it is another object: so
+# a caller who names run1 gets run1, and a caller who names no run gets what the session holds.
+LOADED_RUN = str(b"run1", "ascii")
+
+# The largest int32: TensorFlow's placeholders for whole numbers hold no more.
+MAX_INT32 = 2**31 - 1
+
+# The headings of `generate --help`, in its order.
+MODEL, TEXT, END, RULES, FILES = (
+    "model or run",
+    "text",
+    "end of the text",
+    "rules",
+    "files",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationSettings(Settings):
+    """All that generate() can be told; gpt-2-simple 0.8.1's settings come first, in its order."""
+
+    GROUPS: ClassVar = (MODEL, TEXT, END, RULES, FILES)
+
+    run_name: Annotated[
+        str,
+        Setting(
+            group=MODEL,
+            help="Run to generate from: a folder in `checkpoint_dir`. In Python it is needed only "
+            "if the session does not hold that run yet",
+        ),
+    ] = LOADED_RUN
+    checkpoint_dir: Annotated[str, Setting(group=MODEL, help="Folder that holds the runs")] = (
+        "checkpoint"
+    )
+    model_name: Annotated[
+        str | None,
+        Setting(
+            group=MODEL,
+            help="Model to generate from, instead of a run: a folder in `model_dir`. After "
+            "finetune() from that model, generate() uses the trained weights, as in 0.8.1",
+            default_help="none: the run is used",
+        ),
+    ] = None
+    model_dir: Annotated[str, Setting(group=MODEL, help="Folder that holds the models")] = "models"
+    sample_dir: Annotated[
+        str, Setting(group=None, help="Accepted for old scripts; nothing is written there")
+    ] = "samples"
+    return_as_list: Annotated[
+        bool, Setting(group=None, help="Return the texts and do not print them")
+    ] = False
+    truncate: Annotated[
+        str | None,
+        Setting(
+            group=END,
+            help="End each text before the first occurrence of this string after the prefix",
+            default_help="none",
+        ),
+    ] = None
+    destination_path: Annotated[
+        str | None,
+        Setting(
+            group=FILES,
+            help="File to write the texts to, instead of printing them. On the command line it "
+            "must not exist yet",
+            default_help="none",
+        ),
+    ] = None
+    sample_delim: Annotated[
+        str,
+        Setting(group=FILES, help="Separator after each text; left out if there is only one text"),
+    ] = "=" * 20 + "\n"
+    prefix: Annotated[
+        str | Sequence[str] | None,
+        Setting(
+            group=TEXT,
+            help="Text that the model continues. In Python, a list gives `nsamples` texts for each "
+            "of its strings, in order. On the command line, write --prefix='-x' if it starts with "
+            "'-'",
+            default_help="none",
+        ),
+    ] = None
+    seed: Annotated[
+        int | None,
+        Setting(
+            group=TEXT,
+            help="Whole number that makes the texts repeatable, whatever `batch_size` is. None "
+            "draws another each time. On the command line, each further file adds 1 to it",
+            at_least=0,
+            default_help="random",
+        ),
+    ] = None
+    nsamples: Annotated[
+        int,
+        Setting(
+            group=FILES,
+            help="Texts to generate for each prefix. For a single prefix it must be a multiple of "
+            "`batch_size`",
+            at_least=1,
+        ),
+    ] = 1
+    batch_size: Annotated[
+        int | None,
+        Setting(
+            group=FILES,
+            help="Texts to generate at the same time. None, which the command line calls 'auto', "
+            "chooses a number that fits in memory",
+            at_least=1,
+        ),
+    ] = 1
+    length: Annotated[
+        int,
+        Setting(
+            group=TEXT, help="Tokens to generate for each text, without the prefix", at_least=1
+        ),
+    ] = 1023
+    temperature: Annotated[
+        float,
+        Setting(
+            group=TEXT,
+            help="Divides the logits: above 1 the choice of tokens is more random, below 1 less "
+            "random, and 0 always takes the likeliest token",
+            at_least=0,
+        ),
+    ] = 0.7
+    top_k: Annotated[
+        int,
+        Setting(
+            group=TEXT,
+            help="Draw each token from the k likeliest only; 0 draws from all",
+            at_least=0,
+            at_most=MAX_INT32,
+        ),
+    ] = 0
+    top_p: Annotated[
+        float,
+        Setting(
+            group=TEXT,
+            help="Draw each token from the likeliest tokens only whose probabilities add up to "
+            "this (nucleus sampling, Holtzman et al. 2019), after `top_k`; 0 and 1 draw from all",
+            at_least=0,
+            at_most=1,
+        ),
+    ] = 0.0
+    include_prefix: Annotated[bool, Setting(group=TEXT, help="Start each text with its prefix")] = (
+        True
+    )
+    _: dataclasses.KW_ONLY
+    max_new_tokens: Annotated[
+        int | None,
+        Setting(
+            group=TEXT,
+            help="Another name for `length`, as other libraries have it; it wins if both are given",
+            at_least=1,
+            default_help="`length`",
+        ),
+    ] = None
+    stop: Annotated[
+        str | Sequence[str] | None,
+        Setting(
+            group=END,
+            help="String, or several, that end a text: it ends before the first occurrence of any "
+            "of them after the prefix",
+            default_help="none",
+            repeatable=True,
+        ),
+    ] = None
+    stop_token: Annotated[
+        str | int | None,
+        Setting(
+            group=END,
+            help="Token that ends a text: its id, or its text, such as '<|endoftext|>'",
+            at_least=0,
+            at_most=MAX_INT32,
+            default_help="none",
+        ),
+    ] = None
+    include_stop: Annotated[
+        bool, Setting(group=END, help="Keep the `stop` or `stop_token` at the end of the text")
+    ] = False
+    min_length: Annotated[
+        int,
+        Setting(
+            group=END,
+            help="Tokens that a text has at least before `stop_token` may come",
+            at_least=0,
+            at_most=MAX_INT32,
+        ),
+    ] = 0
+    repetition_penalty: Annotated[
+        float,
+        Setting(
+            group=RULES,
+            help="Above 1 makes tokens that the text holds already less likely, below 1 likelier "
+            "(Keskar et al. 2019)",
+            above=0,
+        ),
+    ] = 1.0
+    no_repeat_ngram_size: Annotated[
+        int,
+        Setting(
+            group=RULES,
+            help="No sequence of this many tokens appears twice in a text; 0 allows all",
+            at_least=0,
+            at_most=MAX_INT32,
+        ),
+    ] = 0
+    bad_words: Annotated[
+        Sequence[str] | None,
+        Setting(
+            group=RULES,
+            help="Words that must not appear, at the start of a text or after a space. A token "
+            "that holds more than the word, such as 'cathedral' for 'cat', is not affected",
+            default_help="none",
+            repeatable=True,
+        ),
+    ] = None
+    num_beams: Annotated[
+        int,
+        Setting(
+            group=RULES,
+            help="Above 1: beam search for the likeliest texts with this many beams. Nothing is "
+            "drawn, so `temperature`, `top_k`, `top_p` and `seed` have no effect; the `nsamples` "
+            "best texts are given, the best first",
+            at_least=1,
+            at_most=MAX_INT32,
+        ),
+    ] = 1
+    length_penalty: Annotated[
+        float,
+        Setting(
+            group=RULES,
+            help="For `num_beams`: texts are compared by log-probability / tokens ** "
+            "length_penalty, so above 0 prefers long texts and below 0 short ones",
+            at_least=-50,
+            at_most=50,
+        ),
+    ] = 1.0
+    stream: Annotated[
+        bool,
+        Setting(
+            group=FILES,
+            help="Print each text while it is generated. The command line then writes no file. In "
+            "Python, generate_stream() gives the pieces instead",
+        ),
+    ] = False
+    verbose: Annotated[int, Setting(group=FILES, help="0 prints nothing but errors")] = 1
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value out of its range, or settings that exclude each other."""
+        if self.truncate is not None and not isinstance(self.truncate, str):
+            raise ValueError(f"truncate={self.truncate!r} must be a string; stop= takes several")
+        object.__setattr__(self, "verbose", int(self.verbose))
+        super().__post_init__()
+        self._check_strings()
+        if isinstance(self.prefix, tuple):
+            if not self.prefix:
+                raise ValueError(
+                    "prefix=[] must hold at least one prefix; '' or None is one without text"
+                )
+        elif self.batch_size is not None and self.nsamples % self.batch_size:
+            raise ValueError(
+                f"nsamples={self.nsamples} must be a multiple of batch_size={self.batch_size}"
+            )
+        if 1 < self.num_beams < self.nsamples:
+            raise ValueError(
+                f"nsamples={self.nsamples} must not be above num_beams={self.num_beams}: a search "
+                "finds one text for each beam"
+            )
+        if self.num_beams > 1 and self.stream:
+            raise ValueError(
+                f"num_beams={self.num_beams} cannot stream: a search may still replace its best "
+                "text; leave out stream or num_beams"
+            )
+        if self.min_length and self.stop_token is None:
+            raise ValueError(f"min_length={self.min_length} needs a stop_token to hold back")
+
+    def _check_strings(self) -> None:
+        """Makes tuples of several strings; empty ones may only be prefixes."""
+        for name in ("prefix", "stop", "bad_words"):
+            value = getattr(self, name)
+            if value is None or (name == "prefix" and isinstance(value, str)):
+                continue
+            strings = as_strings(name, value)
+            if name != "prefix" and "" in strings:
+                raise ValueError(f"{name}={list(strings)!r} holds an empty string; leave it out")
+            object.__setattr__(self, name, strings)
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """What the texts start with; '' for nothing."""
+        return self.prefix if isinstance(self.prefix, tuple) else (str(self.prefix or ""),)
+
+    @property
+    def n_texts(self) -> int:
+        """How many texts will be generated."""
+        return len(self.prefixes) * self.nsamples
+
+    @property
+    def n_new_tokens(self) -> int:
+        """How many tokens a text may have after its prefix."""
+        return self.length if self.max_new_tokens is None else self.max_new_tokens
+
+
+def as_strings(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
+    """Makes a tuple of an argument that is a string or several.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    values = (value,) if isinstance(value, str) else value
+    if isinstance(values, Iterable):
+        values = tuple(values)
+        if all(isinstance(string, str) for string in values):
+            return values
+    raise ValueError(f"{name}={value!r} must be a string or a list of strings")
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen from the logits.
+    """How the next token is chosen from the logits; ranges and meanings as in GenerationSettings.
 
     Attributes:
         temperature: divides the logits; 0 always takes the likeliest token.
-        top_k: choose among this many of the likeliest tokens; 0, or more than there are, among all.
-        top_p: choose among the likeliest tokens that together have this probability (Holtzman et
-            al. 2019); 0 and 1 are off. With top_k, the probabilities are those after top_k.
-        repetition_penalty: divides positive and multiplies negative logits of tokens that the text
-            holds already (Keskar et al. 2019); 1 is off.
-        no_repeat_ngram_size: no run of this many tokens appears twice; 0 is off.
+        top_k: draw from this many of the likeliest tokens; 0 draws from all.
+        top_p: draw from the likeliest tokens that together have this probability, after top_k; 0
+            and 1 draw from all.
+        repetition_penalty: divides positive logits, and multiplies negative logits, of tokens that
+            the text holds already (Keskar et al. 2019).
+        no_repeat_ngram_size: no sequence of this many tokens appears twice; 0 allows all.
         min_length: new tokens before stop_token may come.
         bad_words: sequences of token ids that must not appear.
-        stop_token: a row ends with this token; None for no such token.
+        stop_token: id of the token that ends a row; None for no such token.
     """
 
-    temperature: float = 0.7
-    top_k: int = 0
-    top_p: float = 0.0
-    repetition_penalty: float = 1.0
-    no_repeat_ngram_size: int = 0
-    min_length: int = 0
+    temperature: float = GenerationSettings.temperature
+    top_k: int = GenerationSettings.top_k
+    top_p: float = GenerationSettings.top_p
+    repetition_penalty: float = GenerationSettings.repetition_penalty
+    no_repeat_ngram_size: int = GenerationSettings.no_repeat_ngram_size
+    min_length: int = GenerationSettings.min_length
     bad_words: tuple[tuple[int, ...], ...] = ()
     stop_token: int | None = None
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of its range."""
-        check_number("temperature", self.temperature, "0 (greedy) or above", 0)
-        check_number("top_p", self.top_p, "between 0 and 1; both are off", 0, 1)
-        check_number("repetition_penalty", self.repetition_penalty, "above 0; 1 is off", 0)
-        if not self.repetition_penalty:
-            raise ValueError("repetition_penalty=0 must be above 0; 1 is off")
-        for name in ["top_k", "no_repeat_ngram_size", "min_length"]:
-            check_whole(name, getattr(self, name), most=MAX_INT32)
-        if self.stop_token is not None:
-            check_whole("stop_token", self.stop_token, most=MAX_INT32)
         words = tuple(tuple(map(int, word)) for word in self.bad_words)
         if not all(words):
             raise ValueError(f"bad_words={self.bad_words!r} holds an empty word; leave it out")
         object.__setattr__(self, "bad_words", words)
+        for name in [field.name for field in dataclasses.fields(self) if field.name != "bad_words"]:
+            object.__setattr__(self, name, convert(_number(name), getattr(self, name)))
 
     @property
-    def controlled(self) -> bool:
-        """Whether the logits must be changed before choosing."""
+    def changes_logits(self) -> bool:
+        """Whether the logits are changed before a token is chosen."""
         return bool(
             self.repetition_penalty != 1
             or self.no_repeat_ngram_size
@@ -62,22 +373,30 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class Beams:
-    """Beam search: of all texts the likeliest are followed, none is drawn.
+    """Settings of beam search, which finds the likeliest texts and draws nothing.
 
     Attributes:
-        count: texts that are followed at once.
-        length_penalty: texts are compared by log-probability / length ** length_penalty; above 0 is
-            kind to long ones, below 0 to short ones (as in Hugging Face's generate).
+        count: texts that are extended at the same time; GenerationSettings calls it num_beams.
+        length_penalty: texts are compared by log-probability / length ** length_penalty; above 0
+            prefers long ones, below 0 short ones (as in Hugging Face's generate).
     """
 
-    count: int = 1
-    length_penalty: float = 1.0
+    count: int = GenerationSettings.num_beams
+    length_penalty: float = GenerationSettings.length_penalty
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of its range."""
-        check_whole("num_beams", self.count, 1, most=MAX_INT32)
-        check_number("length_penalty", self.length_penalty, "between -50 and 50", -50, 50)
+        object.__setattr__(self, "count", convert(_number("num_beams"), self.count))
+        penalty = convert(_number("length_penalty"), self.length_penalty)
+        object.__setattr__(self, "length_penalty", penalty)
 
     def score(self, log_probability: float, length: int) -> float:
-        """What texts are compared by."""
+        """The number by which texts of different lengths are compared; the largest is the best."""
         return log_probability / length**self.length_penalty
+
+
+def _number(name: str) -> Field:
+    """A field of GenerationSettings that takes no text here."""
+    field = fields_of(GenerationSettings)[name]
+    kinds: tuple[Any, ...] = tuple(kind for kind in field.kinds if kind is not str)
+    return field._replace(kinds=kinds)
