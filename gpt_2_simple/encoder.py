@@ -48,11 +48,15 @@ _LETTERS = rf"[\p{{L}}--[{_NEWER_THAN_UNICODE_16}]]"
 _NUMBERS = rf"[\p{{N}}--[{_NEWER_THAN_UNICODE_16}]]"
 
 
-def _words_pattern(letters: str, numbers: str, spaces: str) -> str:
-    """GPT-2's split of text into words, given what is inside the brackets of three classes."""
+# White space as \s of the regex package has it: no more and no less. Python's re adds \x1c-\x1f.
+WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+
+
+def _words_pattern(letters: str, numbers: str) -> str:
+    """GPT-2's split of text into words; takes what stands inside the brackets of two classes."""
     return (
-        rf" ?[{letters}]+|'(?:[sdmt]|ll|ve|re)| ?[^{spaces}{letters}{numbers}]+| ?[{numbers}]+"
-        rf"|[{spaces}]+(?![^{spaces}])|[{spaces}]+"
+        rf" ?[{letters}]+|'(?:[sdmt]|ll|ve|re)| ?[^{WHITE_SPACE}{letters}{numbers}]+"
+        rf"| ?[{numbers}]+|[{WHITE_SPACE}]+(?![^{WHITE_SPACE}])|[{WHITE_SPACE}]+"
     )
 
 
@@ -62,10 +66,19 @@ def _up_to_ffff(inside: str) -> str:
     return "".join(f"{run[0]}-{run[-1]}" for run in runs)
 
 
-# The standard library's engine is some four times as fast, but has no \p{L} and is slow with
-# classes that reach beyond U+FFFF.
-_WORDS_UP_TO_FFFF = re.compile(_words_pattern(*map(_up_to_ffff, (_LETTERS, _NUMBERS, r"\s"))))
-_WORDS = regex.compile(_words_pattern(_LETTERS, _NUMBERS, r"\s"), regex.V1)
+# The patterns take 0.1 s to make, so they are made at their first use. The standard library's
+# engine is some four times as fast as regex, but it has no \p{L} and is slow with classes that
+# reach beyond U+FFFF.
+@functools.cache
+def _words_up_to_ffff() -> re.Pattern[str]:
+    return re.compile(_words_pattern(_up_to_ffff(_LETTERS), _up_to_ffff(_NUMBERS)))
+
+
+@functools.cache
+def _words() -> regex.Pattern[str]:
+    return regex.compile(_words_pattern(_LETTERS, _NUMBERS), regex.V1)
+
+
 # No word goes on across whitespace that follows something else, so a text may be cut there.
 _SAFE_CUT = re.compile(r"\S(?=[ \n])")
 _CHUNK_CHARS = 4096
@@ -406,8 +419,8 @@ def _chunks(text: str) -> Iterator[str]:
 def _split(chunk: str) -> list[str]:
     """Splits text into words; joined they are the text."""
     if chunk.isascii() or max(chunk) <= "\uffff":
-        return _WORDS_UP_TO_FFFF.findall(chunk)
-    return _WORDS.findall(chunk)
+        return _words_up_to_ffff().findall(chunk)
+    return _words().findall(chunk)
 
 
 def _checked(

@@ -12,7 +12,8 @@ import numpy as np
 from ..common.files import check_folder, write_whole
 from ..common.folders import model_folder, read_hparams
 from ..common.report import progress, say, verbosity
-from ..encoder import check_vocabulary, get_encoder
+from ..common.settings import settings_function
+from ..encoder import END_OF_TEXT, check_vocabulary, get_encoder
 from . import text_files as documents
 from .parallel_encode import (
     MOST_PROCESSES,
@@ -21,7 +22,8 @@ from .parallel_encode import (
     cut_into_blocks,
     pack_blocks,
 )
-from .tables import END_TOKEN, START_TOKEN, RowFormat
+from .settings import START_TOKEN, EncodeCsvSettings, EncodeSettings
+from .tables import RowFormat
 from .text_files import DataFile, ReadReport
 from .token_file import (
     TokenChunks,
@@ -65,7 +67,7 @@ def load_dataset(
     template: str | None = None,
     header: bool | None = None,
     start_token: str = START_TOKEN,
-    end_token: str = END_TOKEN,
+    end_token: str = END_OF_TEXT,
     allow_special: bool = True,
     pad_documents: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -96,7 +98,7 @@ def load_dataset(
         start_token: what begins a row.
         end_token: what ends a row, and a file.
         allow_special: False encodes '<|endoftext|>' as the characters it is made of, as 0.8.1 did.
-        pad_documents: make each row and file a chunk of its own, for WindowSampler(pad_documents=True).
+        pad_documents: make each row and file a chunk of its own.
         cache_dir: where to keep the token file; None for $GPT_2_SIMPLE_CACHE, or gpt_2_simple in
             the user's cache folder.
         processes: how many processes encode; None for one, or one a core if there is much to do.
@@ -305,102 +307,71 @@ def save_tokens(path: str | os.PathLike[str], chunks: Iterable[np.ndarray], enc:
     write_tokens(os.fspath(path), packed, dtype, about)
 
 
-def encode_csv(
-    csv_path: str | os.PathLike[str],
-    out_path: str | os.PathLike[str] = "csv_encoded.txt",
-    header: bool | None = True,
-    start_token: str = START_TOKEN,
-    end_token: str = END_TOKEN,
-    *,
-    column: str | int | None = None,
-    template: str | None = None,
-    encoding: str | None = None,
-) -> int:
-    """Writes the rows of a table as text, one after the other, for finetune to learn from.
+@settings_function(EncodeCsvSettings)
+def encode_csv(settings: EncodeCsvSettings) -> int:
+    """Writes the rows of a table as text, one after the other, for finetune() to learn from.
 
     Args:
-        csv_path: the table: .csv, .tsv or .jsonl, or one of these with .gz after it.
-        out_path: the text file to write, in UTF-8.
-        header: whether the first row names the columns; None looks at it to find out.
-        start_token: put before each row.
-        end_token: put after each row, and a newline after it.
-        column: the column to take, by name or by number from 0; None for the first.
-        template: several columns, as in '{title}: {body}', in place of `column`.
-        encoding: the table's encoding; None for UTF-8, or what a byte order mark tells.
+        settings: see EncodeCsvSettings.
 
     Returns:
-        How many rows were written. Blank ones are left out, and their number is said.
+        How many rows were written. Blank rows are left out, and a line says how many.
 
     Raises:
-        FileNotFoundError: if there is no such file, or no folder for `out_path`.
-        ValueError: if it cannot be read as a table, or has no such column.
+        FileNotFoundError: there is no such file, or no folder for `out_path`.
+        ValueError: the file cannot be read as a table, or it has no such column.
     """
-    path = os.fspath(csv_path)
+    path, out_path = os.fspath(settings.csv_path), os.fspath(settings.out_path)
     kind = documents.kind_of(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no CSV file {path!r} (in {os.getcwd()!r})")
     check_folder("out_path", out_path)
     file = DataFile(path, kind if kind in ("tsv", "jsonl") else "csv", named=True)
-    rows = RowFormat(column, template, header, start_token, end_token)
+    rows = RowFormat(
+        settings.column,
+        settings.template,
+        settings.header,
+        settings.start_token,
+        settings.end_token,
+    )
     report = ReadReport()
     written = 0
-    with write_whole(os.fspath(out_path)) as out:
-        for text, _ in documents.read_documents(file, rows, encoding, report):
+    with write_whole(out_path) as out:
+        for text, _ in documents.read_documents(file, rows, settings.encoding, report):
             out.write(text.encode("utf-8", errors="replace"))
             written += 1
     report.tell()
     return written
 
 
-def encode_dataset(
-    file_path: str | Sequence[str],
-    model_dir: str = "models",
-    out_path: str | os.PathLike[str] = "text_encoded.npz",
-    model_name: str = "124M",
-    combine: int = 50000,
-    *,
-    encoding: str | None = None,
-    column: str | int | None = None,
-    template: str | None = None,
-    header: bool | None = None,
-    pad_documents: bool = False,
-    cache_dir: str | None = None,
-    verbose: int = 1,
-) -> None:
-    """Encodes a dataset once, so that finetune() need not do it each time.
+@settings_function(EncodeSettings)
+def encode_dataset(settings: EncodeSettings) -> None:
+    """Encodes a dataset once, so that finetune() need not encode it in each call.
 
     Args:
-        file_path: as finetune's `dataset`.
-        model_dir: where models are.
-        out_path: an .npz, which gpt-2-simple 0.8.1 reads too, or a .tokens file, which is read
-            without being loaded into memory.
-        model_name: the model whose vocabulary is used.
-        combine: small files are joined until this many characters are gathered.
-        encoding: of text files; None means UTF-8.
-        column: of a table, by name or by number from 0; None for the first.
-        template: several columns of a table, as in '{title}: {body}', in place of `column`.
-        header: as finetune's.
-        pad_documents: make each row and file a chunk of its own, for finetune(pad_documents=True).
-        cache_dir: as finetune's.
-        verbose: 0 prints nothing.
+        settings: see EncodeSettings.
+
+    Raises:
+        FileNotFoundError: no such dataset or model, or no folder for `out_path`.
+        ValueError: a setting is out of range, or the dataset holds no text.
     """
-    with verbosity(verbose):
-        folder = model_folder(model_dir, model_name)
+    with verbosity(settings.verbose):
+        folder = model_folder(settings.model_dir, settings.model_name)
         enc = get_encoder(folder)
         check_vocabulary(enc, read_hparams(folder).n_vocab, folder)
-        out_path = os.fspath(out_path)
+        out_path = os.fspath(settings.out_path)
         check_folder("out_path", out_path)
         say("Reading files")
         chunks = load_dataset(
             enc,
-            file_path,
-            combine,
-            encoding,
-            column=column,
-            template=template,
-            header=header,
-            pad_documents=pad_documents,
-            cache_dir=cache_dir,
+            settings.file_path,
+            settings.combine,
+            settings.encoding,
+            column=settings.column,
+            template=settings.template,
+            header=settings.header,
+            pad_documents=settings.pad_documents,
+            cache_dir=settings.cache_dir,
         )
         say("Writing", out_path)
         if out_path.lower().endswith(".tokens"):

@@ -1,8 +1,14 @@
-"""The settings that tell how a dataset is read, each stated once for all that read one."""
+"""The settings that tell how a dataset is read or encoded, each stated once; no TensorFlow."""
 
 from __future__ import annotations
 
-from ..common.settings import Setting
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
+
+from ..common.settings import Setting, Settings
+from ..encoder import END_OF_TEXT
 
 SAMPLING = ("random", "epoch")
 
@@ -41,3 +47,79 @@ CACHE_DIR = Setting(
     default_help="$GPT_2_SIMPLE_CACHE, or ~/.cache/gpt_2_simple",
     per_call=True,
 )
+
+START_TOKEN = "<|startoftext|>"
+
+FILES = "files"  # the one heading of `encode --help` and `encode_csv --help`
+
+
+def _in_files(setting: Setting) -> Setting:
+    return dataclasses.replace(setting, group=FILES)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeSettings(Settings):
+    """The settings of encode_dataset(); gpt-2-simple 0.8.1's come first, in its order."""
+
+    GROUPS: ClassVar = (FILES,)
+
+    file_path: Annotated[
+        str | Sequence[str],
+        Setting(
+            group=FILES,
+            help="Text to encode: a text file, a folder, a glob pattern, a .csv, .tsv or .jsonl, "
+            "or several of these",
+        ),
+    ]
+    model_dir: Annotated[str, Setting(group=FILES, help="Folder that holds the models")] = "models"
+    out_path: Annotated[
+        str | os.PathLike[str],
+        Setting(
+            group=FILES,
+            help="File to write: an .npz, which gpt-2-simple 0.8.1 reads too, or a .tokens file, "
+            "which is read without being loaded into memory",
+        ),
+    ] = "text_encoded.npz"
+    model_name: Annotated[str, Setting(group=FILES, help="Model whose vocabulary is used")] = "124M"
+    combine: Annotated[int, _in_files(COMBINE)] = 50000
+    _: dataclasses.KW_ONLY
+    encoding: Annotated[str | None, _in_files(ENCODING)] = None
+    column: Annotated[str | int | None, _in_files(COLUMN)] = None
+    template: Annotated[str | None, _in_files(TEMPLATE)] = None
+    header: Annotated[bool | None, _in_files(HEADER)] = None
+    pad_documents: Annotated[
+        bool,
+        Setting(
+            group=FILES,
+            help="Make each document (a file, a row) a chunk of its own, for "
+            "finetune(pad_documents=True)",
+        ),
+    ] = False
+    cache_dir: Annotated[str | None, _in_files(CACHE_DIR)] = None
+    verbose: Annotated[int, Setting(group=FILES, help="0 prints nothing but errors")] = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeCsvSettings(Settings):
+    """The settings of encode_csv(); gpt-2-simple 0.8.1's come first, in its order."""
+
+    GROUPS: ClassVar = (FILES,)
+
+    csv_path: Annotated[
+        str | os.PathLike[str],
+        Setting(group=FILES, help="Table to read: a .csv, .tsv or .jsonl, or one of these as .gz"),
+    ]
+    out_path: Annotated[
+        str | os.PathLike[str], Setting(group=FILES, help="Text file to write, in UTF-8")
+    ] = "csv_encoded.txt"
+    header: Annotated[bool | None, _in_files(HEADER)] = True
+    start_token: Annotated[str, Setting(group=FILES, help="Text to put before each row")] = (
+        START_TOKEN
+    )
+    end_token: Annotated[
+        str, Setting(group=FILES, help="Text to put after each row, before a line break")
+    ] = END_OF_TEXT
+    _: dataclasses.KW_ONLY
+    column: Annotated[str | int | None, _in_files(COLUMN)] = None
+    template: Annotated[str | None, _in_files(TEMPLATE)] = None
+    encoding: Annotated[str | None, _in_files(ENCODING)] = None

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..encoder import END_OF_TEXT
+from .settings import START_TOKEN
+
 if TYPE_CHECKING:
     from .text_files import DataFile, ReadReport
-
-START_TOKEN = "<|startoftext|>"
-END_TOKEN = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class RowFormat:
     template: str | None = None
     header: bool | None = None
     start_token: str = START_TOKEN
-    end_token: str = END_TOKEN
+    end_token: str = END_OF_TEXT
 
     def __post_init__(self) -> None:
         if self.column is not None and self.template is not None:
