@@ -159,8 +159,8 @@ def fits_table() -> str:
 
 def cell(plan) -> str:
     """A plan in a few words."""
-    words = [plan.config.optimizer, f"accumulate {plan.config.accumulate_gradients}"]
-    if plan.config.use_memory_saving_gradients:
+    words = [plan.settings.optimizer, f"accumulate {plan.settings.accumulate_gradients}"]
+    if plan.settings.use_memory_saving_gradients:
         words.append("recompute")
     if plan.time < plan.hparams.n_ctx:
         words.append(f"windows of {plan.time}")

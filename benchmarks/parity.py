@@ -32,6 +32,7 @@ def ours(folder: str, size: str, time: int) -> dict:
     import_ours()
     from gpt_2_simple import gpt_2, sample, session
     from gpt_2_simple.training import step
+    from gpt_2_simple.training.settings import step_settings
 
     os.chdir(folder)
     write_run(size)
@@ -41,7 +42,7 @@ def ours(folder: str, size: str, time: int) -> dict:
     names = session.named_variables(state)
     np.savez("weights.npz", **dict(zip(names, sess.run(list(names.values())), strict=True)))
     windows = np.load("tokens.npy")
-    config = step.StepConfig(
+    config = step_settings(
         batch_size=1, accumulate_gradients=windows.shape[1], use_memory_saving_gradients=True
     )
     ops = step.build(sess, state, config, time)

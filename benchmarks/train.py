@@ -37,10 +37,11 @@ class Ours:
         from gpt_2_simple import session
         from gpt_2_simple.training import memory_plan as memory
         from gpt_2_simple.training import step
+        from gpt_2_simple.training.settings import step_settings
 
         self.sess = session.start_tf_sess()
         state = session.build_model(self.sess, memory.published_hparams(size), [])
-        config = step.StepConfig(accumulate_gradients=1, use_memory_saving_gradients=recompute)
+        config = step_settings(accumulate_gradients=1, use_memory_saving_gradients=recompute)
         self.ops = step.build(self.sess, state, config, TOKENS)
         with self.sess.graph.as_default():
             self.sess.run(tf.compat.v1.global_variables_initializer())

@@ -11,6 +11,7 @@ import gpt_2_simple as gpt2
 from gpt_2_simple import model, session
 from gpt_2_simple.training import memory_plan as memory
 from gpt_2_simple.training import step
+from gpt_2_simple.training.settings import step_settings
 
 MB = memory.MEGABYTE
 SMALL = model.HParams(n_vocab=101, n_ctx=64, n_embd=16, n_head=2, n_layer=3)
@@ -22,7 +23,7 @@ SMALL = model.HParams(n_vocab=101, n_ctx=64, n_embd=16, n_head=2, n_layer=3)
 )
 def test_weights_and_state_are_counted_as_the_graph_has_them(sess, optimizer, change):
     state = session.build_model(sess, SMALL, [])
-    config = step.StepConfig(optimizer=optimizer, accumulate_gradients=2, **change)
+    config = step_settings(optimizer=optimizer, accumulate_gradients=2, **change)
     ops = step.build(sess, state, config, 64)
     planned = memory.plan(SMALL, config)
 
@@ -75,8 +76,8 @@ def test_what_fits_is_within_the_limit_best_first():
     found = memory.fitting_plans(hparams, 15 * 1024 * MB)
     assert found
     assert all(plan.total <= 15 * 1024 * MB for plan in found)
-    assert found[0].config.optimizer == "adam"
-    assert found[0].config.use_memory_saving_gradients
+    assert found[0].settings.optimizer == "adam"
+    assert found[0].settings.use_memory_saving_gradients
     call = memory.as_call(found[0], "774M")
     assert call.startswith("gpt2.finetune(sess, \"your.txt\", model_name='774M'")
     assert "use_memory_saving_gradients=True" in call
@@ -93,12 +94,12 @@ def limit(monkeypatch):
 
 
 def choose(sess):
-    return memory.choose(sess, SMALL, step.StepConfig(), "small").use_memory_saving_gradients
+    return memory.choose(sess, SMALL, step_settings(), "small")
 
 
 def test_memory_is_saved_only_where_it_must_be(sess, limit, capsys):
     plans = {
-        save: memory.plan(SMALL, step.StepConfig(use_memory_saving_gradients=save)).total
+        save: memory.plan(SMALL, step_settings(use_memory_saving_gradients=save)).total
         for save in (False, True)
     }
     limit(None)
@@ -151,7 +152,7 @@ def test_running_out_names_the_next_setting_and_keeps_the_run(workplace, sess, m
 
 
 def test_the_advice_goes_on_to_what_is_left():
-    config = step.StepConfig()
+    config = step_settings()
     seen = []
     for change in (
         {"use_memory_saving_gradients": True},

@@ -4,39 +4,40 @@ import numpy as np
 import pytest
 
 from gpt_2_simple.data.windows import WindowSampler
-from gpt_2_simple.training.schedule import Schedule, steps_of_epochs
+from gpt_2_simple.training.schedule import learning_rate_at, steps_of_epochs
+from gpt_2_simple.training.settings import TrainingSettings
 
 
 def rates(last, **settings):
-    schedule = Schedule(learning_rate=1.0, **settings)
-    return [schedule.at(step, last) for step in range(1, last + 1)]
+    settings = TrainingSettings("", steps=last, learning_rate=1.0, **settings)
+    return [learning_rate_at(settings, step, last) for step in range(1, last + 1)]
 
 
-def test_a_constant_rate_is_the_one_given():
+def test_a_constant_schedule_keeps_the_learning_rate():
     assert rates(5) == [1.0] * 5
-    assert Schedule(0.3).at(10**6, None) == 0.3
+    assert learning_rate_at(TrainingSettings("", learning_rate=0.3), 10**6, None) == 0.3
 
 
-def test_warmup_rises_to_the_full_rate():
+def test_warmup_rises_to_the_full_learning_rate():
     assert rates(6, warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
-def test_a_linear_schedule_falls_to_the_least_rate_in_the_last_step():
+def test_linear_schedule_ends_at_min_learning_rate():
     assert rates(5, lr_schedule="linear") == [1.0, 0.75, 0.5, 0.25, 0.0]
     falling = rates(7, lr_schedule="linear", warmup_steps=2, min_learning_rate=0.5)
     assert falling == [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5]
 
 
-def test_a_cosine_schedule_falls_by_half_a_wave():
+def test_cosine_schedule_is_half_a_wave():
     falling = rates(5, lr_schedule="cosine", min_learning_rate=0.2)
     assert falling == pytest.approx([1.0, 0.2 + 0.8 * (1 + 0.5**0.5) / 2, 0.6, 0.31716, 0.2], 1e-4)
 
 
-def test_warmup_may_be_longer_than_the_training():
+def test_warmup_may_be_longer_than_training():
     assert rates(2, warmup_steps=4, lr_schedule="cosine") == [0.25, 0.5]
 
 
-def test_one_step_takes_the_full_rate():
+def test_single_step_takes_the_full_learning_rate():
     assert rates(1, lr_schedule="linear") == [1.0]
 
 
@@ -47,25 +48,26 @@ def test_one_step_takes_the_full_rate():
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
         ({"learning_rate": "fast"}, "learning_rate='fast'"),
         ({"min_learning_rate": 1.0}, "min_learning_rate=1.0 must be from 0 to learning_rate="),
-        ({"min_learning_rate": -1e-9}, "min_learning_rate=-1e-09"),
-        ({"lr_schedule": "exponential"}, "lr_schedule='exponential' must be one of constant,"),
+        ({"min_learning_rate": -1e-9}, "min_learning_rate=-1e-09 must be"),
+        ({"lr_schedule": "exponential"}, "lr_schedule='exponential' must be one of 'constant',"),
     ],
 )
-def test_what_is_no_schedule_is_refused(settings, message):
+def test_wrong_schedule_settings_raise_value_error(settings, message):
     with pytest.raises(ValueError, match=message):
-        Schedule(**settings)
+        TrainingSettings("", **settings)
 
 
-def test_a_falling_rate_needs_an_end():
+def test_falling_schedule_needs_steps_or_epochs():
     with pytest.raises(ValueError, match="give steps or epochs"):
-        Schedule(lr_schedule="cosine").check_end(None)
-    Schedule(lr_schedule="cosine").check_end(10)
+        TrainingSettings("", lr_schedule="cosine")
+    TrainingSettings("", lr_schedule="cosine", steps=10)
+    TrainingSettings("", lr_schedule="cosine", epochs=0.5)
 
 
 @pytest.mark.parametrize(
     ("sampling", "pad_documents"), [("random", False), ("epoch", False), ("epoch", True)]
 )
-def test_epochs_are_as_many_steps_as_show_all_data_so_often(sampling, pad_documents):
+def test_steps_of_epochs_show_all_data_that_often(sampling, pad_documents):
     chunks = [np.arange(size, dtype=np.int32) for size in (100, 3, 1, 57, 220)]
     lengths = [len(chunk) for chunk in chunks]
     steps = steps_of_epochs(3, lengths, 8, 4, sampling, pad_documents)
@@ -77,5 +79,5 @@ def test_epochs_are_as_many_steps_as_show_all_data_so_often(sampling, pad_docume
     assert 3 <= sampler.times_seen < 3.3
 
 
-def test_there_is_at_least_one_step():
+def test_epochs_take_at_least_one_step():
     assert steps_of_epochs(0.01, [10], 8, 4) == 1

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from gpt_2_simple import model, session
 from gpt_2_simple.training import step
-from gpt_2_simple.training.step import StepConfig
+from gpt_2_simple.training.settings import step_settings
 
 HPARAMS = model.HParams(n_vocab=23, n_ctx=12, n_embd=8, n_head=2, n_layer=3)
 TOKENS = np.random.default_rng(0).integers(0, 23, [2, 12])
@@ -99,7 +99,7 @@ def adam(plain, weights, steps, rate):
 def test_ten_steps_of_adam_follow_the_oracle(sess, plain, save_memory, batch_size):
     weights = oracle.random_weights(HPARAMS, scale=0.2)
     state = load(sess, weights)
-    config = StepConfig(
+    config = step_settings(
         batch_size=batch_size,
         accumulate_gradients=2 // batch_size,
         use_memory_saving_gradients=save_memory,
@@ -114,7 +114,7 @@ def test_ten_steps_of_adam_follow_the_oracle(sess, plain, save_memory, batch_siz
 def test_a_block_is_updated_before_the_one_below_is_recomputed(sess):
     """So no more than a block's gradients are ever alive; seen on the graph that ran."""
     state = load(sess, oracle.random_weights(HPARAMS))
-    config = StepConfig(batch_size=2, accumulate_gradients=1, use_memory_saving_gradients=True)
+    config = step_settings(batch_size=2, accumulate_gradients=1, use_memory_saving_gradients=True)
     ops = step.build(sess, state, config, TOKENS.shape[1])
     sess.run(ops.initialize)
     share = np.full(ops.weights.shape, 1 / TOKENS.size, np.float32)
@@ -180,7 +180,7 @@ def test_recomputing_and_accumulating_change_nothing(optimizer):
     results = []
     for batch_size in (2, 1):
         for save_memory in (False, True):
-            config = StepConfig(
+            config = step_settings(
                 batch_size=batch_size,
                 accumulate_gradients=2 // batch_size,
                 use_memory_saving_gradients=save_memory,
@@ -203,7 +203,7 @@ def test_recomputing_and_accumulating_change_nothing(optimizer):
 def test_frozen_variables_stay_and_have_no_state(sess, change, trained, save_memory):
     weights = oracle.random_weights(HPARAMS)
     state = load(sess, weights)
-    config = StepConfig(
+    config = step_settings(
         batch_size=2, accumulate_gradients=1, use_memory_saving_gradients=save_memory, **change
     )
     _, after = train(sess, state, config, 2)
@@ -217,7 +217,7 @@ def test_frozen_variables_stay_and_have_no_state(sess, change, trained, save_mem
 
 def test_the_backward_pass_stops_at_frozen_blocks(sess):
     state = load(sess, oracle.random_weights(HPARAMS))
-    config = StepConfig(batch_size=2, accumulate_gradients=1, train_last_blocks=1)
+    config = step_settings(batch_size=2, accumulate_gradients=1, train_last_blocks=1)
     before = {op.name for op in sess.graph.get_operations()}
     step.build(sess, state, config, 12)
     made = [op.name for op in sess.graph.get_operations() if op.name not in before]
@@ -231,18 +231,20 @@ def test_dropout_is_the_same_in_both_passes(sess):
     weights = oracle.random_weights(HPARAMS, scale=0.2)
     results = []
     for save_memory in (False, True):
-        config = StepConfig(batch_size=2, accumulate_gradients=1, dropout=0.3,
+        config = step_settings(batch_size=2, accumulate_gradients=1, dropout=0.3,
                             use_memory_saving_gradients=save_memory)  # fmt: skip
         with tf.Graph().as_default(), tf.compat.v1.Session() as own:
             results.append(train(own, load(own, weights), config, 4)[0])
     np.testing.assert_allclose(results[0], results[1], rtol=1e-5)
-    plain = train(sess, load(sess, weights), StepConfig(batch_size=2, accumulate_gradients=1), 4)[0]
+    plain = train(
+        sess, load(sess, weights), step_settings(batch_size=2, accumulate_gradients=1), 4
+    )[0]
     assert abs(plain[0] - results[0][0]) > 1e-3
 
 
 def test_the_seed_decides_what_is_dropped(sess):
     state = load(sess, oracle.random_weights(HPARAMS))
-    config = StepConfig(batch_size=2, accumulate_gradients=2, dropout=0.5)
+    config = step_settings(batch_size=2, accumulate_gradients=2, dropout=0.5)
     ops = step.build(sess, state, config, 12)
     sess.run(ops.initialize)
     share = np.full(ops.weights.shape, 1 / 22, np.float32)
@@ -264,7 +266,7 @@ def test_sixteen_bits_reach_the_same_loss(precision):
     weights = oracle.random_weights(hparams, scale=0.05)
     last = {}
     for name in ("float32", precision):
-        config = StepConfig(batch_size=2, accumulate_gradients=1, precision=name,
+        config = step_settings(batch_size=2, accumulate_gradients=1, precision=name,
                             use_memory_saving_gradients=True)  # fmt: skip
         with tf.Graph().as_default(), tf.compat.v1.Session() as sess:
             losses, after = train(sess, load(sess, weights, hparams), config, 50, tokens, 0.002)
@@ -278,7 +280,7 @@ def test_a_float16_step_that_overflows_is_skipped_and_halves_the_scale(sess, mon
     monkeypatch.setattr(step, "GOOD_STEPS", 3)
     weights = oracle.random_weights(HPARAMS)
     state = load(sess, weights)
-    config = StepConfig(batch_size=2, accumulate_gradients=1, precision="float16")
+    config = step_settings(batch_size=2, accumulate_gradients=1, precision="float16")
     ops = step.build(sess, state, config, 12)
     sess.run(ops.initialize)
     (scale,) = [v for v in ops.state if v.op.name.endswith("loss_scale/scale")]
@@ -308,7 +310,7 @@ def test_gradients_are_clipped_by_their_global_norm(plain):
     norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradients))
     moves = {}
     for clip in (0.0, norm * 2, norm / 4):
-        config = StepConfig(
+        config = step_settings(
             batch_size=2, accumulate_gradients=1, optimizer="sgd", gradient_clip=float(clip)
         )
         with tf.Graph().as_default(), tf.compat.v1.Session() as sess:
@@ -321,7 +323,7 @@ def test_gradients_are_clipped_by_their_global_norm(plain):
 def test_weight_decay_spares_biases_and_gains(sess):
     weights = oracle.random_weights(HPARAMS)
     state = load(sess, weights)
-    config = StepConfig(batch_size=2, accumulate_gradients=1, optimizer="sgd", weight_decay=0.5)
+    config = step_settings(batch_size=2, accumulate_gradients=1, optimizer="sgd", weight_decay=0.5)
     ops = step.build(sess, state, config, 12)
     sess.run(ops.initialize)
     none = np.zeros(ops.weights.shape, np.float32)  # no loss, no gradient: decay alone moves
@@ -344,10 +346,10 @@ def test_weight_decay_spares_biases_and_gains(sess):
 )
 def test_settings_out_of_range_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        StepConfig(**change)
+        step_settings(**change)
 
 
 def test_more_blocks_than_there_are_cannot_be_trained(sess):
     state = session.build_model(sess, HPARAMS, [])
     with pytest.raises(ValueError, match="the model has 3 blocks"):
-        step.build(sess, state, StepConfig(train_last_blocks=4), 12)
+        step.build(sess, state, step_settings(train_last_blocks=4), 12)

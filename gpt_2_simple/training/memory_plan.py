@@ -19,7 +19,8 @@ import tensorflow as tf
 
 from .. import model
 from ..common.report import say
-from .step import LOSS_ROWS, StepConfig, trained_variables
+from .settings import StepSettings, step_settings
+from .step import LOSS_ROWS, trained_variables
 
 PUBLISHED = {
     "124M": (12, 12, 768),
@@ -63,7 +64,7 @@ class Plan:
 
     Attributes:
         hparams: the model's sizes.
-        config: the step's settings.
+        settings: the step's settings.
         time: tokens in a window.
         weights: the variables, float32.
         optimizer_state: the optimizer's.
@@ -75,7 +76,7 @@ class Plan:
     """
 
     hparams: model.HParams
-    config: StepConfig
+    settings: StepSettings
     time: int
     weights: int
     optimizer_state: int
@@ -146,7 +147,7 @@ def memory_plan(
         ValueError: an argument is out of range.
     """
     hparams = published_hparams(model_name) if isinstance(model_name, str) else model_name
-    config = StepConfig(
+    settings = step_settings(
         batch_size=batch_size,
         accumulate_gradients=accumulate_gradients,
         use_memory_saving_gradients=use_memory_saving_gradients,
@@ -157,32 +158,32 @@ def memory_plan(
         precision=precision,
         gradient_clip=gradient_clip,
     )
-    return plan(hparams, config)
+    return plan(hparams, settings)
 
 
-def plan(hparams: model.HParams, config: StepConfig) -> Plan:
+def plan(hparams: model.HParams, settings: StepSettings) -> Plan:
     """The plan of a step's settings; see memory_plan."""
-    time = min(config.sequence_length or hparams.n_ctx, hparams.n_ctx)
+    time = min(settings.sequence_length or hparams.n_ctx, hparams.n_ctx)
     weights = _shapes(dataclasses.astuple(hparams))
-    trained = trained_variables(weights, config)
+    trained = trained_variables(weights, settings)
     total = sum(map(math.prod, model.flatten(weights)))
     trained_size = FLOAT * sum(map(math.prod, trained))
-    width = model.PRECISIONS[config.precision].size
-    stream = width * config.batch_size * time * hparams.n_embd
-    stored = STORED * stream + _attention_weights(hparams, config.batch_size, time, width)
-    layers = config.train_last_blocks or hparams.n_layer
-    keeps_all = not config.use_memory_saving_gradients
-    gradients = trained_size if keeps_all and not config.accumulates else 0
+    width = model.PRECISIONS[settings.precision].size
+    stream = width * settings.batch_size * time * hparams.n_embd
+    stored = STORED * stream + _attention_weights(hparams, settings.batch_size, time, width)
+    layers = settings.train_last_blocks or hparams.n_layer
+    keeps_all = not settings.use_memory_saving_gradients
+    gradients = trained_size if keeps_all and not settings.accumulates else 0
     return Plan(
         hparams=hparams,
-        config=config,
+        settings=settings,
         time=time,
         weights=FLOAT * total,
-        optimizer_state=sum(_state_size(config.optimizer, shape) for shape in trained),
-        accumulators=trained_size if config.accumulates else 0,
+        optimizer_state=sum(_state_size(settings.optimizer, shape) for shape in trained),
+        accumulators=trained_size if settings.accumulates else 0,
         stored_activations=layers * (stored if keeps_all else stream) + gradients,
         block=TRANSIENT * stream + (0 if keeps_all else stored),
-        loss=_loss_size(hparams, config, time, width),
+        loss=_loss_size(hparams, settings, time, width),
     )
 
 
@@ -223,14 +224,14 @@ def _attention_weights(hparams: model.HParams, batch_size: int, time: int, width
     return width * batch_size * hparams.n_head * seen
 
 
-def _loss_size(hparams: model.HParams, config: StepConfig, time: int, width: int) -> int:
+def _loss_size(hparams: model.HParams, settings: StepSettings, time: int, width: int) -> int:
     """A chunk of logits and their gradient, and the output projection's gradient."""
-    rows = min(LOSS_ROWS, config.batch_size * time)
-    chunks = math.ceil(config.batch_size * time / LOSS_ROWS)
+    rows = min(LOSS_ROWS, settings.batch_size * time)
+    chunks = math.ceil(settings.batch_size * time / LOSS_ROWS)
     projection = hparams.n_vocab * hparams.n_embd
-    trained = not config.only_train_transformer_layers and config.train_last_blocks is None
+    trained = not settings.only_train_transformer_layers and settings.train_last_blocks is None
     # Parts are added to the accumulator one by one, or else to each other.
-    copies = trained * (1 if config.accumulates else min(chunks, 2))
+    copies = trained * (1 if settings.accumulates else min(chunks, 2))
     cast = width * projection if width < FLOAT else 0
     return 2 * FLOAT * rows * hparams.n_vocab + FLOAT * copies * projection + cast
 
@@ -267,21 +268,21 @@ def fitting_plans(hparams: model.HParams, limit: int) -> list[Plan]:
     for length, optimizer, accumulate, save_memory in itertools.product(
         lengths, ("adam", "adafactor"), (5, 1), (False, True)
     ):
-        config = StepConfig(
+        settings = step_settings(
             accumulate_gradients=accumulate,
             use_memory_saving_gradients=save_memory,
             optimizer=optimizer,
             sequence_length=length,
         )
-        found.append(plan(hparams, config))
+        found.append(plan(hparams, settings))
     return [candidate for candidate in found if candidate.total <= limit]
 
 
 def as_call(candidate: Plan, model_name: str) -> str:
     """The finetune() call that a plan stands for."""
-    default, arguments = StepConfig(), {"model_name": model_name}
-    for field in dataclasses.fields(StepConfig):
-        value = getattr(candidate.config, field.name)
+    default, arguments = step_settings(), {"model_name": model_name}
+    for field in dataclasses.fields(StepSettings):
+        value = getattr(candidate.settings, field.name)
         always = field.name in ("accumulate_gradients", "use_memory_saving_gradients")
         if always or value != getattr(default, field.name):
             arguments[field.name] = value
@@ -292,37 +293,39 @@ def as_call(candidate: Plan, model_name: str) -> str:
 
 
 def choose(
-    sess: tf.compat.v1.Session, hparams: model.HParams, config: StepConfig, model_name: str
-) -> StepConfig:
-    """Decides whether to save memory, where the caller left that open, and says why.
+    sess: tf.compat.v1.Session, hparams: model.HParams, settings: StepSettings, model_name: str
+) -> bool:
+    """Decides whether to recompute activations, and says why.
 
     Args:
-        sess: tells the device's limit.
+        sess: its device has the limit.
         hparams: the model's sizes.
-        config: settings, whose use_memory_saving_gradients is not decided yet.
+        settings: the other settings.
         model_name: for the advice.
 
     Returns:
-        The settings: the quickest that fit.
+        use_memory_saving_gradients: False if training fits without it, since that is quicker.
 
     Raises:
-        MemoryError: nothing fits; says what would.
+        MemoryError: training fits in neither way; says what would fit.
     """
     limit = device_limit(sess)
-    plans = {
-        save: plan(hparams, dataclasses.replace(config, use_memory_saving_gradients=save))
-        for save in (False, True)
-    }
     if limit is None:
-        return plans[False].config
-    for save, candidate in plans.items():
+        return False
+    plans = {
+        recompute: plan(
+            hparams, dataclasses.replace(settings, use_memory_saving_gradients=recompute)
+        )
+        for recompute in (False, True)
+    }
+    for recompute, candidate in plans.items():
         if candidate.total <= limit:
             say(
-                f"use_memory_saving_gradients={save}: training needs about "
+                f"use_memory_saving_gradients={recompute}: training needs about "
                 f"{candidate.total / MEGABYTE:,.0f} MB of the device's {limit / MEGABYTE:,.0f}"
-                + (f", and {plans[False].total / MEGABYTE:,.0f} without" if save else "")
+                + (f", and {plans[False].total / MEGABYTE:,.0f} without" if recompute else "")
             )
-            return candidate.config
+            return recompute
     raise MemoryError(
         f"training needs about {plans[True].total / MEGABYTE:,.0f} MB, and the device has "
         f"{limit / MEGABYTE:,.0f}. {_closest(hparams, limit, model_name)}"
@@ -335,7 +338,7 @@ def _closest(hparams: model.HParams, limit: int, model_name: str) -> str:
         return f"This fits: {as_call(fitting[0], model_name)}"
     least = plan(
         hparams,
-        StepConfig(
+        step_settings(
             accumulate_gradients=1,
             use_memory_saving_gradients=True,
             optimizer="adafactor",
@@ -349,7 +352,7 @@ def _closest(hparams: model.HParams, limit: int, model_name: str) -> str:
 
 
 @contextlib.contextmanager
-def explained(hparams: model.HParams, config: StepConfig) -> Iterator[None]:
+def explained(hparams: model.HParams, settings: StepSettings) -> Iterator[None]:
     """TensorFlow's error about too little memory, as one that says which setting to change.
 
     Raises:
@@ -359,8 +362,8 @@ def explained(hparams: model.HParams, config: StepConfig) -> Iterator[None]:
         yield
     except tf.errors.ResourceExhaustedError as error:
         raise MemoryError(
-            f"the device's memory is too small for this training: {advice(plan(hparams, config))}. "
-            "The run's last checkpoint is intact"
+            "the device's memory is too small for this training: "
+            f"{advice(plan(hparams, settings))}. The run's last checkpoint is intact"
         ) from error
 
 
@@ -376,7 +379,7 @@ def advice(current: Plan) -> str:
     for change in changes:
         saved = (
             current.total
-            - plan(current.hparams, dataclasses.replace(current.config, **change)).total
+            - plan(current.hparams, dataclasses.replace(current.settings, **change)).total
         )
         if saved > 0:
             name, value = next(iter(change.items()))

@@ -2,72 +2,42 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-SCHEDULES = ("constant", "linear", "cosine")
+from .settings import TrainingSettings
 
 
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """How the learning rate goes over the steps of a run.
+def learning_rate_at(settings: TrainingSettings, step: int, last_step: int | None) -> float:
+    """The learning rate of a step, after `warmup_steps` and `lr_schedule`.
 
-    Attributes:
-        learning_rate: the highest rate, at which a constant schedule stays.
-        warmup_steps: the run's first steps, over which the rate rises to that.
-        lr_schedule: 'constant', or how it falls after them: 'linear', or 'cosine' (half a wave, as
-            Loshchilov & Hutter 2017 have it).
-        min_learning_rate: where it arrives in the last step.
+    A linear warm-up, then a constant rate or one that falls in a line or in half a cosine wave
+    (Loshchilov & Hutter 2017, SGDR, arXiv:1608.03983).
+
+    Args:
+        settings: learning_rate, warmup_steps, lr_schedule and min_learning_rate.
+        step: the step, counted from 1 over the run's whole life.
+        last_step: the step after which training ends; None if nobody knows, which only a constant
+            schedule allows.
+
+    Returns:
+        The rate. It rises over steps 1 to `warmup_steps`, is `learning_rate` in the step after
+        them, and `min_learning_rate` in the last step unless the schedule is constant.
     """
-
-    learning_rate: float = 0.0001
-    warmup_steps: int = 0
-    lr_schedule: str = "constant"
-    min_learning_rate: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a value out of its range."""
-        if not _is_number(self.learning_rate) or not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate={self.learning_rate!r} must be a number above 0")
-        least = self.min_learning_rate
-        if not _is_number(least) or not 0 <= least <= self.learning_rate:
-            raise ValueError(
-                f"min_learning_rate={least!r} must be from 0 to learning_rate={self.learning_rate}"
-            )
-        if self.lr_schedule not in SCHEDULES:
-            raise ValueError(
-                f"lr_schedule={self.lr_schedule!r} must be one of {', '.join(SCHEDULES)}"
-            )
-
-    def check_end(self, last: int | None) -> None:
-        """Raises ValueError if the rate is to fall, but nobody knows until when."""
-        if self.lr_schedule != "constant" and last is None:
-            raise ValueError(
-                f"lr_schedule={self.lr_schedule!r} falls until the last step: give steps or epochs"
-            )
-
-    def at(self, step: int, last: int | None) -> float:
-        """The learning rate of a step.
-
-        Args:
-            step: the run's steps are counted from 1.
-            last: the last step; None if there is none, for a constant schedule.
-
-        Returns:
-            The rate: rising over steps 1 to `warmup_steps`, highest in the one after, and
-            min_learning_rate in the last unless the schedule is constant.
-        """
-        if step <= self.warmup_steps:
-            return float(self.learning_rate * step / self.warmup_steps)
-        if self.lr_schedule == "constant" or last is None:
-            return float(self.learning_rate)
-        done = (step - self.warmup_steps - 1) / max(last - self.warmup_steps - 1, 1)
-        left = 1 - done if self.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-        return float(self.min_learning_rate + left * (self.learning_rate - self.min_learning_rate))
+    highest, lowest, warmup = (
+        settings.learning_rate,
+        settings.min_learning_rate,
+        settings.warmup_steps,
+    )
+    if step <= warmup:
+        return highest * step / warmup
+    if settings.lr_schedule == "constant" or last_step is None:
+        return highest
+    done = (step - warmup - 1) / max(last_step - warmup - 1, 1)
+    left = 1 - done if settings.lr_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return lowest + left * (highest - lowest)
 
 
 def steps_of_epochs(
@@ -100,7 +70,3 @@ def steps_of_epochs(
     else:
         windows = float(np.maximum(sizes - 1, 0).sum()) / predicted
     return max(1, math.ceil(epochs * windows / windows_in_step))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)

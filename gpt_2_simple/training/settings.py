@@ -368,6 +368,33 @@ class TrainingSettings(Settings):
         return self.val_dataset is not None or self.val_split > 0
 
     @property
+    def step(self) -> StepSettings:
+        """The settings that shape a step's graph."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(StepSettings)}
+        recompute = bool(self.use_memory_saving_gradients)
+        return StepSettings(**{**values, "use_memory_saving_gradients": recompute})
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """The settings that shape a training step's graph, and the memory that it needs.
+
+    Made by `TrainingSettings.step`, which has the meanings, defaults and ranges.
+    """
+
+    batch_size: int
+    accumulate_gradients: int
+    use_memory_saving_gradients: bool
+    only_train_transformer_layers: bool
+    optimizer: str
+    sequence_length: int | None
+    train_last_blocks: int | None
+    precision: str
+    dropout: float
+    weight_decay: float
+    gradient_clip: float
+
+    @property
     def accumulates(self) -> bool:
         """Whether gradients are summed up before any of them is applied.
 
@@ -378,15 +405,17 @@ class TrainingSettings(Settings):
         )
 
     def trained_blocks(self, n_layer: int) -> int | None:
-        """How many blocks at the end are trained; None for the embeddings and all blocks.
+        """How many blocks, the last ones, are trained alone; None trains the whole model.
 
         Raises:
-            ValueError: the model has not that many.
+            ValueError: the model does not have that many.
         """
-        if self.train_last_blocks is not None and self.train_last_blocks > n_layer:
-            raise ValueError(
-                f"train_last_blocks={self.train_last_blocks}, but the model has {n_layer} blocks"
-            )
-        if self.train_last_blocks is None and self.only_train_transformer_layers:
-            return n_layer
-        return self.train_last_blocks
+        count = self.train_last_blocks
+        if count is not None and count > n_layer:
+            raise ValueError(f"train_last_blocks={count}, but the model has {n_layer} blocks")
+        return n_layer if count is None and self.only_train_transformer_layers else count
+
+
+def step_settings(**changes: Any) -> StepSettings:
+    """finetune()'s defaults for a training step, but for `changes`."""
+    return TrainingSettings(dataset="", **changes).step

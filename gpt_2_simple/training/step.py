@@ -10,14 +10,13 @@ import tensorflow as tf
 
 from .. import memory_saving_gradients as recompute
 from .. import model, session
-from ..common.checks import check_whole
 from ..storage.runs import LOSS_SCALE
 from .optimizer import (
-    OPTIMIZERS,
     AccumulatingOptimizer,
     Gradient,
     make_optimizer,
 )
+from .settings import StepSettings
 
 # Rows of logits that exist at once, with their gradient: 256 of 50,257 float32 are 51 MB.
 LOSS_ROWS = 256
@@ -25,50 +24,6 @@ LOSS_ROWS = 256
 # Dynamic loss scaling (Micikevicius et al. 2018, arXiv:1710.03740) for float16.
 FIRST_LOSS_SCALE = 2.0**15
 GOOD_STEPS = 2000
-
-
-@dataclasses.dataclass(frozen=True)
-class StepConfig:
-    """What shapes the graph of a training step; see finetune() for the meanings."""
-
-    batch_size: int = 1
-    accumulate_gradients: int = 5
-    use_memory_saving_gradients: bool = False
-    only_train_transformer_layers: bool = False
-    optimizer: str = "adam"
-    sequence_length: int | None = None
-    train_last_blocks: int | None = None
-    precision: str = "float32"
-    dropout: float = 0.0
-    weight_decay: float = 0.0
-    gradient_clip: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a value out of its range."""
-        check_whole("batch_size", self.batch_size, 1)
-        check_whole("accumulate_gradients", self.accumulate_gradients, 1)
-        if self.sequence_length is not None:
-            check_whole("sequence_length", self.sequence_length, 2)
-        if self.train_last_blocks is not None:
-            check_whole("train_last_blocks", self.train_last_blocks, 1)
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer={self.optimizer!r} must be one of {list(OPTIMIZERS)}")
-        model.check_precision(self.precision)
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout!r} must be 0 or above, and below 1")
-        for name in ("weight_decay", "gradient_clip"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be 0 (off) or above")
-
-    @property
-    def accumulates(self) -> bool:
-        """Whether gradients are summed up before any of them is applied.
-
-        The norm of all of them, and whether all are finite, is known only then.
-        """
-        return bool(
-            self.accumulate_gradients > 1 or self.gradient_clip or self.precision == "float16"
-        )
 
 
 class Head(NamedTuple):
@@ -174,33 +129,29 @@ class TrainOps(NamedTuple):
 
 
 def build(
-    sess: tf.compat.v1.Session, state: session.GraphState, config: StepConfig, time_: int
+    sess: tf.compat.v1.Session, state: session.GraphState, settings: StepSettings, time_: int
 ) -> TrainOps:
     """The training operations for windows of `time_` tokens, built once in a session's graph."""
     # How many micro-batches there are is the loop's business, not the graph's.
-    key = (dataclasses.replace(config, accumulate_gradients=1 + config.accumulates), time_)
-    with state.lock, sess.graph.as_default():
-        if key not in state.built:
-            with tf.compat.v1.name_scope("train"):
-                state.built[key] = _Builder(state, config, time_).build()
-        return state.built[key]
+    shared = dataclasses.replace(settings, accumulate_gradients=1 + settings.accumulates)
+    return state.build_once(_build, state, shared, time_)
 
 
-def trained_variables(weights: model.Weights, config: StepConfig) -> list[tf.Variable]:
+def _build(state: session.GraphState, settings: StepSettings, time_: int) -> TrainOps:
+    with tf.compat.v1.name_scope("train"):
+        return _Builder(state, settings, time_).build()
+
+
+def trained_variables(weights: model.Weights, settings: StepSettings) -> list[tf.Variable]:
     """The variables to train: all, those of the blocks, or those of the last blocks.
 
     Raises:
-        ValueError: there are not so many blocks.
+        ValueError: the model does not have that many blocks.
     """
-    count = config.train_last_blocks
-    if count is None and not config.only_train_transformer_layers:
+    count = settings.trained_blocks(len(weights.blocks))
+    if count is None:
         return model.flatten(weights)
-    if count is not None and count > len(weights.blocks):
-        raise ValueError(
-            f"train_last_blocks={count}, but the model has {len(weights.blocks)} blocks"
-        )
-    blocks = weights.blocks[-count:] if count else weights.blocks
-    return [leaf for block in blocks for part in block for leaf in part]
+    return [leaf for block in weights.blocks[-count:] for part in block for leaf in part]
 
 
 class _LossScale:
@@ -237,35 +188,35 @@ class _LossScale:
 class _Builder:
     """Adds a step's operations to the default graph."""
 
-    def __init__(self, state: session.GraphState, config: StepConfig, time_: int):
-        self.hparams, self.gpus, self.config = state.hparams, state.gpus, config
+    def __init__(self, state: session.GraphState, settings: StepSettings, time_: int):
+        self.hparams, self.gpus, self.settings = state.hparams, state.gpus, settings
         self.variables = state.weights
-        self.xs = trained_variables(state.weights, config)
+        self.xs = trained_variables(state.weights, settings)
         self.trains_wte = any(x is self.variables.wte for x in self.xs)
-        batch = config.batch_size
+        batch = settings.batch_size
         placeholder = tf.compat.v1.placeholder
         self.tokens = placeholder(tf.int32, [batch, time_], "tokens")
         self.weights = placeholder(tf.float32, [batch, time_ - 1], "weights")
         self.learning_rate = placeholder(tf.float32, [], "learning_rate")
         self.seed = tf.compat.v1.placeholder_with_default([0, 0], [2], "dropout_seed")
         self.optimizer = make_optimizer(
-            config.optimizer, self.learning_rate, weight_decay=config.weight_decay
+            settings.optimizer, self.learning_rate, weight_decay=settings.weight_decay
         )
-        self.loss_scale = _LossScale() if config.precision == "float16" else None
+        self.loss_scale = _LossScale() if settings.precision == "float16" else None
         self.tensors = model.read(self.variables)
         self.h, self.checkpoints = self.hidden()
 
     def hidden(self) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """The hidden states [rows, n_embd], and the tensors to keep for the backward pass."""
-        config, graph = self.config, tf.compat.v1.get_default_graph()
+        settings, graph = self.settings, tf.compat.v1.get_default_graph()
         graph.clear_collection(model.CHECKPOINTS)
         h = model.hidden_states(
             self.tensors,
             self.hparams,
             self.tokens[:, :-1],
             gpus=self.gpus,
-            dtype=model.PRECISIONS[config.precision],
-            dropout=model.Dropout(config.dropout, self.seed) if config.dropout else None,
+            dtype=model.PRECISIONS[settings.precision],
+            dropout=model.Dropout(settings.dropout, self.seed) if settings.dropout else None,
         ).h
         checkpoints = graph.get_collection(model.CHECKPOINTS)
         graph.clear_collection(model.CHECKPOINTS)
@@ -287,7 +238,7 @@ class _Builder:
 
     def build(self) -> TrainOps:
         """All of the operations."""
-        return self.accumulating() if self.config.accumulates else self.immediate()
+        return self.accumulating() if self.settings.accumulates else self.immediate()
 
     def immediate(self) -> TrainOps:
         """Each variable is updated as soon as its gradient is there, if that saves memory."""
@@ -300,7 +251,7 @@ class _Builder:
             updates.append(self.optimizer.apply(gradient, x))
             return updates[-1]
 
-        if self.config.use_memory_saving_gradients:
+        if self.settings.use_memory_saving_gradients:
             recompute.gradients(self.h, self.xs, head.dh, self.checkpoints, on_gradient=update)
         else:
             found = tf.gradients(self.h, self.xs, grad_ys=head.dh)
@@ -316,7 +267,7 @@ class _Builder:
 
     def accumulating(self) -> TrainOps:
         """Each gradient is added to its accumulator as soon as it is there."""
-        wte, config = self.variables.wte, self.config
+        wte, settings = self.variables.wte, self.settings
         total = AccumulatingOptimizer(self.optimizer, self.xs)
         additions: list[tf.Operation] = []
 
@@ -325,7 +276,7 @@ class _Builder:
             return additions[-1]
 
         head = self.head(on_part=lambda part: add(wte, part))
-        if config.use_memory_saving_gradients:
+        if settings.use_memory_saving_gradients:
             recompute.gradients(self.h, self.xs, head.dh, self.checkpoints, on_part=add)
         else:
             found = tf.gradients(self.h, self.xs, grad_ys=head.dh)
@@ -334,9 +285,9 @@ class _Builder:
         micro_step = total.count(head.loss, additions)
         scale = 1.0 / self.loss_scale.scale.read_value() if self.loss_scale else 1.0
         factor = scale
-        if config.gradient_clip:
+        if settings.gradient_clip:
             norm = total.global_norm() * scale
-            factor = scale * config.gradient_clip / tf.maximum(norm, config.gradient_clip)
+            factor = scale * settings.gradient_clip / tf.maximum(norm, settings.gradient_clip)
         apply = total.apply_gradients(factor)
         reset, own = total.reset(), total.variables()
         if not self.loss_scale:

@@ -1,14 +1,18 @@
-"""Fixed windows of tokens in, the model's mean loss on them out."""
+"""A validation set in, the model's mean loss on it out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
 from .. import model, session
-from ..data.windows import Batch
+from ..common.report import say
+from ..data.token_file import hash_json
+from ..data.windows import Batch, fixed_windows
+from .settings import TrainingSettings
 
 # Rows of logits that exist at once: 256 of 50,257 float32 are 51 MB.
 LOGIT_ROWS = 256
@@ -40,30 +44,26 @@ def build_evaluation(
     Returns:
         EvaluationOps.
     """
-    key = ("evaluation", batch_size, time)
-    with state.lock, sess.graph.as_default():
-        if key not in state.built:
-            with tf.compat.v1.name_scope("evaluation"):
-                state.built[key] = _build(state, batch_size, time)
-        return state.built[key]
+    return state.build_once(_build, state, batch_size, time)
 
 
 def _build(state: session.GraphState, batch_size: int, time: int) -> EvaluationOps:
-    tokens = tf.compat.v1.placeholder(tf.int32, [batch_size, time], "tokens")
-    weights = model.read(state.weights)
-    hidden = model.hidden_states(weights, state.hparams, tokens[:, :-1], gpus=state.gpus)
-    tf.compat.v1.get_default_graph().clear_collection(model.CHECKPOINTS)
-    h = tf.reshape(hidden.h, [batch_size * (time - 1), state.hparams.n_embd])
-    labels = tf.reshape(tokens[:, 1:], [-1])
-    losses: list[tf.Tensor] = []
-    for start in range(0, h.shape[0], LOGIT_ROWS):
-        rows = slice(start, min(start + LOGIT_ROWS, h.shape[0]))
-        with tf.control_dependencies(losses[-1:]):
-            logits = model.project(weights, tf.identity(h[rows]))  # [rows, n_vocab]
-        losses.append(
-            tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels[rows], logits=logits)
-        )
-    return EvaluationOps(tokens, tf.reshape(tf.concat(losses, axis=0), [batch_size, time - 1]))
+    with tf.compat.v1.name_scope("evaluation"):
+        tokens = tf.compat.v1.placeholder(tf.int32, [batch_size, time], "tokens")
+        weights = model.read(state.weights)
+        hidden = model.hidden_states(weights, state.hparams, tokens[:, :-1], gpus=state.gpus)
+        tf.compat.v1.get_default_graph().clear_collection(model.CHECKPOINTS)
+        h = tf.reshape(hidden.h, [batch_size * (time - 1), state.hparams.n_embd])
+        labels = tf.reshape(tokens[:, 1:], [-1])
+        losses: list[tf.Tensor] = []
+        for start in range(0, h.shape[0], LOGIT_ROWS):
+            rows = slice(start, min(start + LOGIT_ROWS, h.shape[0]))
+            with tf.control_dependencies(losses[-1:]):
+                logits = model.project(weights, tf.identity(h[rows]))  # [rows, n_vocab]
+            losses.append(
+                tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels[rows], logits=logits)
+            )
+        return EvaluationOps(tokens, tf.reshape(tf.concat(losses, axis=0), [batch_size, time - 1]))
 
 
 def mean_loss(sess: tf.compat.v1.Session, ops: EvaluationOps, windows: Batch) -> float:
@@ -86,3 +86,47 @@ def mean_loss(sess: tf.compat.v1.Session, ops: EvaluationOps, windows: Batch) ->
         losses = sess.run(ops.losses, {ops.tokens: filled})[: len(batch)]
         total += float((losses * windows.weights[start : start + batch_size, 1:]).sum())
     return total / float(windows.weights[:, 1:].sum())
+
+
+class Validation:
+    """A fixed set of windows, and the model's loss on them.
+
+    Attributes:
+        identity: a digest of the windows: losses on different windows do not compare.
+    """
+
+    def __init__(
+        self,
+        sess: tf.compat.v1.Session,
+        state: session.GraphState,
+        chunks: Sequence[np.ndarray],
+        settings: TrainingSettings,
+        window: int,
+    ):
+        """Chooses the windows.
+
+        Args:
+            sess: holds the model.
+            state: what its graph remembers.
+            chunks: the validation set's tokens.
+            settings: batch_size, val_batch_count and pad_documents.
+            window: tokens in a window, if the validation set has that many.
+
+        Raises:
+            ValueError: there are fewer than 2 tokens, and one is predicted from another.
+        """
+        size = sum(map(len, chunks))
+        if size < 2:
+            raise ValueError(f"the validation set has {size} tokens: at least 2 are needed")
+        if size < window:
+            say(f"the validation set is shorter than {window} tokens: one window of {size}")
+        count = settings.val_batch_count * settings.batch_size
+        self.windows = fixed_windows(chunks, min(window, size), count, settings.pad_documents)
+        rows, time = self.windows.tokens.shape
+        self.ops = build_evaluation(sess, state, min(settings.batch_size, rows), time)
+        self.sess = sess
+        self.identity = hash_json([values.tolist() for values in self.windows])
+
+    def loss(self) -> float:
+        """The mean loss now, in nats a token."""
+        return mean_loss(self.sess, self.ops, self.windows)

@@ -1,0 +1,62 @@
+"""Validation losses in; which is the best, and whether they end the training, out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..common.report import say
+from ..storage.runs import RunState
+
+
+class Verdict(NamedTuple):
+    """What a validation loss means for the run.
+
+    Attributes:
+        is_best: it is the lowest so far: the weights are worth keeping.
+        ends_training: `patience` validations in a row have not been better.
+    """
+
+    is_best: bool
+    ends_training: bool = False
+
+
+def begin(run: RunState, validation_set: str, patience: int) -> None:
+    """Prepares a run's best loss and its patience for another call of finetune().
+
+    Args:
+        run: the run, changed in place.
+        validation_set: identifies the windows that are validated on. A best loss that was measured
+            on others does not count.
+        patience: see TrainingSettings.
+    """
+    if run.best_loss is not None and run.validation != validation_set:
+        say("The validation set is another than before: its best loss is yet to be found")
+        run.best_loss, run.best_step, run.worse = None, 0, 0
+    run.validation = validation_set
+    if patience and run.worse >= patience:
+        run.worse = 0  # that ended the last call; the user wants this one all the same
+
+
+def judge(run: RunState, loss: float, patience: int) -> Verdict:
+    """Takes note of the validation loss after step `run.step`, and says what the user should know.
+
+    Args:
+        run: the run, changed in place.
+        loss: nats a token.
+        patience: see TrainingSettings.
+    """
+    run.validation_loss = loss
+    if run.best_loss is None or loss < run.best_loss:
+        run.best_loss, run.best_step, run.worse = loss, run.step, 0
+        return Verdict(is_best=True)
+    run.worse += 1
+    if run.worse == min(2, patience or 2):
+        say(
+            f"Warning: the validation loss turns up, from {run.best_loss:.2f} in step "
+            f"{run.best_step} to {loss:.2f}: the model begins to learn the dataset by heart. "
+            f"Checkpoint 'best' keeps the weights of step {run.best_step}"
+        )
+    ends = bool(patience) and run.worse >= patience
+    if ends:
+        say(f"Stopping: no better validation loss for {patience} validations")
+    return Verdict(is_best=False, ends_training=ends)
