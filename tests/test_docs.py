@@ -1,0 +1,267 @@
+"""README.md and docs/: their code blocks run, and their names, flags and links exist.
+
+A document's blocks run one after the other, as a reader would paste them, in a folder with the
+texts that they name. Downloads give a tiny model, and long calls are cut short.
+"""
+
+import ast
+import functools
+import importlib
+import inspect
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import gpt_2_simple as gpt2
+from gpt_2_simple.cli.main import main
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+MAKE_TARGET = re.compile(r"^([a-z]+):", re.MULTILINE)
+
+# The largest values that calls in the documents get. Their results have the same form.
+LIMITS = {
+    "finetune": {"steps": 2, "epochs": 0.05, "sample_length": 4, "val_batch_count": 1},
+    "generate": {"length": 4},
+    "generate_to_file": {"length": 4},
+    "generate_stream": {"length": 4},
+}
+# Functions that need Google Colab: only their arguments are checked.
+DRIVE = [name for name in gpt2.__all__ if name.endswith("gdrive")]
+
+
+class Block(NamedTuple):
+    """A fenced block: its language tag and its text."""
+
+    language: str
+    text: str
+
+
+def blocks_of(path):
+    return [Block(*found) for found in BLOCK.findall(path.read_text(encoding="utf-8"))]
+
+
+def prose_of(path):
+    return BLOCK.sub("", path.read_text(encoding="utf-8"))
+
+
+def shortened(function, limits):
+    """The function, with arguments cut to their limits."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def short(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        for name, limit in limits.items():
+            value = bound.arguments[name]
+            if value is not None and value > 0:
+                bound.arguments[name] = min(value, limit)
+        return function(*bound.args, **bound.kwargs)
+
+    return short
+
+
+def without_effect(function):
+    """A function that takes the same arguments and does nothing."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        signature.bind(*args, **kwargs)
+
+    return checked
+
+
+@pytest.fixture
+def replace_everywhere(monkeypatch):
+    """Replaces a public function in each module of the package that holds it."""
+    importlib.import_module("gpt_2_simple.gpt_2")
+
+    def replace(name, replacement):
+        function = getattr(gpt2, name)
+        monkeypatch.setattr(gpt2, name, replacement, raising=False)
+        for module_name, module in list(sys.modules.items()):
+            if module_name.startswith("gpt_2_simple.") and vars(module).get(name) is function:
+                monkeypatch.setattr(module, name, replacement)
+
+    return replace
+
+
+@pytest.fixture
+def reader(workplace, tiny_source, monkeypatch, replace_everywhere):
+    """A current folder with the texts that the documents name, and functions that are quick."""
+
+    signature = inspect.signature(gpt2.download_gpt2)
+
+    @functools.wraps(gpt2.download_gpt2)
+    def download(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        folder = Path(bound.arguments["model_dir"], bound.arguments["model_name"])
+        shutil.copytree(tiny_source / "tiny", folder, dirs_exist_ok=True)
+
+    replace_everywhere("download_gpt2", download)
+    for name, limits in LIMITS.items():
+        replace_everywhere(name, shortened(getattr(gpt2, name), limits))
+    for name in DRIVE:
+        replace_everywhere(name, without_effect(getattr(gpt2, name)))
+    monkeypatch.setenv("GPT_2_SIMPLE_CACHE", str(workplace / "cache"))
+    text = (workplace / "text.txt").read_text(encoding="utf-8")
+    for name in ("shakespeare.txt", "novels/one.txt", "novels/two.txt", "poems/one.txt"):
+        path = workplace / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    rows = "".join(f"ann,{line}\n" for line in text.replace(",", "").splitlines())
+    (workplace / "tweets.csv").write_text(f"user,text\n{rows}", encoding="utf-8")
+    (workplace / "titles.txt").write_text("One\nTwo\n", encoding="utf-8")
+    return workplace
+
+
+def run_python(text, namespace):
+    exec(compile(text, "a block of Python", "exec"), namespace)
+
+
+def run_shell(text):
+    """Runs the library's commands; checks the targets of make and the flags of benchmarks."""
+    for line in text.replace("\\\n", "").splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        program, *arguments = words
+        if program == "gpt_2_simple":
+            assert main(arguments) == 0, line
+        elif program == "make":
+            targets = MAKE_TARGET.findall((ROOT / "Makefile").read_text(encoding="utf-8"))
+            assert {word for word in arguments if "=" not in word} <= set(targets), line
+        elif words[:1] == ["python"] and arguments[0].startswith("benchmarks/"):
+            check_benchmark(arguments)
+        else:
+            raise AssertionError(f"cannot run {line!r}: give the block the tag text")
+
+
+def check_benchmark(arguments):
+    """Fails if there is no such benchmark, or if it has no such flag."""
+    script, *flags = arguments
+    source = (ROOT / script).read_text(encoding="utf-8")
+    for flag in flags:
+        assert not flag.startswith("--") or f'"{flag}"' in source, (script, flag)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_code_blocks_run(path, reader):
+    tf = importlib.import_module("tensorflow")
+    namespace = {}
+    try:
+        for block in blocks_of(path):
+            if block.language == "python":
+                run_python(block.text, namespace)
+            elif block.language == "sh":
+                run_shell(block.text)
+            else:
+                assert block.language == "text"
+    finally:
+        for value in namespace.values():
+            if isinstance(value, tf.compat.v1.Session):
+                value.close()
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "gpt2.finetune(sess, 'shakespeare.txt', stepz=3)",
+        "gpt2.generate(sess, lenght=3)",
+        "gpt2.download_gpt2(name='124M')",
+        "gpt2.copy_file_to_gdrive(file='a.txt')",
+    ],
+)
+def test_a_wrong_argument_in_a_python_block_fails(block, reader):
+    with pytest.raises(TypeError):
+        run_python(block, {"gpt2": gpt2, "sess": None})
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "gpt_2_simple finetune shakespeare.txt --stepz 3",
+        "gpt_2_simple tune shakespeare.txt",
+        "make tests",
+        "python benchmarks/memory.py --tables",
+        "pip install gpt_2_simple",
+    ],
+)
+def test_a_wrong_argument_in_a_shell_block_fails(block, reader):
+    with pytest.raises(AssertionError):
+        run_shell(block)
+
+
+def test_benchmark_commands_in_sentences_have_their_flags():
+    commands = [
+        command.split()[1:]
+        for path in DOCUMENTS
+        for command in re.findall(r"`(python benchmarks/[^`]+)`", prose_of(path))
+    ]
+    assert len(commands) >= 7
+    for command in commands:
+        check_benchmark(command)
+
+
+def settings_tables():
+    """(function, first cell) of each row of a table whose heading is "setting of `function`"."""
+    for path in DOCUMENTS:
+        function = None
+        for line in prose_of(path).splitlines():
+            cell = line.split(" | ")[0].removeprefix("| ")
+            if not line.startswith("|"):
+                function = None
+            elif found := re.fullmatch(r"setting of `(\w+)`", cell):
+                function = found[1]
+            elif function and not line.startswith("|---"):
+                yield function, cell
+
+
+def test_settings_tables_name_parameters_with_their_defaults():
+    rows = list(settings_tables())
+    assert {function for function, _ in rows} == {"finetune", "generate"}
+    for function, cell in rows:
+        parameters = inspect.signature(getattr(gpt2, function)).parameters
+        for setting in re.findall(r"`([^`]+)`", cell):
+            name, equals, value = setting.partition("=")
+            assert name in parameters, (function, setting)
+            if equals:
+                assert ast.literal_eval(value) == parameters[name].default, (function, setting)
+
+
+def test_the_readme_is_short_and_names_every_function_and_command():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 150
+    named = set(re.findall(r"`(\w+)`", readme))
+    functions = {name for name in gpt2.__all__ if inspect.isfunction(getattr(gpt2, name))}
+    assert functions - named == {"cmd", "get_tarfile_name"}  # nobody calls these but scripts
+    commands = {"finetune", "generate", "download", "create", "encode", "encode_csv", "memory"}
+    assert commands | {"plot"} <= named
+
+
+def anchors_of(path):
+    """The anchors that GitHub gives the headings of a document."""
+    headings = HEADING.findall(prose_of(path))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for link in LINK.findall(prose_of(path)):
+        if link.startswith("https://"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
