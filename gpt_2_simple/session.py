@@ -5,46 +5,99 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import tensorflow as tf
 from tensorflow.core.protobuf import rewriter_config_pb2
 
 from . import model
 from .common.report import say
+from .encoder import Encoder
 
 # A key that is no string is skipped when a graph is exported.
 _COLLECTION = ("gpt_2_simple",)
 
+P = ParamSpec("P")
+Ops = TypeVar("Ops")
 
-@dataclasses.dataclass
+
+class BuiltModel(NamedTuple):
+    """The model in a graph.
+
+    Attributes:
+        hparams: its sizes.
+        weights: its variables.
+        precision: the type that holds the blocks' matrices, such as 'float32'.
+        gpus: the devices that the blocks are spread over, such as '/device:GPU:0'; may be empty.
+    """
+
+    hparams: model.HParams
+    weights: model.Weights
+    precision: str
+    gpus: list[str]
+
+
+@dataclasses.dataclass(eq=False)
 class GraphState:
     """What a graph remembers between calls, so that a second call builds nothing.
 
     Attributes:
+        graph: the graph.
         lock: held while the graph grows.
-        hparams: the model's sizes, None before there is a model.
-        weights: the model's variables.
-        precision: in which the blocks' matrices are held.
-        gpus: devices that the blocks are spread over, if any.
-        folder: where the weights in the session came from, None before anything was loaded.
-        base: the model's folder that the run in `folder` was started from, if that is known.
-        encoder: the vocabulary of `folder`.
-        training: the run that is being trained right now, None if none is.
-        built: parts of the graph by whatever key their builder chose.
+        built_model: the model, None before there is one.
+        loaded_folder: absolute path of the run or model whose weights the session holds, None
+            before anything was loaded.
+        base_model_folder: absolute path of the model that the run in `loaded_folder` started from,
+            None if that is not known.
+        encoder: the vocabulary of `loaded_folder`; not set before anything was loaded.
+        training_folder: the run that is being trained now, None if none is.
     """
 
+    graph: tf.Graph
     lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
-    hparams: model.HParams | None = None
-    weights: model.Weights | None = None
-    precision: str = "float32"
-    gpus: list[str] = dataclasses.field(default_factory=list)
-    folder: str | None = None
-    base: str | None = None
-    encoder: Any = None
-    training: str | None = None
-    built: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    built_model: BuiltModel | None = None
+    loaded_folder: str | None = None
+    base_model_folder: str | None = None
+    encoder: Encoder = dataclasses.field(init=False)
+    training_folder: str | None = None
+    _built: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+
+    def build_once(self, build: Callable[P, Ops], *args: P.args, **kwargs: P.kwargs) -> Ops:
+        """What `build(*args, **kwargs)` added to the graph; the first such call adds it.
+
+        Args:
+            build: adds operations to the default graph and returns them. Functions that are made
+                anew by each call, such as a lambda, are built anew, too.
+            *args: what it takes: variables, and hashable values.
+            **kwargs: what it takes by name.
+        """
+        values = [*args, *kwargs.values()]
+        key = (build, *kwargs, *(v.ref() if isinstance(v, tf.Variable) else v for v in values))
+        with self.lock, self.graph.as_default():
+            if key not in self._built:
+                self._built[key] = build(*args, **kwargs)
+            return self._built[key]
+
+    def _model(self) -> BuiltModel:
+        if self.built_model is None:
+            raise RuntimeError("this session holds no model; call load_gpt2() or finetune() first")
+        return self.built_model
+
+    @property
+    def hparams(self) -> model.HParams:
+        """The model's sizes. Raises RuntimeError if there is no model."""
+        return self._model().hparams
+
+    @property
+    def weights(self) -> model.Weights:
+        """The model's variables. Raises RuntimeError if there is no model."""
+        return self._model().weights
+
+    @property
+    def gpus(self) -> list[str]:
+        """The devices that the model is spread over. Raises RuntimeError if there is no model."""
+        return self._model().gpus
 
 
 _new_state = threading.Lock()
@@ -64,23 +117,23 @@ def graph_state(sess: tf.compat.v1.Session) -> GraphState:
     with _new_state:
         found = sess.graph.get_collection_ref(_COLLECTION)
         if not found:
-            found.append(GraphState())
+            found.append(GraphState(sess.graph))
         return found[0]
 
 
 @contextlib.contextmanager
 def training(state: GraphState, folder: str) -> Iterator[None]:
     """Within this block the session's weights are those of the run in `folder`, being trained."""
-    state.training = folder
+    state.training_folder = folder
     try:
         yield
     finally:
-        state.training = None
+        state.training_folder = None
 
 
 def check_idle(sess: tf.compat.v1.Session) -> None:
-    """Raises RuntimeError if the session's weights are being trained, by the caller perhaps."""
-    folder = graph_state(sess).training
+    """Raises RuntimeError if the session's weights are being trained."""
+    folder = graph_state(sess).training_folder
     if folder is not None:
         raise RuntimeError(
             f"this session is training {folder}: load and train others in a session of their own, "
@@ -94,45 +147,47 @@ def build_model(
     gpus: list[str],
     precision: str | None = None,
 ) -> GraphState:
-    """Gives the session's graph the model's variables, unless it has them already.
+    """Adds the model's variables to the session's graph, unless it has them already.
 
     Args:
         sess: the session.
         hparams: the model's sizes.
-        gpus: devices that the blocks are spread over, if any.
-        precision: of the blocks' matrices; None takes those that there are, and else float32.
+        gpus: the devices that the blocks are spread over; may be empty.
+        precision: the type that holds the blocks' matrices; None takes that of the model which the
+            graph has, or else float32.
 
     Raises:
-        ValueError: no such precision, or the graph holds a model of other sizes or precision.
+        ValueError: there is no such precision, or the graph holds a model of other sizes or
+            precision.
     """
     if precision is not None:
         model.check_precision(precision)
     state = graph_state(sess)
-    with state.lock, sess.graph.as_default():
-        if state.weights is None:
-            found = [v.op.name for v in tf.compat.v1.global_variables() if v.op.name == "model/wte"]
-            state.precision = precision or "float32"
-            state.weights = model.variables(
-                hparams, gpus=gpus, reuse=bool(found), dtype=model.PRECISIONS[state.precision]
+    with state.lock, state.graph.as_default():
+        if state.built_model is None:
+            names = [variable.op.name for variable in tf.compat.v1.global_variables()]
+            held = precision or "float32"
+            weights = model.variables(
+                hparams, gpus=gpus, reuse="model/wte" in names, dtype=model.PRECISIONS[held]
             )
-            state.hparams, state.gpus = dataclasses.replace(hparams), gpus
+            state.built_model = BuiltModel(dataclasses.replace(hparams), weights, held, gpus)
         check_model(sess, hparams, precision)
         return state
 
 
 def check_model(sess: tf.compat.v1.Session, hparams: model.HParams, precision: str | None) -> None:
     """Raises ValueError if the session holds a model of other sizes, or in another precision."""
-    state = graph_state(sess)
-    if state.weights is None:
+    built = graph_state(sess).built_model
+    if built is None:
         return
-    if state.hparams != hparams:
+    if built.hparams != hparams:
         raise ValueError(
-            f"this session holds a model of other sizes ({state.hparams}, not {hparams}); "
+            f"this session holds a model of other sizes ({built.hparams}, not {hparams}); "
             "call sess = gpt2.reset_session(sess) first, or use a second session"
         )
-    if precision not in (None, state.precision):
+    if precision not in (None, built.precision):
         raise ValueError(
-            f"this session holds a model in {state.precision}, and {precision} is wanted; call "
+            f"this session holds a model in {built.precision}, and {precision} is wanted; call "
             "sess = gpt2.reset_session(sess) first, or use a second session"
         )
 
@@ -143,9 +198,9 @@ def named_variables(state: GraphState) -> dict[str, tf.Variable]:
 
 
 def fitting_precision(precision: str, capability: tuple[int, int]) -> str:
-    """The precision asked for, or the next best that a GPU of this compute capability has.
+    """The wanted precision, or the next best one that a GPU of this compute capability has.
 
-    float16 has hardware of its own, which makes up for the loss scale, from 7.0 on.
+    From 7.0 on a GPU has hardware for float16, whose speed makes up for the loss scale.
     """
     if precision == "bfloat16" and capability < (8, 0):
         return "float16" if capability >= (7, 0) else "float32"
@@ -155,9 +210,9 @@ def fitting_precision(precision: str, capability: tuple[int, int]) -> str:
 
 
 def fit_precision(sess: tf.compat.v1.Session, precision: str) -> str:
-    """The precision asked for, or the next best that the session's GPUs have, which is then said.
+    """The wanted precision, or the next best one that the session's GPUs have; then prints so.
 
-    CPUs, and GPUs that tell no compute capability, get what was asked for.
+    CPUs, and GPUs whose compute capability is not known, get the wanted precision.
     """
     if not any(device.device_type == "GPU" for device in sess.list_devices()):
         return precision
@@ -179,7 +234,7 @@ def start_tf_sess(threads: int = -1, server: Any = None) -> tf.compat.v1.Session
     """Starts a session with a graph of its own.
 
     Args:
-        threads: CPU threads within and between operations; -1 leaves it to TensorFlow.
+        threads: CPU threads within and between operations; -1 lets TensorFlow choose.
         server: a tf.distribute.Server to run on, None for this process.
 
     Returns:

@@ -376,7 +376,8 @@ def test_weights_that_are_no_numbers_are_never_saved(small, sess, monkeypatch, c
 def test_a_checkpoint_that_is_no_better_is_said(small, sess):
     finetune(sess, 1)
     poison(sess)()
-    saves = session.graph_state(sess).built["save"]
+    state = session.graph_state(sess)
+    saves = state.build_once(checkpoint.build_save, *session.named_variables(state).values())
     sess.run(saves.done, {saves.prefix: "checkpoint/run1/model-1"})
     with pytest.raises(
         train.Diverged, match=r"back at checkpoint/run1/model-1, whose weights are no better: rest"

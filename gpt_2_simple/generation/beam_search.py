@@ -146,7 +146,7 @@ class BeamSearch(Generation):
             ValueError: the penalties leave nothing to choose from.
         """
         self.make_room()
-        branch = build_once(self.sess, "branch", build_beam_step)
+        branch = build_once(self.sess, build_beam_step)
         hparams = session.graph_state(self.sess).hparams
         feeds = {
             **self.feeds(branch, 1, self.written, self.length),

@@ -98,8 +98,8 @@ class BeamStep(NamedTuple):
 def decoder(sess: tf.compat.v1.Session, rows: int) -> Decode:
     """The loop for so many rows, built by the first call."""
     if rows == 1:
-        return build_once(sess, "decode one row", functools.partial(_build_decode, matmul=ONE_ROW))
-    return build_once(sess, "decode rows", functools.partial(_build_decode, matmul=FEW_ROWS))
+        return build_once(sess, _build_decode, ONE_ROW)
+    return build_once(sess, _build_decode, FEW_ROWS)
 
 
 def _attend_one(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:

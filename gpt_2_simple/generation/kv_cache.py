@@ -46,21 +46,22 @@ def engine(sess: tf.compat.v1.Session) -> Engine:
     Raises:
         RuntimeError: the session is closed, or holds no model.
     """
-    return build_once(sess, "engine", _build_engine)
+    return build_once(sess, _build_engine)
 
 
-def build_once(sess: tf.compat.v1.Session, name: str, build: Callable[..., Any]) -> Any:
+def build_once(sess: tf.compat.v1.Session, build: Callable[..., Any], *args: Any) -> Any:
+    """What `build(weights, hparams, *args)` added to the session's graph; see GraphState."""
     state = session.graph_state(sess)
-    with state.lock:
-        if state.weights is None:
-            raise RuntimeError("this session holds no model; call load_gpt2() or finetune() first")
-        with sess.graph.as_default(), tf.compat.v1.name_scope("sample"), tf.device(None):
-            if "sample: weights" not in state.built:
-                state.built["sample: weights"] = model.read(state.weights)
-            weights, key = state.built["sample: weights"], f"sample: {name}"
-            if key not in state.built:
-                state.built[key] = build(weights, state.hparams)
-        return state.built[key]
+    return state.build_once(_build_in_scope, state, build, *args)
+
+
+def _build_in_scope(state: session.GraphState, build: Callable[..., Any], *args: Any) -> Any:
+    with tf.compat.v1.name_scope("sample"), tf.device(None):
+        return build(state.build_once(_read_weights, state), state.hparams, *args)
+
+
+def _read_weights(state: session.GraphState) -> model.Weights:
+    return model.read(state.weights)
 
 
 def placeholder(dtype: tf.DType, *shape: int | None) -> tf.Tensor:

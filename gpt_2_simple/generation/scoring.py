@@ -55,7 +55,7 @@ def score_tokens(
         ValueError: an argument out of range.
         RuntimeError: the session is closed or holds no model; weights that are not numbers.
     """
-    score = build_once(sess, "score", _build_score)
+    score = build_once(sess, _build_score)
     hparams = session.graph_state(sess).hparams
     stride = max(1, hparams.n_ctx // 2) if stride is None else stride
     check_whole("stride", stride, 1)
@@ -115,7 +115,7 @@ def likeliest_next_tokens(
         ValueError: an argument out of range.
         RuntimeError: the session is closed or holds no model; weights that are not numbers.
     """
-    score = build_once(sess, "score", _build_score)
+    score = build_once(sess, _build_score)
     hparams = session.graph_state(sess).hparams
     check_whole("k", k, 1)
     text = checked_tokens(tokens, hparams.n_vocab)[-hparams.n_ctx :]

@@ -208,7 +208,7 @@ class Generation:
         kept = [row for row in self.live if not row.ended and row not in rows]
         columns = max((row.cached for row in kept), default=0)
         if kept or len(contexts) < len(rows):
-            merge = build_once(self.sess, "merge", build_merge)
+            merge = build_once(self.sess, build_merge)
             places = [self.live.index(row) for row in kept]
             places += [len(self.live) + contexts.index(row.context) for row in rows]
             feeds = {
@@ -232,7 +232,7 @@ class Generation:
         self.run(begin.run, {begin.rows: len(contexts), begin.columns: longest}, key)
         if not longest:
             return 0
-        extend = build_once(self.sess, "extend", build_prefill)
+        extend = build_once(self.sess, build_prefill)
         pads = [longest - len(context) for context in contexts]
         tokens = np.array([[0] * pad + [*c] for pad, c in zip(pads, contexts, strict=True)])
         block = max(1, TOKENS_AT_ONCE // len(contexts))

@@ -146,21 +146,21 @@ class RestoreOps(NamedTuple):
     done: tf.Operation
 
 
-def build_restore(variables: Mapping[str, tf.Variable]) -> RestoreOps:
-    """Adds the operations that read `variables` {name in the checkpoint: variable}.
+def build_restore(*variables: tf.Variable) -> RestoreOps:
+    """Adds the operations that read variables; each has its own name in the checkpoint.
 
-    They are read one after the other: of a model that is loaded over another, no more than one
-    variable is then in memory twice.
+    They are read one after the other: when a model is loaded over another, at most one variable is
+    in memory twice.
     """
     with tf.compat.v1.name_scope("restore"):
         prefix = tf.compat.v1.placeholder(tf.string, [], name="prefix")
         last: list[tf.Operation] = []
-        for name, variable in variables.items():
+        for variable in variables:
             with tf.control_dependencies(last), tf.device("/cpu:0"):
                 # Weights are float32 in every checkpoint, in whatever precision they are held.
                 narrow = variable.dtype in (tf.bfloat16, tf.float16)
                 (value,) = tf.raw_ops.RestoreV2(
-                    prefix=prefix, tensor_names=[name], shape_and_slices=[""],
+                    prefix=prefix, tensor_names=[variable.op.name], shape_and_slices=[""],
                     dtypes=[tf.float32 if narrow else variable.dtype],
                 )  # fmt: skip
                 value.set_shape(variable.shape)
@@ -187,10 +187,8 @@ def check_shapes(prefix: str, variables: Mapping[str, tf.Variable], hparams: Any
             )
 
 
-def restore(
-    sess: tf.compat.v1.Session, ops: RestoreOps, prefix: str, variables: Mapping[str, tf.Variable]
-) -> None:
-    """Fills `variables` from a checkpoint.
+def restore(sess: tf.compat.v1.Session, ops: RestoreOps, prefix: str) -> None:
+    """Fills the variables of `ops` from a checkpoint.
 
     Raises:
         FileNotFoundError: it went away, or another took its place, while it was read.
@@ -208,7 +206,7 @@ def restore(
     except (tf.errors.DataLossError, tf.errors.OutOfRangeError) as error:
         raise ValueError(
             f"{prefix} is damaged: {_reason(error)}. Download it again, or restore an older "
-            f"checkpoint than this one ({len(variables)} variables were wanted)"
+            "checkpoint"
         ) from error
 
 
@@ -235,16 +233,15 @@ class SaveOps(NamedTuple):
     done: tf.Operation
 
 
-def build_save(variables: Mapping[str, tf.Variable]) -> SaveOps:
-    """Adds the operation that writes `variables` {name in the checkpoint: variable}."""
-    names = list(variables)
+def build_save(*variables: tf.Variable) -> SaveOps:
+    """Adds the operation that writes variables, each under its own name."""
     with tf.compat.v1.name_scope("save"), tf.device("/cpu:0"):
         prefix = tf.compat.v1.placeholder(tf.string, [], name="prefix")
         done = tf.raw_ops.SaveV2(
             prefix=prefix,
-            tensor_names=names,
-            shape_and_slices=[""] * len(names),
-            tensors=[variables[name].read_value() for name in names],
+            tensor_names=[variable.op.name for variable in variables],
+            shape_and_slices=[""] * len(variables),
+            tensors=[variable.read_value() for variable in variables],
         )
     return SaveOps(prefix, done)
 
@@ -457,10 +454,11 @@ def write_model(folder: str, hparams: model.HParams, seed: int | None) -> None:
     """Writes a randomly initialised model's checkpoint and hparams.json into an existing folder."""
     rng = np.random.default_rng(seed)
     with tf.Graph().as_default() as graph, tf.compat.v1.Session(graph=graph) as sess:
-        variables = {v.op.name: v for v in model.flatten(model.variables(hparams))}
-        save = build_save(variables)
-        for name, variable in variables.items():
-            value = initial_value(name, variable.shape.as_list(), hparams.n_layer, rng)
+        variables = model.flatten(model.variables(hparams))
+        save = build_save(*variables)
+        for variable in variables:
+            shape = variable.shape.as_list()
+            value = initial_value(variable.op.name, shape, hparams.n_layer, rng)
             sess.run(variable.initializer, {variable.initializer.inputs[1]: value})
         save_model(sess, folder, MODEL_CHECKPOINT, hparams, {MODEL_CHECKPOINT: save})
     sizes = json.dumps(dataclasses.asdict(hparams), indent=2)

@@ -51,22 +51,11 @@ class CheckpointManager:
         self._removal: threading.Thread | None = None
         self.names = checkpoint.named_checkpoints(folder) if latest else []
         self.optimizer = {variable.op.name: variable for variable in optimizer}
-        variables = session.named_variables(state)
-        self._save_model = self._built("save", lambda: checkpoint.build_save(variables))
-        self._save_optimizer = self._built(
-            ("save", *self.optimizer), lambda: checkpoint.build_save(self.optimizer)
-        )
-        self._restore_of(self.optimizer)
-        self._finite = self._built("finite", lambda: _build_finite(variables.values()))
-
-    def _built(self, key: Any, build: Any) -> Any:
-        with self.state.lock, self.sess.graph.as_default():
-            if key not in self.state.built:
-                self.state.built[key] = build()
-            return self.state.built[key]
-
-    def _restore_of(self, variables: Mapping[str, tf.Variable]) -> checkpoint.RestoreOps:
-        return self._built(("restore", *variables), lambda: checkpoint.build_restore(variables))
+        weights = session.named_variables(state).values()
+        self._save_model = state.build_once(checkpoint.build_save, *weights)
+        self._save_optimizer = state.build_once(checkpoint.build_save, *optimizer)
+        state.build_once(checkpoint.build_restore, *optimizer)
+        self._finite = state.build_once(_build_finite, *weights)
 
     def restore_optimizer(self) -> bool:
         """Fills the optimizer's state from what was saved along with the latest checkpoint.
@@ -94,7 +83,8 @@ class CheckpointManager:
             say(f"{path} is of another optimizer, or other variables: the optimizer starts anew")
             return False
         try:
-            checkpoint.restore(self.sess, self._restore_of(optimizer), path, optimizer)
+            ops = self.state.build_once(checkpoint.build_restore, *optimizer.values())
+            checkpoint.restore(self.sess, ops, path)
         except ValueError as error:
             say(f"{error}; the optimizer starts anew")
             return False
@@ -128,7 +118,7 @@ class CheckpointManager:
         self.names = names
         if self.max_checkpoints:
             self.prune(self.names[-self.max_checkpoints :])
-        self.state.folder = os.path.abspath(self.folder)
+        self.state.loaded_folder = os.path.abspath(self.folder)
         return self.latest
 
     def save_best(self) -> None:
@@ -182,8 +172,8 @@ def _comparable(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[st
     }
 
 
-def _build_finite(variables: Any) -> tf.Tensor:
-    """Whether all variables are finite, looked at one after the other."""
+def _build_finite(*variables: tf.Variable) -> tf.Tensor:
+    """Whether all variables are finite; they are read one after the other."""
     finite: list[tf.Tensor] = []
     for variable in variables:
         with tf.control_dependencies(finite[-1:]), tf.device(variable.device):

@@ -72,16 +72,18 @@ def load_checkpoint(
     gpus = session.get_available_gpus() if multi_gpu else []
     precision = precision and session.fit_precision(sess, precision)
     state = session.build_model(sess, hparams, gpus, precision)
-    variables = session.named_variables(state)
-    checkpoints.check_shapes(prefix, variables, hparams)
-    with state.lock, sess.graph.as_default():
-        if "restore" not in state.built:
-            state.built["restore"] = checkpoints.build_restore(variables)
+    checkpoints.check_shapes(prefix, session.named_variables(state), hparams)
     say(f"Loading {kind}", prefix)
-    state.folder = state.base = None  # whatever happens now, these are no longer those weights
-    checkpoints.restore(sess, state.built["restore"], prefix, variables)
-    state.folder, state.base, state.encoder = os.path.abspath(folder), None, enc
+    state.loaded_folder = state.base_model_folder = None  # these weights are about to be replaced
+    restore_weights(sess, state, prefix)
+    state.loaded_folder, state.encoder = os.path.abspath(folder), enc
     return state
+
+
+def restore_weights(sess: tf.compat.v1.Session, state: session.GraphState, prefix: str) -> None:
+    """Fills the session's model from the checkpoint `prefix`, see checkpoint.restore()."""
+    variables = session.named_variables(state).values()
+    checkpoints.restore(sess, state.build_once(checkpoints.build_restore, *variables), prefix)
 
 
 def ensure_loaded(
@@ -94,14 +96,15 @@ def ensure_loaded(
     """The session's model, after loading what the caller names if that is something else."""
     state = session.graph_state(sess)
     named = model_name is not None or run_name is not THE_LOADED or checkpoint_dir != "checkpoint"
-    if state.folder is None and not named:
+    if state.loaded_folder is None and not named:
         raise RuntimeError(
             "this session has no model yet: call gpt2.load_gpt2(sess) for a run of yours, "
             "gpt2.load_gpt2(sess, model_name='124M') for a downloaded model, or gpt2.finetune()"
         )
     if named:
         path = (model_dir, model_name) if model_name else (checkpoint_dir, run_name)
-        if os.path.abspath(os.path.join(*path)) not in (state.folder, state.base):
+        folder = os.path.abspath(os.path.join(*path))
+        if folder not in (state.loaded_folder, state.base_model_folder):
             load_gpt2(
                 sess, "latest", run_name, checkpoint_dir, model_name, model_dir,
                 verbose=0 if is_silent() else 1,
