@@ -24,14 +24,12 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpt_2_simple.common.published import PUBLISHED, published_hparams
+
 SETTINGS = {"top_k": 40, "temperature": 0.7}
 CASES = "1x100 1x1000 8x100 20x100"
-SIZES = {  # layers, heads, width
-    "124M": (12, 12, 768),
-    "355M": (24, 16, 1024),
-    "774M": (36, 20, 1280),
-    "1558M": (48, 25, 1600),
-}
 END = 50256
 
 
@@ -54,19 +52,27 @@ def write_run(size: str) -> None:
     """checkpoint/run1/ with a model of random weights."""
     import_ours()
     from gpt_2_simple.storage import checkpoint
-    from gpt_2_simple.training import memory_plan as memory
 
     run = Path("checkpoint/run1")
     write_vocabulary(run)
-    checkpoint.write_model(str(run), memory.published_hparams(size), seed=0)
+    checkpoint.write_model(str(run), published_hparams(size), seed=0)
 
 
 def import_ours():
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     import gpt_2_simple
 
     return gpt_2_simple
+
+
+def hugging_face_config(size: str, **options):
+    """The transformers configuration of a published model's sizes."""
+    import transformers
+
+    sizes = published_hparams(size)
+    return transformers.GPT2Config(
+        n_layer=sizes.n_layer, n_head=sizes.n_head, n_embd=sizes.n_embd, **options
+    )
 
 
 class Ours:
@@ -103,10 +109,8 @@ class HuggingFace:
         import transformers
 
         transformers.logging.set_verbosity_error()
-        layers, heads, width = SIZES[size]
-        config = transformers.GPT2Config(n_layer=layers, n_head=heads, n_embd=width)
         self.torch = torch
-        self.model = transformers.GPT2LMHeadModel(config).eval()
+        self.model = transformers.GPT2LMHeadModel(hugging_face_config(size)).eval()
 
     def generate(self, batch: int, length: int) -> None:
         with self.torch.inference_mode():
@@ -246,7 +250,7 @@ def main() -> None:
     parser.add_argument("--reference-python", help="has torch, transformers and ctranslate2")
     parser.add_argument("--old-python", help="has gpt-2-simple 0.8.1")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--size", choices=SIZES, default="124M")
+    parser.add_argument("--size", choices=PUBLISHED, default="124M")
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--cases", default=CASES, help=f"batch x tokens, by default {CASES}")
     parser.add_argument("--serve", help=argparse.SUPPRESS)

@@ -71,13 +71,13 @@ def prepare(folder: Path, size: str) -> None:
     import numpy as np
     from generate import write_vocabulary
 
+    from gpt_2_simple.common.published import published_hparams
     from gpt_2_simple.storage import checkpoint
-    from gpt_2_simple.training import memory_plan as memory
 
     model = folder / "models" / size
     if not (model / "checkpoint").exists():
         write_vocabulary(model)
-        checkpoint.write_model(str(model), memory.published_hparams(size), seed=0)
+        checkpoint.write_model(str(model), published_hparams(size), seed=0)
     tokens = np.random.default_rng(0).integers(0, 50257, 20000).astype(np.uint16)
     np.savez(folder / "tokens.npz", tokens)
 
@@ -143,15 +143,16 @@ CARDS = [4, 6, 8, 11, 16, 24]
 
 def fits_table() -> str:
     """The README's table of what fits, from the plan: a row a card, a column a model."""
+    from gpt_2_simple.common.published import PUBLISHED, published_hparams
     from gpt_2_simple.training import memory_plan as memory
 
-    sizes = list(memory.PUBLISHED)
+    sizes = list(PUBLISHED)
     lines = [f"| card | {' | '.join(sizes)} |", "|---" * (len(sizes) + 1) + "|"]
     for card in CARDS:
         cells = []
         for size in sizes:
             limit = int(card * memory.USABLE * 1024 * MEGABYTE)
-            found = memory.fitting_plans(memory.published_hparams(size), limit)
+            found = memory.fitting_plans(published_hparams(size), limit)
             cells.append(cell(found[0]) if found else "no")
         lines.append(f"| {card} GB | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -19,7 +19,7 @@ import sys
 import tempfile
 
 import numpy as np
-from generate import END, SIZES, import_ours, write_run
+from generate import END, PUBLISHED, hugging_face_config, import_ours, write_run
 
 STEPS = 10
 RATE = 1e-4
@@ -88,11 +88,7 @@ def theirs(folder: str, size: str) -> dict:
     import transformers
 
     os.chdir(folder)
-    layers, heads, width = SIZES[size]
-    config = transformers.GPT2Config(
-        n_layer=layers, n_head=heads, n_embd=width,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
+    config = hugging_face_config(size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     net = transformers.GPT2LMHeadModel(config)
     weights = {
         torch_name(n): torch.tensor(np.squeeze(w)) for n, w in np.load("weights.npz").items()
@@ -141,7 +137,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--reference-python", required=True, help="has torch and transformers")
-    parser.add_argument("--size", choices=SIZES, default="124M")
+    parser.add_argument("--size", choices=PUBLISHED, default="124M")
     parser.add_argument("--time", type=int, default=1024, help="tokens in a window")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()

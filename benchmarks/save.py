@@ -24,14 +24,14 @@ import tensorflow as tf
 
 import gpt_2_simple as gpt2
 from gpt_2_simple import model, session
+from gpt_2_simple.common.published import published_hparams
 from gpt_2_simple.storage import checkpoint_manager, runs
-from gpt_2_simple.training import memory_plan as memory
 from gpt_2_simple.training.optimizer import make_optimizer
 
 
 def make_saves(sess: tf.compat.v1.Session, folder: str) -> checkpoint_manager.CheckpointManager:
     """The operations that save a new model and its Adam state, which the session then holds."""
-    state = session.build_model(sess, memory.published_hparams("124M"), [])
+    state = session.build_model(sess, published_hparams("124M"), [])
     variables = model.flatten(state.weights)
     with sess.graph.as_default():
         optimizer = make_optimizer("adam", 0.1)

@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from generate import SIZES
+from generate import PUBLISHED, hugging_face_config
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS = 1024
@@ -35,12 +35,12 @@ class Ours:
 
         import gpt_2_simple  # noqa: F401 (sets TF_ENABLE_ONEDNN_OPTS)
         from gpt_2_simple import session
-        from gpt_2_simple.training import memory_plan as memory
+        from gpt_2_simple.common.published import published_hparams
         from gpt_2_simple.training import step
         from gpt_2_simple.training.settings import step_settings
 
         self.sess = session.start_tf_sess()
-        state = session.build_model(self.sess, memory.published_hparams(size), [])
+        state = session.build_model(self.sess, published_hparams(size), [])
         config = step_settings(accumulate_gradients=1, use_memory_saving_gradients=recompute)
         self.ops = step.build(self.sess, state, config, TOKENS)
         with self.sess.graph.as_default():
@@ -61,11 +61,9 @@ class HuggingFace:
         import torch
         import transformers
 
-        layers, heads, width = SIZES[size]
-        config = transformers.GPT2Config(
-            n_layer=layers, n_head=heads, n_embd=width, use_cache=False,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        )  # fmt: skip
+        config = hugging_face_config(
+            size, use_cache=False, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+        )
         self.model = transformers.GPT2LMHeadModel(config)
         self.model.train()
         if recompute:
@@ -117,7 +115,7 @@ def start(variant, python, size):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--reference-python", help="has torch and transformers")
-    parser.add_argument("--size", default="124M", choices=SIZES)
+    parser.add_argument("--size", default="124M", choices=PUBLISHED)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--serve", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
