@@ -1,13 +1,16 @@
-"""The package as a whole: what it exports and imports, what importing does, what is shipped."""
+"""The package as a whole: its public names, its layers, what an import does, what is shipped."""
 
 import ast
+import graphlib
 import importlib
 import inspect
+import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -16,23 +19,38 @@ import gpt_2_simple as gpt2
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "gpt_2_simple"
 
-# What a module may import, by level: only modules of a lower level. A test of the whole design:
-# a new module must be given its place here.
-LEVELS = [
-    ["report", "files", "bundle", "schedule", "interruption"],
-    ["history", "encoder", "parallel_encode", "download", "colab", "memory_saving_gradients"],
-    ["token_file", "documents", "optimizer", "model"],
-    ["sampler", "session", "checkpoint"],
-    ["dataset", "runs", "sample", "evaluate", "step", "create"],
-    ["memory", "texts", "watch"],
-    ["train"],
+# The rooms (folders and modules of the root), by layer. A module imports from its own room and from
+# earlier layers only. A new room must be given its place here.
+LAYERS = [
+    ["common"],
+    ["encoder", "model", "memory_saving_gradients"],
+    ["data", "session"],
+    ["storage"],
+    ["generation"],
+    ["sample", "training"],
+    ["exchange", "distributed", "serving"],
     ["gpt_2"],
-    ["cli"],
-    ["__main__"],
+    ["src", "cli"],
+    ["__main__", "__init__"],
 ]
+FUTURE_ROOMS = {"exchange", "distributed", "serving"}
+
+# Imports within functions, and the reason for each.
+FUNCTION_IMPORTS = {
+    ("gpt_2", "cli.main"),  # points to a later layer: scripts call gpt_2.cmd()
+    ("storage.create", "storage.checkpoint"),  # loads TensorFlow
+    ("data.vocabulary", "tokenizers"),  # an extra
+    ("training.history", "matplotlib.figure"),  # an extra
+    ("training.history", "IPython.display"),  # there only in notebooks
+    ("storage.drive", "google.colab"),  # there only in Colab
+}
+
+# Rooms and modules that load without TensorFlow.
 WITHOUT_TENSORFLOW = [
-    "report", "files", "bundle", "history", "schedule", "interruption", "encoder",
-    "parallel_encode", "token_file", "documents", "sampler", "dataset", "download", "colab", "cli",
+    "common", "encoder", "data", "cli", "__main__",
+    "training.settings", "training.history", "training.schedule", "training.interruption",
+    "generation.settings", "storage.settings", "storage.create", "storage.download",
+    "storage.drive",
 ]  # fmt: skip
 
 # gpt-2-simple 0.8.1's functions: names, order and defaults of their arguments.
@@ -89,8 +107,8 @@ OLD = {
 }  # fmt: skip
 
 
-def python(code, *flags):
-    """What a fresh interpreter prints."""
+def run_python(code, *flags):
+    """Runs code in a fresh interpreter; returns what it prints."""
     result = subprocess.run(
         [sys.executable, *flags, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=240
     )
@@ -99,7 +117,7 @@ def python(code, *flags):
 
 
 @pytest.mark.parametrize("name", OLD)
-def test_old_arguments_keep_their_places_and_defaults(name):
+def test_public_functions_keep_the_arguments_of_0_8_1(name):
     parameters = list(inspect.signature(getattr(gpt2, name)).parameters.values())
     old = OLD[name]
     found = {p.name: ... if p.default is p.empty else p.default for p in parameters[: len(old)]}
@@ -108,7 +126,7 @@ def test_old_arguments_keep_their_places_and_defaults(name):
     assert all(optional)
 
 
-def test_all_public_names_are_there():
+def test_package_and_gpt_2_module_export_the_same_names():
     assert set(OLD) < set(gpt2.__all__)
     assert {"encoder", "model", "sample", "memory_saving_gradients"} < set(gpt2.__all__)
     module = importlib.import_module("gpt_2_simple.gpt_2")
@@ -128,16 +146,16 @@ def test_public_functions_are_documented_and_typed(name):
     assert all(p.annotation is not p.empty for p in signature.parameters.values())
 
 
-def test_all_the_ways_to_import_work():
+def test_each_import_statement_of_0_8_1_works():
     code = (
         "from gpt_2_simple import gpt_2 as gpt2; assert gpt2.finetune\n"
         "from gpt_2_simple import *; assert generate and encoder.get_encoder and model\n"
         "import gpt_2_simple; print(gpt_2_simple.load_gpt2 is gpt2.load_gpt2)"
     )
-    assert python(code) == "True"
+    assert run_python(code) == "True"
 
 
-def test_importing_changes_nothing_of_the_callers():
+def test_import_leaves_global_state_unchanged():
     code = """
 import logging, random, sys, warnings
 import numpy, tensorflow as tf
@@ -151,49 +169,144 @@ import gpt_2_simple
 gpt_2_simple.generate
 print(before == state())
 """
-    assert python(code) == "True"
+    assert run_python(code) == "True"
 
 
-def test_importing_raises_no_warning():
+def test_import_raises_no_warning():
     code = (
         "import tensorflow, warnings; warnings.simplefilter('error')\n"
         "import gpt_2_simple as g; g.generate; print('clean')"
     )
-    assert python(code) == "clean"
+    assert run_python(code) == "clean"
+
+
+def find_modules():
+    """The path of each module, by its name within the package: 'training.step'; 'cli.__init__'."""
+    paths = sorted(PACKAGE.rglob("*.py"))
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in paths}
+
+
+MODULES = find_modules()
+
+
+class Import(NamedTuple):
+    """An import statement's target, and whether the statement stands within a function."""
+
+    target: str
+    in_function: bool
 
 
 def imports_of(module):
-    """Names of the package's modules that a module imports at its top."""
+    """The imports of a module; those of the package's modules by their names within the package."""
     found = set()
-    for node in ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8")).body:
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        package, _, module_ = (node.module or "").partition(".")
-        if node.level == 1 or package == "gpt_2_simple":
-            module_ = node.module if node.level else module_
-            found |= {module_} if module_ else {alias.name for alias in node.names}
+    pending = [(ast.parse(MODULES[module].read_text(encoding="utf-8")), False)]
+    while pending:
+        node, in_function = pending.pop()
+        in_function |= isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        pending += [(child, in_function) for child in ast.iter_child_nodes(node)]
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {Import(target, in_function) for target in targets_of(module, node)}
     return found
 
 
-def test_imports_point_down():
-    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    placed = [module for level in LEVELS for module in level]
-    assert sorted(placed) == sorted(modules)
-    below = set()
-    for level in LEVELS:
-        for module in level:
-            assert imports_of(module) <= below, module
-        below |= set(level)
+def targets_of(module, node):
+    """The modules that an import statement of `module` loads."""
+    if isinstance(node, ast.Import):
+        return [alias.name.removeprefix("gpt_2_simple.") for alias in node.names]
+    source = [node.module] if node.module else []
+    if node.level:
+        source = module.split(".")[: -node.level] + source
+    prefix = ".".join(source).removeprefix("gpt_2_simple").lstrip(".")
+    names = [f"{prefix}.{alias.name}".lstrip(".") for alias in node.names]
+    submodules = [name for name in names if name in MODULES or f"{name}.__init__" in MODULES]
+    return submodules or [prefix]
 
 
-def test_text_and_files_need_no_tensorflow():
+def room_of(module):
+    return module.split(".")[0]
+
+
+def package_imports_of(module):
+    """The package's modules that a module imports when it is loaded."""
+    rooms = {room_of(name) for name in MODULES}
+    return {
+        i.target for i in imports_of(module) if not i.in_function and room_of(i.target) in rooms
+    }
+
+
+def test_every_room_has_a_layer():
+    placed = [room for layer in LAYERS for room in layer]
+    assert len(placed) == len(set(placed))
+    present = {room_of(module) for module in MODULES}
+    assert present <= set(placed)
+    assert set(placed) - present <= FUTURE_ROOMS
+
+
+def test_imports_point_to_earlier_layers():
+    wrong = {}
+    earlier = set()
+    for layer in LAYERS:
+        for module in [module for module in MODULES if room_of(module) in layer]:
+            rooms = {room_of(target) for target in package_imports_of(module)}
+            wrong[module] = rooms - earlier - {room_of(module)}
+        earlier |= set(layer)
+    assert {module: rooms for module, rooms in wrong.items() if rooms} == {}
+
+
+def test_modules_import_each_other_without_circles():
+    graph = {module: package_imports_of(module) for module in MODULES}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize(
+    ("statement", "targets"),
+    [
+        ("from ..common.files import write_whole, check_folder", ["common.files"]),
+        ("from .. import model, session", ["model", "session"]),
+        ("from . import settings", ["training.settings"]),
+        ("from .settings import TrainingSettings", ["training.settings"]),
+        ("from gpt_2_simple.encoder import Encoder", ["encoder"]),
+        ("from gpt_2_simple import encoder", ["encoder"]),
+        ("import gpt_2_simple.encoder", ["encoder"]),
+        ("import numpy as np, regex", ["numpy", "regex"]),
+        ("from collections.abc import Sequence", ["collections.abc"]),
+    ],
+)
+def test_import_statements_are_resolved_to_modules(statement, targets):
+    assert targets_of("training.finetune", ast.parse(statement).body[0]) == targets
+
+
+def test_imports_within_functions_have_a_reason():
+    found = {(m, i.target) for m in MODULES for i in imports_of(m) if i.in_function}
+    assert found == FUNCTION_IMPORTS
+
+
+def test_modules_of_text_and_settings_load_without_tensorflow():
+    names = [
+        module.removesuffix(".__init__")
+        for module in MODULES
+        if module in WITHOUT_TENSORFLOW or room_of(module) in WITHOUT_TENSORFLOW
+    ]
+    assert len(names) >= len(WITHOUT_TENSORFLOW)
     code = f"""
 import importlib, sys
-for name in {WITHOUT_TENSORFLOW}:
+for name in {names}:
     importlib.import_module("gpt_2_simple." + name)
 print([name for name in sys.modules if name.split(".")[0] in ("tensorflow", "keras")])
 """
-    assert python(code) == "[]"
+    assert run_python(code) == "[]"
+
+
+def test_modules_have_at_most_600_lines():
+    lines = {
+        module: len(path.read_text(encoding="utf-8").splitlines())
+        for module, path in MODULES.items()
+    }
+    assert {module: count for module, count in lines.items() if count > 600} == {}
+
+
+def test_the_package_root_has_at_most_12_files():
+    assert len([path for path in PACKAGE.iterdir() if path.is_file()]) <= 12
 
 
 @pytest.fixture(scope="module")
@@ -202,15 +315,10 @@ def dist(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dist")
     source = folder / "source"
     source.mkdir()
-    names = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "gpt_2_simple"]
-    for name in names:
-        path = ROOT / name
-        if path.is_dir():
-            (source / name).mkdir()
-            for file in [*path.glob("*.py"), path / "py.typed"]:
-                (source / name / file.name).write_bytes(file.read_bytes())
-        elif path.exists():
-            (source / name).write_bytes(path.read_bytes())
+    for name in ["setup.py", "pyproject.toml", "README.md", "LICENSE"]:
+        shutil.copy(ROOT / name, source)
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(PACKAGE, source / "gpt_2_simple", ignore=ignored)
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source)],
         check=True, capture_output=True, timeout=240,
@@ -218,19 +326,22 @@ def dist(tmp_path_factory):
     return folder
 
 
-def test_the_wheel_holds_every_module(dist):
+def package_files():
+    files = [*MODULES.values(), PACKAGE / "py.typed"]
+    return {path.relative_to(ROOT).as_posix() for path in files}
+
+
+def test_wheel_holds_every_module(dist):
     (wheel,) = dist.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         found = {n for n in archive.namelist() if n.startswith("gpt_2_simple/")}
         entry = archive.read(next(n for n in archive.namelist() if n.endswith("entry_points.txt")))
-    expected = {f"gpt_2_simple/{path.name}" for path in PACKAGE.glob("*.py")}
-    assert found == expected | {"gpt_2_simple/py.typed"}
-    assert b"gpt_2_simple = gpt_2_simple.cli:main" in entry
+    assert found == package_files()
+    assert b"gpt_2_simple = gpt_2_simple.cli.main:main" in entry
 
 
-def test_the_sdist_holds_every_module(dist):
+def test_sdist_holds_every_module(dist):
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         found = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    expected = {f"gpt_2_simple/{path.name}" for path in PACKAGE.glob("*.py")}
-    assert expected | {"setup.py", "README.md", "LICENSE", "gpt_2_simple/py.typed"} <= found
+    assert package_files() | {"setup.py", "README.md", "LICENSE"} <= found
