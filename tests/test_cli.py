@@ -1,6 +1,7 @@
 """Command lines in; which functions they call with what, what they print and how they end."""
 
 import ast
+import dataclasses
 import functools
 import inspect
 import io
@@ -20,9 +21,14 @@ import pytest
 import tensorflow as tf
 
 from gpt_2_simple import gpt_2, model
+from gpt_2_simple.cli import commands, parser
 from gpt_2_simple.cli import main as cli
+from gpt_2_simple.common import published
 from gpt_2_simple.data import dataset
-from gpt_2_simple.storage import download
+from gpt_2_simple.generation import generate as generate_module
+from gpt_2_simple.generation.settings import GenerationSettings
+from gpt_2_simple.storage import create, download
+from gpt_2_simple.training import history
 from gpt_2_simple.training import memory_plan as memory
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(cli.DEBUG_VARIABLE, raising=False)
+    monkeypatch.delenv(parser.DEBUG_VARIABLE, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
     return tmp_path
 
@@ -93,11 +99,11 @@ FUNCTIONS = {
     "finetune": {gpt_2: ["finetune"]},
     "generate": {gpt_2: ["generate", "load_gpt2"]},
     "download": {download: ["download_gpt2"]},
-    "create": {gpt_2: ["create_gpt2"]},
-    "encode": {gpt_2: ["encode_dataset"]},
+    "create": {create: ["create_gpt2"]},
+    "encode": {dataset: ["encode_dataset"]},
     "encode_csv": {dataset: ["encode_csv"]},
     "memory": {memory: ["memory_plan"]},
-    "plot": {gpt_2: ["plot_history"]},
+    "plot": {history: ["plot_history"]},
 }
 # What a shell has no use for.
 NOT_FLAGS = {"sess", "reuse", "on_step", "return_as_list", "sample_dir"}
@@ -123,84 +129,100 @@ def parameters(command):
 
 
 def test_every_command_is_compared_with_its_functions():
-    assert FUNCTIONS.keys() == cli.COMMANDS.keys()
+    assert FUNCTIONS.keys() == commands.COMMANDS.keys()
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)
 def test_every_argument_is_a_flag_and_every_flag_an_argument(command):
-    flags = cli.COMMANDS[command].options().keys()
+    flags = commands.COMMANDS[command].flags.keys()
     assert flags == parameters(command).keys() | OWN_FLAGS.get(command, set())
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)
-def test_the_defaults_in_the_help_are_the_functions(command):
-    options = cli.COMMANDS[command].options()
+def test_flag_defaults_are_the_functions_defaults(command):
+    flags = commands.COMMANDS[command].flags
     for name, parameter in parameters(command).items():
         if parameter.default is not inspect.Parameter.empty:
-            assert options[name].default == parameter.default, name
-            assert type(options[name].default) is type(parameter.default), name
+            assert flags[name].default == parameter.default, name
+            assert type(flags[name].default) is type(parameter.default), name
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)
-def test_a_required_argument_is_the_one_that_has_no_default(command):
+def test_required_argument_is_the_one_without_default(command):
     required = {n for n, p in parameters(command).items() if p.default is inspect.Parameter.empty}
-    spec = cli.COMMANDS[command]
-    assert required == ({spec.positional} if spec.required else set())
+    spec = commands.COMMANDS[command]
+    assert required == ({spec.positional} if spec.is_positional_required else set())
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)
 def test_flags_without_a_default_have_the_functions_type(command):
-    kinds = {int: "int", float: "float", None: "str", bool: "bool"}
-    kinds[cli._word_or_number] = "str | int"
-    options = cli.COMMANDS[command].options()
+    kinds = {int: "int", float: "float", str: "str", bool: "bool", type(None): "None"}
+    flags = commands.COMMANDS[command].flags
     for name, parameter in parameters(command).items():
-        if options[name].default is None:
-            assert kinds[options[name].kind] in str(parameter.annotation), name
-            assert ("Sequence" in str(parameter.annotation)) >= options[name].many, name
+        if flags[name].default is None:
+            assert flags[name].kinds
+            for kind in flags[name].kinds:
+                assert kinds[kind] in str(parameter.annotation), name
+            repeatable = flags[name].setting.repeatable
+            assert ("Sequence" in str(parameter.annotation)) >= repeatable, name
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)
-def test_every_flag_has_a_help_text_with_its_default(command, capsys):
+def test_help_shows_every_flag_with_its_default(command, capsys):
     assert cli.main([command, "--help"]) == 0
     lines = capsys.readouterr().out
     text = " ".join(lines.split())
-    spec = cli.COMMANDS[command]
-    assert set(re.findall(r"^  --(\w+)", lines, re.M)) == {*spec.options(), "debug"}
-    for name, option in spec.options().items():
-        assert option.help[0].isupper(), name
-        assert not option.help.endswith("."), name
-        default = spec.own_defaults.get(name, option.default)
-        shown = repr(default) if option.shown is None else option.shown
-        if default != option.default:
-            shown += f"; in Python {option.default!r}"
-        assert re.search(
-            rf"--{name} \S+ {re.escape(option.help)} \(default: {re.escape(shown)}\)", text
-        ), name
+    spec = commands.COMMANDS[command]
+    assert set(re.findall(r"^  --(\w+)", lines, re.M)) == {*spec.flags, "debug"}
+    for name, field in spec.flags.items():
+        meaning = field.setting.shell_help
+        assert meaning[0].isupper() or meaning[0] in "'0", name
+        assert not meaning.endswith("."), name
+        assert "`" not in meaning, name
+        default = spec.own_defaults.get(name, field.default)
+        shown = field.setting.default_help or repr(default)
+        if default is dataclasses.MISSING:
+            shown = "none; required"
+        elif default != field.default:
+            shown = f"{default!r}; in Python {field.default!r}"
+        wanted = f"{meaning} (default: {shown})"
+        assert re.search(rf"--{name} \S+ {re.escape(' '.join(wanted.split()))}", text), name
     for example in spec.examples:
         assert example in text
 
 
-def test_the_defaults_of_0_8_1s_command_line_stay():
-    assert cli.COMMANDS["finetune"].own_defaults == {
+@pytest.mark.parametrize("command", FUNCTIONS)
+def test_docstring_has_an_entry_for_each_setting(command):
+    for module, names in FUNCTIONS[command].items():
+        for name in names:
+            function = getattr(module, name)
+            for parameter in inspect.signature(function).parameters:
+                assert re.search(rf"^    {parameter}: \S", inspect.getdoc(function), re.M), (
+                    parameter
+                )
+
+
+def test_command_line_defaults_of_0_8_1():
+    assert commands.COMMANDS["finetune"].own_defaults == {
         "sample_every": 1000000,
         "save_every": 100,
         "print_every": 10,
         "multi_gpu": True,
     }
-    assert cli.COMMANDS["generate"].own_defaults == {
-        "nfiles": 1,
-        "folder": "gen",
-        "multi_gpu": True,
-    }
+    assert commands.COMMANDS["generate"].own_defaults == {"multi_gpu": True}
+    own = commands.OutputSettings()
+    assert (own.nfiles, own.folder) == (1, "gen")
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)
-def test_the_examples_are_accepted(command, calls, workplace):
+def test_examples_in_help_are_accepted(command, calls, workplace):
     (workplace / "titles.txt").write_text("A title\n")
-    for example in cli.COMMANDS[command].examples:
+    for example in commands.COMMANDS[command].examples:
         calls.clear()
         program, *argv = shlex.split(example)
         assert program == "gpt_2_simple"
+        if "jsonl" in argv:  # that goes another way, see test_json_lines
+            continue
         assert cli.main(argv) == 0
         functions = {name for names in FUNCTIONS[command].values() for name in names}
         assert {*functions, "fitting_plans"} & {*calls.names()}
@@ -234,7 +256,7 @@ FINETUNE_DEFAULTS = {
         "finetune a.txt --step 10 --overwri",
     ],
 )
-def test_the_forms_of_finetune(calls, line):
+def test_argument_order_of_finetune(calls, line):
     if "a.txt=b" in line:  # a wrong value, then a right one
         assert cli.main(line.split()) == 2
         return
@@ -243,12 +265,12 @@ def test_the_forms_of_finetune(calls, line):
     assert calls.one("finetune") == expected
 
 
-def test_only_what_is_given_is_passed_on(calls):
+def test_only_given_flags_are_passed_on(calls):
     assert cli.main(["finetune", "a.txt"]) == 0
     assert calls.one("finetune") == FINETUNE_DEFAULTS | {"dataset": "a.txt"}
 
 
-def test_several_files_are_a_list(calls):
+def test_several_datasets_are_a_list(calls):
     assert cli.main(["finetune", "a.txt", "--steps", "-1", "b.txt"]) == 0
     assert calls.one("finetune")["dataset"] == ["a.txt", "b.txt"]
     assert calls.one("finetune")["steps"] == -1
@@ -258,47 +280,64 @@ def test_several_files_are_a_list(calls):
     ("given", "value"),
     [(["--overwrite", "False"], False), (["--overwrite=FALSE"], False), (["--overwrite"], True)],
 )
-def test_booleans(calls, given, value):
+def test_boolean_flags(calls, given, value):
     assert cli.main(["finetune", "a.txt", *given]) == 0
     assert calls.one("finetune")["overwrite"] is value
 
 
-def sample_value(name, option):
-    if isinstance(option.default, bool) or option.kind is bool:
-        return str(not option.default), not option.default
-    if option.kind in (int, cli._count) or isinstance(option.default, int):
-        return "3", 3
-    if option.kind is float or isinstance(option.default, float):
+def sample_value(field):
+    """A text for the flag, and the value that it stands for."""
+    if bool in field.kinds:
+        return str(not field.default), not field.default
+    if field.setting.choices:
+        return field.setting.choices[-1], field.setting.choices[-1]
+    if int in field.kinds and str not in field.kinds:
+        return "300", 300
+    if float in field.kinds:
         return "0.5", 0.5
-    return f"some {name}", [f"some {name}"] if option.many else f"some {name}"
+    text = f"some {field.name}"
+    return text, [text] if field.setting.repeatable else text
+
+
+# Flags that another one must come with.
+TOGETHER = {
+    "patience": ["--val_split", "0.1"],
+    "lr_schedule": ["--steps", "9"],
+    "min_length": ["--stop_token", "5"],
+    "nsamples": ["--batch_size", "auto"],
+    "batch_size": ["--nsamples", "300"],
+    "min_learning_rate": ["--learning_rate", "1"],
+}
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)
 def test_every_flag_reaches_its_function(command, calls):
-    for name, option in cli.COMMANDS[command].options().items():
+    for name, field in commands.COMMANDS[command].flags.items():
         if name in OWN_FLAGS.get(command, ()) or {name, (command, name)} & CHANGED:
             continue
         calls.clear()
-        text, value = sample_value(name, option)
-        spec = cli.COMMANDS[command]
-        needed = [f"--{spec.positional}", "x"] if spec.required and name != spec.positional else []
-        assert cli.main([command, *needed, f"--{name}", text]) == 0
+        text, value = sample_value(field)
+        spec = commands.COMMANDS[command]
+        needed = list(TOGETHER.get(name, [])) if command in ("finetune", "generate") else []
+        if spec.is_positional_required and name != spec.positional:
+            needed += [f"--{spec.positional}", "x"]
+        assert cli.main([command, *needed, f"--{name}", text]) == 0, name
         functions = [function for names in FUNCTIONS[command].values() for function in names]
         seen = [c[name] for function in functions for c in calls.of(function) if name in c]
         assert seen
         assert all(given == value for given in seen)
 
 
-def test_texts_that_look_like_something_else(calls):
+def test_values_that_look_like_flags_or_commands(calls):
     line = ["generate", "--prefix", "finetune", "--truncate=--end", "--sample_delim", "-- end --"]
     assert cli.main(line) == 0
     call = calls.one("generate")
     assert call["prefix"] == "finetune"
     assert call["truncate"] == "--end"
     assert call["sample_delim"] == "-- end --"
-    assert cli.main(["--prefix", "", "--temperature", "-1", "generate"]) == 0
+    assert cli.main(["--prefix", "", "--length_penalty", "-1", "generate"]) == 0
     assert calls.of("generate")[1]["prefix"] == ""
-    assert calls.of("generate")[1]["temperature"] == -1.0
+    assert calls.of("generate")[1]["length_penalty"] == -1.0
 
 
 FLAGS_OF_0_8_1 = {
@@ -316,7 +355,7 @@ def test_each_mode_accepts_all_flags_of_0_8_1(calls, mode, capsys):
     flags = [word for name, value in FLAGS_OF_0_8_1.items() for word in (f"--{name}", value)]
     assert cli.main(["--mode", mode, *flags]) == 0
     notes = set(re.findall(r"note: \w+ makes no use of (\w+)", capsys.readouterr().err))
-    options = cli.COMMANDS[mode].options().keys()
+    options = commands.COMMANDS[mode].flags.keys()
     assert notes == FLAGS_OF_0_8_1.keys() - options
     used = set().union(*(arguments for name, arguments in calls if name != "close"))
     assert used >= (FLAGS_OF_0_8_1.keys() & options) - {"folder", "nfiles"}
@@ -346,8 +385,9 @@ def test_generate_ignores_a_dataset_as_0_8_1_did_but_says_so(calls, capsys):
         ("finetune --overwrite a.txt", "'a.txt' is neither True nor False"),
         ("generate --include_prefix=1", "'1' is neither True nor False"),
         ("generate --seed x", "invalid int value: 'x'"),
-        ("generate --nfiles 0", "'0' is not a number from 1 on"),
-        ("generate --nfiles -2", "'-2' is not a number from 1 on"),
+        ("generate --nfiles 0", "nfiles=0 must be a whole number, 1 or above"),
+        ("generate --nfiles -2", "nfiles=-2 must be a whole number, 1 or above"),
+        ("generate --format xml", "format='xml' must be one of 'text', 'jsonl'"),
         ("finetune a.txt --frobnicate 3", "unrecognized arguments: --frobnicate 3"),
         ("finetune a.txt --dataset b.txt", "--dataset 'b.txt' was given, and 'a.txt' beside it"),
         ("download 124M 355M", "'355M' is more than one model_name"),
@@ -355,7 +395,7 @@ def test_generate_ignores_a_dataset_as_0_8_1_did_but_says_so(calls, capsys):
         ("encode_csv", "needs CSV_PATH"),
     ],
 )
-def test_wrong_usage_ends_with_2_and_says_what_is_wrong(calls, capsys, line, message):
+def test_wrong_usage_exits_with_2_and_names_the_mistake(calls, capsys, line, message):
     assert cli.main(line.split()) == 2
     error = capsys.readouterr().err
     assert error.startswith("usage: gpt_2_simple")
@@ -364,31 +404,31 @@ def test_wrong_usage_ends_with_2_and_says_what_is_wrong(calls, capsys, line, mes
 
 
 @pytest.mark.parametrize("line", [["--help"], ["-h"], ["--mode", "generate", "-h"]])
-def test_help_ends_with_0(capsys, line):
+def test_help_exits_with_0(capsys, line):
     assert cli.main(line) == 0
     out, error = capsys.readouterr()
     assert out.startswith("usage: gpt_2_simple")
     assert error == ""
 
 
-def test_the_first_help_names_every_command_and_the_exit_statuses(capsys):
+def test_top_level_help_lists_commands_and_exit_statuses(capsys):
     cli.main(["--help"])
     text = capsys.readouterr().out
-    assert all(f"\n    {name}" in text for name in cli.COMMANDS)
+    assert all(f"\n    {name}" in text for name in commands.COMMANDS)
     assert "130 stopped by Ctrl-C" in text
 
 
 def test_version(capsys, monkeypatch):
-    monkeypatch.setattr(cli.importlib.metadata, "version", lambda name: "1.2.3")
+    monkeypatch.setattr(parser.importlib.metadata, "version", lambda name: "1.2.3")
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == "gpt_2_simple 1.2.3\n"
 
 
-def test_version_of_a_folder_that_was_never_installed(capsys, monkeypatch):
+def test_version_without_installation(capsys, monkeypatch):
     def version(name):
-        raise cli.importlib.metadata.PackageNotFoundError(name)
+        raise parser.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(cli.importlib.metadata, "version", version)
+    monkeypatch.setattr(parser.importlib.metadata, "version", version)
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == "gpt_2_simple (not installed)\n"
 
@@ -403,11 +443,12 @@ def test_finetune_downloads_a_missing_model_first(calls, model, there):
     assert cli.main(["finetune", "a.txt", *model]) == 0
     fetch = ["is_gpt2_downloaded"] if there else ["is_gpt2_downloaded", "download_gpt2"]
     assert calls.names() == [*fetch, "start_tf_sess", "finetune", "close"]
-    expected = {"model_name": "355M", "model_dir": "m"} if model else {"model_name": "124M"}
+    name, folder = ("355M", "m") if model else ("124M", "models")
+    expected = {"model_name": name, "model_dir": folder}
     assert all(calls.one(name) == expected for name in fetch)
 
 
-def test_a_model_that_nobody_publishes_is_not_downloaded(calls):
+def test_unpublished_model_is_not_downloaded(calls):
     calls.results["is_gpt2_downloaded"] = False
     assert cli.main(["finetune", "a.txt", "--model_name", "mine"]) == 0
     assert cli.main(["generate", "--model_name", "mine"]) == 0
@@ -416,7 +457,7 @@ def test_a_model_that_nobody_publishes_is_not_downloaded(calls):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_generate_loads_the_model_that_is_named(calls, there):
+def test_generate_loads_the_named_model(calls, there):
     calls.results["is_gpt2_downloaded"] = there
     assert cli.main(["generate", "--model_name", "124M", "--model_dir", "m"]) == 0
     assert ("download_gpt2" in calls.names()) is not there
@@ -424,7 +465,7 @@ def test_generate_loads_the_model_that_is_named(calls, there):
     assert (load["model_name"], load["model_dir"]) == ("124M", "m")
 
 
-def test_generate_loads_a_run_without_looking_for_a_model(calls):
+def test_generate_loads_a_run_without_a_model(calls):
     assert cli.main(["generate", "--run_name", "r", "--checkpoint", "model-5"]) == 0
     assert calls.names() == ["start_tf_sess", "load_gpt2", "generate", "close"]
     load = calls.one("load_gpt2")
@@ -438,7 +479,7 @@ def contents(folder):
     return {path.name: path.read_text() for path in Path(folder).iterdir()}
 
 
-def test_files_have_0_8_1s_names_and_are_named_on_the_screen(calls, capsys):
+def test_output_file_names_of_0_8_1_are_printed(calls, capsys):
     assert cli.main(["generate"]) == 0
     (name,) = contents("gen")
     assert re.fullmatch(r"gpt2_gentext_\d{8}_\d{6}\.txt", name)
@@ -447,16 +488,16 @@ def test_files_have_0_8_1s_names_and_are_named_on_the_screen(calls, capsys):
 
 @pytest.fixture
 def stopped_clock(monkeypatch):
-    class Clock(cli.datetime):
+    class Clock(commands.datetime):
         @classmethod
         def now(cls, tz):
             return cls(2024, 2, 3, 4, 5, 6, tzinfo=tz)
 
-    monkeypatch.setattr(cli, "datetime", Clock)
+    monkeypatch.setattr(commands, "datetime", Clock)
     return "gpt2_gentext_20240203_040506"
 
 
-def test_files_of_the_same_second_stay_apart(calls, stopped_clock, workplace):
+def test_output_files_of_the_same_second_do_not_collide(calls, stopped_clock, workplace):
     folder = workplace / "deep" / "gen"
     folder.mkdir(parents=True)
     (folder / "mine.txt").write_text("mine")
@@ -471,7 +512,7 @@ def test_files_of_the_same_second_stay_apart(calls, stopped_clock, workplace):
     }
 
 
-def test_a_name_is_taken_before_the_text_is_generated(calls, stopped_clock, monkeypatch):
+def test_output_file_name_is_claimed_before_generating(calls, stopped_clock, monkeypatch):
     seen = []
 
     def generate(sess, destination_path, **options):
@@ -484,7 +525,7 @@ def test_a_name_is_taken_before_the_text_is_generated(calls, stopped_clock, monk
     assert len(set(seen)) == 2
 
 
-def test_each_file_has_a_seed_of_its_own(calls):
+def test_each_output_file_gets_its_own_seed(calls):
     assert cli.main(["generate", "--seed", "7", "--nfiles", "3"]) == 0
     assert [call["seed"] for call in calls.of("generate")] == [7, 8, 9]
     calls.clear()
@@ -492,7 +533,7 @@ def test_each_file_has_a_seed_of_its_own(calls):
     assert not any("seed" in call for call in calls.of("generate"))
 
 
-def test_one_file_of_a_given_name(calls, workplace, capsys):
+def test_destination_path_is_never_replaced(calls, workplace, capsys):
     assert cli.main(["generate", "--destination_path", "mine.txt"]) == 0
     assert contents(workplace) == {"mine.txt": "a text"}
     (workplace / "mine.txt").write_text("precious")
@@ -503,13 +544,13 @@ def test_one_file_of_a_given_name(calls, workplace, capsys):
     assert calls == []
 
 
-def test_one_name_is_not_for_several_files(calls, capsys):
+def test_destination_path_with_several_files_is_an_error(calls, capsys):
     assert cli.main(["generate", "--destination_path", "a.txt", "--nfiles", "2"]) == 1
     assert "--nfiles asks for 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("error", "status"), [(ValueError("no"), 1), (KeyboardInterrupt(), 130)])
-def test_a_failed_text_leaves_no_empty_file(calls, monkeypatch, error, status):
+def test_failed_generate_leaves_no_empty_file(calls, monkeypatch, error, status):
     def generate(sess, destination_path, **options):
         raise error
 
@@ -519,7 +560,7 @@ def test_a_failed_text_leaves_no_empty_file(calls, monkeypatch, error, status):
     assert calls.names()[-1] == "close"
 
 
-def test_a_half_written_text_stays(calls, monkeypatch):
+def test_interrupted_generate_keeps_what_was_written(calls, monkeypatch):
     def generate(sess, destination_path, **options):
         Path(destination_path).write_text("half")
         raise KeyboardInterrupt
@@ -529,7 +570,7 @@ def test_a_half_written_text_stays(calls, monkeypatch):
     assert list(contents("gen").values()) == ["half"]
 
 
-def test_a_file_in_the_folders_place_is_an_error(calls, workplace, capsys):
+def test_file_in_place_of_the_output_folder_is_an_error(calls, workplace, capsys):
     (workplace / "gen").write_text("mine")
     assert cli.main(["generate"]) == 1
     assert "gen" in capsys.readouterr().err
@@ -542,7 +583,7 @@ def test_verbose_0_prints_nothing(calls, capsys):
     assert calls.one("load_gpt2")["verbose"] == calls.one("generate")["verbose"] == 0
 
 
-def test_a_stop_may_be_given_several_times(calls):
+def test_repeatable_flags_make_lists(calls):
     line = ["--stop", "END", "--stop=###", "--bad_words", "a b", "--stop_token", "50256"]
     assert cli.main(["generate", *line]) == 0
     call = calls.one("generate")
@@ -554,7 +595,7 @@ def test_batch_size_auto(calls):
     assert calls.one("generate")["batch_size"] is None
 
 
-def test_a_stream_goes_to_the_screen_alone(calls, workplace, capsys):
+def test_stream_prints_and_writes_no_file(calls, workplace, capsys):
     assert cli.main(["generate", "--stream"]) == 0
     assert "destination_path" not in calls.one("generate")
     assert calls.one("load_gpt2")["verbose"] == 0
@@ -573,21 +614,30 @@ def lines_of(path):
 
 @pytest.fixture
 def writing(calls, monkeypatch):
-    """Lets generate() write each text with its prefix, as the real one does."""
+    """Lets the functions behind `generate` write texts with their prefixes, as the real ones do."""
 
-    def generate(sess, destination_path, prefix="", nsamples=1, sample_delim="=\n", **options):
-        prefixes = [prefix] if isinstance(prefix, str) else prefix
-        texts = [f"{p}\n\u00e9 {n}\n" for p in prefixes for n in range(nsamples)]
-        delimiter = sample_delim if len(texts) > 1 else ""
-        written = "".join(f"{text}\n{delimiter}" for text in texts)
-        with open(destination_path, "w", encoding="utf-8", errors="surrogatepass") as file:
-            file.write(written)
+    def texts_of(settings):
+        return [
+            (prefix, f"{prefix}\n\u00e9 {n}\n")
+            for prefix in settings.prefixes
+            for n in range(settings.nsamples)
+        ]
+
+    def generate(sess, destination_path, **options):
+        texts = [text for _, text in texts_of(GenerationSettings(**options))]
+        written = "".join(f"{text}\n" for text in texts)
+        Path(destination_path).write_text(written, encoding="utf-8")
+
+    def write_texts(sess, settings, writer):
+        for prefix, text in texts_of(settings):
+            writer.write(prefix, text)
 
     monkeypatch.setattr(gpt_2, "generate", generate)
+    monkeypatch.setattr(generate_module, "write_texts", write_texts)
     return calls
 
 
-def test_a_prefix_a_line_makes_one_call(calls, workplace):
+def test_prefix_file_gives_a_list_of_prefixes(calls, workplace):
     text = "\ufeffone\r\n\n two \n   \nthr\u00e9e"
     (workplace / "p.txt").write_text(text, encoding="utf-8", newline="")
     assert cli.main(["generate", "--prefix_file", "p.txt"]) == 0
@@ -610,7 +660,7 @@ def test_a_prefix_a_line_makes_one_call(calls, workplace):
         (b"a", ["--prefix", "b"], "--prefix_file p.txt, not both"),
     ],
 )
-def test_a_file_of_prefixes_that_is_none(calls, workplace, capsys, content, more, message):
+def test_unusable_prefix_file_is_an_error(calls, workplace, capsys, content, more, message):
     if content is not None:
         (workplace / "p.txt").write_bytes(content)
     assert cli.main(["generate", "--prefix_file", "p.txt", *more]) == 1
@@ -635,18 +685,19 @@ def test_json_lines(writing, workplace):
     assert cli.main(["generate", "--format", "xml"]) == 2
 
 
-def test_what_utf_8_cannot_hold_still_is_json(writing):
+def test_json_lines_escape_lone_surrogates(writing):
     assert cli.main(["generate", "--prefix", "\udcff", "--destination_path", "a.jsonl"]) == 0
     assert lines_of("a.jsonl") == [{"prefix": "\udcff", "text": "\udcff\n\u00e9 0\n"}]
 
 
 @pytest.mark.parametrize(("error", "status"), [(MemoryError(), 1), (KeyboardInterrupt(), 130)])
-def test_json_lines_of_what_there_is(calls, monkeypatch, capsys, error, status):
-    def generate(sess, destination_path, sample_delim, **options):
-        Path(destination_path).write_text(f"whole\n{sample_delim}half\n")
+def test_json_lines_keep_finished_texts_after_an_error(calls, monkeypatch, capsys, error, status):
+    def write_texts(sess, settings, writer):
+        writer.write("", "whole")
+        writer.write("", "half")
         raise error
 
-    monkeypatch.setattr(gpt_2, "generate", generate)
+    monkeypatch.setattr(generate_module, "write_texts", write_texts)
     assert cli.main(["generate", "--nsamples", "5", "--destination_path", "a.jsonl"]) == status
     assert [line["text"] for line in lines_of("a.jsonl")] == ["whole", "half"]
     assert capsys.readouterr().out == "Wrote a.jsonl\n"
@@ -655,12 +706,12 @@ def test_json_lines_of_what_there_is(calls, monkeypatch, capsys, error, status):
 # Plans of memory, and plots
 
 
-def test_the_tables_of_memory(calls, capsys):
+def test_memory_prints_tables_with_and_without_recomputing(calls, capsys):
     assert cli.main(["memory", "355M", "--batch_size", "2"]) == 0
     with_and_without = calls.of("memory_plan")
     flag = "use_memory_saving_gradients"
     assert [call.pop(flag) for call in with_and_without] == [False, True]
-    expected = {"model_name": memory.published_hparams("355M"), "batch_size": 2}
+    expected = {"model_name": published.published_hparams("355M"), "batch_size": 2}
     assert with_and_without == [expected] * 2
     out = capsys.readouterr().out
     assert f"{flag}=False:\n{small_plan()}\n" in out
@@ -670,7 +721,7 @@ def test_the_tables_of_memory(calls, capsys):
     assert calls.one("memory_plan")[flag] is False
 
 
-def test_calls_that_fit_can_be_pasted(tiny, capsys):
+def test_memory_prints_calls_that_can_be_pasted(tiny, capsys):
     assert cli.main("memory tiny --gpu_gb 1".split()) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 5
@@ -685,7 +736,7 @@ def test_calls_that_fit_can_be_pasted(tiny, capsys):
     assert all("batch_size=3" in line for line in lines)
 
 
-def test_a_card_cannot_be_filled_to_the_brim(capsys):
+def test_memory_uses_93_percent_of_the_card(capsys):
     assert cli.main(["memory", "774M", "--gpu_gb", "16"]) == 0
     needed = re.findall(r"# ([\d,]+) MB", capsys.readouterr().out)
     assert 13_000 < max(int(megabytes.replace(",", "")) for megabytes in needed) < 0.93 * 16384
@@ -697,7 +748,7 @@ def test_a_card_cannot_be_filled_to_the_brim(capsys):
 
 
 @pytest.mark.parametrize("more", [[], ["--batch_size", "3"]])
-def test_nothing_fits(tiny, calls, capsys, more):
+def test_memory_says_when_nothing_fits(tiny, calls, capsys, more):
     calls.results["fitting_plans"] = []
     assert cli.main(["memory", "tiny", "--gpu_gb", "0.00001", *more]) == 1
     out, error = capsys.readouterr()
@@ -706,13 +757,13 @@ def test_nothing_fits(tiny, calls, capsys, more):
     assert error.count("\n") == 1
 
 
-def test_sizes_of_a_model_that_nobody_has(workplace, capsys):
+def test_memory_of_an_unknown_model_is_an_error(workplace, capsys):
     assert cli.main(["memory", "huge"]) == 1
     assert "no model in models/huge" in capsys.readouterr().err
     assert cli.main(["memory", "--gpu_gb", "-1"]) == 2
 
 
-def test_a_plot_names_its_file(calls, capsys):
+def test_plot_prints_the_path_of_its_file(calls, capsys):
     calls.results["plot_history"] = "checkpoint/run2/history.png"
     assert cli.main(["plot", "run2"]) == 0
     assert calls.one("plot_history") == {"run_name": "run2"}
@@ -732,7 +783,7 @@ def test_a_plot_names_its_file(calls, capsys):
         MemoryError("temperature=-1 must be\n  at least 0"),
     ],
 )
-def test_an_error_is_one_line_and_1(calls, capsys, error):
+def test_errors_are_one_line_and_exit_with_1(calls, capsys, error):
     calls.results["finetune"] = error
     assert cli.main(["finetune", "a.txt"]) == 1
     message = "gpt_2_simple: error: temperature=-1 must be at least 0\n"
@@ -740,7 +791,7 @@ def test_an_error_is_one_line_and_1(calls, capsys, error):
     assert calls.names()[-1] == "close"
 
 
-def test_tensorflows_own_words_are_one_line(calls, capsys, monkeypatch):
+def test_tensorflow_errors_are_one_line(calls, capsys, monkeypatch):
     def finetune(sess, **options):
         with tf.Graph().as_default(), tf.compat.v1.Session() as session:
             index = tf.compat.v1.placeholder_with_default(7, [])
@@ -752,20 +803,20 @@ def test_tensorflows_own_words_are_one_line(calls, capsys, monkeypatch):
     assert capsys.readouterr().err == message
 
 
-def test_an_error_without_words_has_its_name(calls, capsys):
+def test_error_without_message_shows_its_class(calls, capsys):
     calls.results["finetune"] = RuntimeError()
     assert cli.main(["finetune", "a.txt"]) == 1
     assert capsys.readouterr().err == "gpt_2_simple: error: RuntimeError\n"
 
 
 @pytest.mark.parametrize("how", ["--debug", "1", "0", ""])
-def test_a_traceback_on_request(calls, monkeypatch, how):
+def test_debug_shows_the_traceback(calls, monkeypatch, how):
     calls.results["finetune"] = ValueError("no")
     line = ["finetune", "a.txt"]
     if how == "--debug":
         line.insert(0, how)
     else:
-        monkeypatch.setenv(cli.DEBUG_VARIABLE, how)
+        monkeypatch.setenv(parser.DEBUG_VARIABLE, how)
     if how in ("0", ""):
         assert cli.main(line) == 1
         return
@@ -773,13 +824,13 @@ def test_a_traceback_on_request(calls, monkeypatch, how):
         cli.main(line)
 
 
-def test_a_fault_of_the_library_is_not_hidden(calls):
+def test_unexpected_errors_show_their_traceback(calls):
     calls.results["finetune"] = KeyError("wte")
     with pytest.raises(KeyError):
         cli.main(["finetune", "a.txt"])
 
 
-def test_a_warning_is_one_line(calls, capsys, monkeypatch):
+def test_warnings_are_one_line(calls, capsys, monkeypatch):
     def finetune(sess, **options):
         warnings.warn("the text is short", stacklevel=2)
 
@@ -792,7 +843,7 @@ def test_a_warning_is_one_line(calls, capsys, monkeypatch):
     assert capsys.readouterr().err == "gpt_2_simple: warning: the text is short\n"
 
 
-def test_ctrl_c(calls, capsys):
+def test_ctrl_c_exits_with_130(calls, capsys):
     calls.results["finetune"] = types.SimpleNamespace(interrupted=True)
     assert cli.main(["finetune", "a.txt"]) == 130
     calls.results["finetune"] = types.SimpleNamespace(interrupted=False)
@@ -824,7 +875,7 @@ for line in sys.argv[1:]:
 """
 
 
-def test_no_tensorflow_before_there_is_work():
+def test_tensorflow_is_imported_only_for_work():
     lines = [
         "--help", "finetune --help", "--version", "finetune", "download frobnicate", "generate x=1"
     ]  # fmt: skip
@@ -842,12 +893,12 @@ def test_help_as_a_module_imports_no_tensorflow():
     assert done.returncode == 0
     assert done.stdout.startswith("usage: gpt_2_simple")
     imported = re.findall(r"\| +([\w.]+)$", done.stderr, re.M)
-    assert "gpt_2_simple.cli" in imported
+    assert "gpt_2_simple.cli.main" in imported
     assert not [name for name in imported if name.startswith(("tensorflow", "keras"))]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes break in other ways there")
-def test_a_reader_that_goes_away_is_no_error():
+def test_closed_pipe_exits_with_141():
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -876,7 +927,7 @@ def tiny(workplace, tiny_model):
     return workplace
 
 
-def test_from_a_new_model_to_texts(workplace, capsys):
+def test_create_encode_finetune_generate(workplace, capsys):
     (workplace / "text.txt").write_text(TEXT)
     flags = [word for name, value in TINY.items() for word in (f"--{name}", str(value))]
     assert cli.main(["create", *flags]) == 0
@@ -897,7 +948,7 @@ def test_from_a_new_model_to_texts(workplace, capsys):
     assert len(set(samples)) == 4
 
 
-def test_json_lines_and_a_stream_of_a_real_model(tiny, capsys):
+def test_json_lines_and_stream_with_a_real_model(tiny, capsys):
     (tiny / "titles.txt").write_text("All work\nA\n")
     line = "generate --model_name tiny --length 3 --seed 1".split()
     assert cli.main([*line, "--prefix_file", "titles.txt", "--destination_path", "a.jsonl"]) == 0
@@ -911,7 +962,7 @@ def test_json_lines_and_a_stream_of_a_real_model(tiny, capsys):
     assert capsys.readouterr().out == first["text"] + "\n"
 
 
-def test_generating_from_a_model_as_it_is(tiny, capsys):
+def test_generate_from_a_model_without_a_run(tiny, capsys):
     assert cli.main(["generate", "--model_name", "tiny", "--length", "5"]) == 0
     assert "Loading pretrained model models/tiny/model.ckpt" in capsys.readouterr().out
     assert len(contents("gen")) == 1
@@ -941,7 +992,7 @@ def test_generating_from_a_model_as_it_is(tiny, capsys):
         ("encode_csv nothing.csv", "nothing.csv"),
     ],
 )
-def test_errors_of_the_library_are_one_line(tiny, capsys, line, message):
+def test_library_errors_are_one_line(tiny, capsys, line, message):
     (tiny / "folder").mkdir()
     (tiny / "jokes.csv").write_text("ID,Joke\n1,ha\n")
     assert cli.main(shlex.split(line)) == 1
@@ -951,7 +1002,7 @@ def test_errors_of_the_library_are_one_line(tiny, capsys, line, message):
     assert error.count("\n") == 1
 
 
-def test_a_loss_that_is_no_number_is_one_line_and_1(tiny, capsys):
+def test_diverged_training_is_one_line_and_exits_with_1(tiny, capsys):
     line = "finetune text.txt --model_name tiny --steps 9 --learning_rate 1e30"
     assert cli.main(line.split()) == 1
     out, error = capsys.readouterr()
@@ -972,7 +1023,7 @@ class Interrupter(io.StringIO):
         return super().write(text)
 
 
-def test_ctrl_c_in_training_saves_and_ends_with_130(tiny, monkeypatch):
+def test_ctrl_c_in_training_saves_and_exits_with_130(tiny, monkeypatch):
     screen = Interrupter()
     monkeypatch.setattr(sys, "stdout", screen)
     line = "finetune text.txt --model_name tiny --steps 5000 --print_every 1"
@@ -983,6 +1034,6 @@ def test_ctrl_c_in_training_saves_and_ends_with_130(tiny, monkeypatch):
     assert (tiny / "checkpoint" / "run1" / f"{saved}.index").exists()
 
 
-def test_a_daemon_without_standard_output_ends_well(monkeypatch):
+def test_missing_standard_output_is_no_error(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert cli.main(["memory", "124M"]) == 0

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import gpt_2_simple as gpt2
 from gpt_2_simple import model, session
+from gpt_2_simple.common import published
 from gpt_2_simple.training import memory_plan as memory
 from gpt_2_simple.training import step
 from gpt_2_simple.training.settings import step_settings
@@ -36,7 +37,7 @@ def test_weights_and_state_are_counted_as_the_graph_has_them(sess, optimizer, ch
 
 
 def test_the_published_sizes_have_their_parameters():
-    counts = {name: memory.memory_plan(name).weights // 4 for name in memory.PUBLISHED}
+    counts = {name: memory.memory_plan(name).weights // 4 for name in published.PUBLISHED}
     assert counts == {
         "124M": 124439808, "355M": 354823168, "774M": 774030080, "1558M": 1557611200,
     }  # fmt: skip
@@ -72,7 +73,7 @@ def test_the_table_names_each_term_and_their_sum():
 
 
 def test_what_fits_is_within_the_limit_best_first():
-    hparams = memory.published_hparams("774M")
+    hparams = published.published_hparams("774M")
     found = memory.fitting_plans(hparams, 15 * 1024 * MB)
     assert found
     assert all(plan.total <= 15 * 1024 * MB for plan in found)

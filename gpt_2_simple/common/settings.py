@@ -3,10 +3,10 @@
 A settings class is a frozen dataclass. Each field states its type, its default and, in a `Setting`,
 what it means and which values it may have:
 
-    top_k: Annotated[int, Setting("text", "Draw from the k likeliest tokens", at_least=0)] = 0
+    batch_size: Annotated[int, Setting(group="training", help="Windows in a batch", at_least=1)] = 1
 
-`Settings` converts and checks the values, `takes` gives the signature and the docstring to the
-public function, and `cli.parser` makes the flag.
+`Settings` converts and checks the values. `settings_function` and `session_function` give the
+signature and the docstring to the public function. `cli.parser` makes the flag.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class Setting:
     Attributes:
         group: the heading under which `--help` lists the flag; None for no flag.
         help: one or more sentences without the last full stop. Other settings stand in backticks.
+            Sentences that start with "In Python" or "None" are left out of --help, those that
+            start with "On the command line" are left out of docstrings.
         at_least: the smallest number that it may be.
         at_most: the largest.
         above: every number that it may be is larger than this.
@@ -44,6 +46,7 @@ class Setting:
         special: a value outside of that range with a meaning of its own: (value, meaning).
         choices: the words that it may be.
         default_help: the default in words, where its value does not tell.
+        none_word: what stands for None on the command line.
         repeatable: whether the flag may be given several times, which makes a list.
         recorded: whether the run's settings.json keeps it.
         per_call: whether it may change without a notice when a run is resumed.
@@ -58,9 +61,27 @@ class Setting:
     special: tuple[Any, str] | None = None
     choices: Sequence[str] = ()
     default_help: str | None = None
+    none_word: str | None = None
     repeatable: bool = False
     recorded: bool = True
     per_call: bool = False
+
+    @property
+    def python_help(self) -> str:
+        """The help for a docstring."""
+        return _without_sentences(self.help, "On the command line")
+
+    @property
+    def shell_help(self) -> str:
+        """The help for --help: other settings are named as flags."""
+        text = _without_sentences(self.help, "In Python", "None")
+        return re.sub(r"`(\w+)`", r"--\1", text)
+
+
+def _without_sentences(text: str, *starts: str) -> str:
+    sentences = re.split(r"(?<=\.) (?=[A-Z'])", text)
+    kept = [sentence for sentence in sentences if not sentence.startswith(starts)]
+    return " ".join(kept).removesuffix(".")
 
 
 class Field(NamedTuple):
@@ -338,7 +359,7 @@ def _documented(docstring: str, fields: Sequence[Field]) -> str:
     indent = found[1]
     entries = [
         textwrap.fill(
-            f"{field.name}: {field.setting.help}.",
+            f"{field.name}: {field.setting.python_help}.",
             LINE_LENGTH,
             initial_indent=indent,
             subsequent_indent=indent + " " * 4,

@@ -13,8 +13,8 @@ from ..common.folders import model_folder, read_hparams
 from ..common.locks import lock
 from ..common.report import say, verbosity
 from ..common.settings import session_function
-from ..data.dataset import load_dataset
-from ..data.text_files import find_files
+from ..data.dataset import Dataset, ReadOptions, find_dataset, tokenize
+from ..data.tables import RowFormat
 from ..data.windows import split_dataset
 from ..encoder import Encoder
 from ..storage import runs
@@ -47,7 +47,7 @@ def finetune(sess: tf.compat.v1.Session, settings: TrainingSettings) -> Result:
     # What can be wrong is found out before any work, and before a folder is made.
     session.check_idle(sess)
     model = model_folder(settings.model_dir, settings.model_name)
-    find_files([s for s in (settings.dataset, settings.val_dataset) if s is not None])
+    dataset, val_dataset = _find_datasets(settings)
     hparams = read_hparams(model)
     session.check_model(sess, hparams, "float32")
     run = os.path.join(settings.checkpoint_dir, settings.run_name)
@@ -65,7 +65,7 @@ def finetune(sess: tf.compat.v1.Session, settings: TrainingSettings) -> Result:
             sess, run, start.checkpoint, "checkpoint", settings.multi_gpu, "float32"
         )
         state.base_model_folder = os.path.abspath(model)
-        data = _load_data(state.encoder, settings)
+        data = _load_data(state.encoder, settings, dataset, val_dataset)
         runs.note_settings(run, settings.recorded(), start.resumes)
         stack.enter_context(memory_plan.explained(hparams, settings.step))
         trainer = Trainer(sess, state, data, settings, run, start)
@@ -80,27 +80,29 @@ def _start(settings: TrainingSettings, run: str, model: str) -> Start:
     return Start(checkpoint, resumes=settings.restore_from == "latest" and of_run)
 
 
-def _load_data(encoder: Encoder, settings: TrainingSettings) -> Data:
+def _find_datasets(settings: TrainingSettings) -> tuple[Dataset, Dataset | None]:
+    """The dataset to train on, and the one to validate on if the user names one."""
+    options = ReadOptions(
+        settings.combine,
+        settings.encoding,
+        RowFormat(settings.column, settings.template, settings.header),
+        settings.pad_documents,
+    )
+    dataset = find_dataset(settings.dataset, options)
+    if settings.val_dataset is None:
+        return dataset, None
+    return dataset, find_dataset(settings.val_dataset, options)
+
+
+def _load_data(
+    encoder: Encoder, settings: TrainingSettings, dataset: Dataset, val_dataset: Dataset | None
+) -> Data:
     """The tokens to train on, and to validate on."""
     say("Loading dataset...")
-
-    def load(dataset: object) -> object:
-        return load_dataset(
-            encoder,
-            dataset,
-            settings.combine,
-            settings.encoding,
-            column=settings.column,
-            template=settings.template,
-            header=settings.header,
-            cache_dir=settings.cache_dir,
-            pad_documents=settings.pad_documents,
-        )
-
-    chunks = load(settings.dataset)
+    chunks = tokenize(dataset, encoder, settings.cache_dir)
     say("dataset has", sum(map(len, chunks)), "tokens")
-    if settings.val_dataset is not None:
-        return Data(chunks, load(settings.val_dataset))
+    if val_dataset is not None:
+        return Data(chunks, tokenize(val_dataset, encoder, settings.cache_dir))
     if settings.val_split:
         return Data(*split_dataset(chunks, settings.val_split, settings.pad_documents))
     return Data(chunks)

@@ -1,8 +1,8 @@
-"""What each step reached in, a file of one JSON line a logged step out, and a plot of it.
+"""Steps' losses in; the run's history.jsonl, with a JSON line a logged step, and its plot out.
 
-The file is only ever added to. A run that goes on from an earlier step than its last line's, since
-it was killed after its last save or started afresh, says so by a line {"start": step}: what the
-lines before it say of later steps is void.
+The file only grows. When a run continues from a step before its last line (it was killed after its
+last save, or started afresh), a line {"start": step} is added. The lines of later steps that stand
+above it no longer count.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from typing import Any, NamedTuple
 
 from ..common.folders import run_folder
 from ..common.report import in_notebook
+from ..common.settings import settings_function
+from .settings import PlotSettings
 
 HISTORY = "history.jsonl"
 PLOT = "history.png"
 
 
 class Entry(NamedTuple):
-    """What a step reached.
+    """A training step.
 
     Attributes:
         step: counted over the run's whole life.
-        seconds: what the run has taken so far, over all calls.
-        loss: of the step's batch before its update, in nats a token.
+        seconds: how long the run has taken so far, over all calls.
+        loss: the batch's before the update, in nats a token.
         learning_rate: the step's.
-        tokens_per_second: predicted tokens, over the time that training steps took.
+        tokens_per_second: predicted tokens in each second that training steps took.
         validation_loss: in nats a token, None if it was not measured after this step.
     """
 
@@ -44,7 +46,7 @@ class History:
     """Adds to a run's history file."""
 
     def __init__(self, folder: str, start: int):
-        """Opens the file, and notes that the run goes on from step `start`."""
+        """Opens the file, and adds the line that says that the run continues from step `start`."""
         path = os.path.join(folder, HISTORY)
         # A killed process may have left half a line, which must stay a line of its own.
         broken = _lacks_newline(path)
@@ -78,13 +80,13 @@ def _lacks_newline(path: str) -> bool:
 
 
 def read_history(folder: str) -> list[Entry]:
-    """Reads a run's history, leaving out lines that are broken or void.
+    """Reads a run's history, without broken lines and lines that no longer count.
 
     Args:
         folder: the run's folder.
 
     Returns:
-        What its steps reached, by rising step.
+        An entry for each logged step, in order of the steps.
 
     Raises:
         FileNotFoundError: the run has no
@@ -115,7 +117,7 @@ def _parsed(line: str) -> dict[str, Any]:
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
-    """Each loss averaged with those before it: about a 25th of them all, 100 at most."""
+    """Averages each loss with those before it; the more losses there are, the slower the decay."""
     decay = 1 - 1 / min(max(len(losses) / 25, 1), 100)
     averages = []
     total = weight = 0.0
@@ -175,29 +177,26 @@ def show(path: str) -> None:
         display(Image(filename=path, format="png"))
 
 
-def plot_history(
-    run_name: str = "run1", checkpoint_dir: str = "checkpoint", path: str | None = None
-) -> str:
+@settings_function(PlotSettings)
+def plot_history(settings: PlotSettings) -> str:
     """Draws a run's losses and learning rates into a PNG file, and shows it in a notebook.
 
     Args:
-        run_name: the run, a folder in `checkpoint_dir`.
-        checkpoint_dir: where runs are.
-        path: the file to write; None means history.png in the run's folder.
+        settings: see PlotSettings; each of them is an argument.
 
     Returns:
         The file's path.
 
     Raises:
-        FileNotFoundError: no such run, or it has no
-        ImportError: matplotlib is not there: `pip install "gpt_2_simple[plot]"`.
+        FileNotFoundError: there is no such run, or it has no history.
+        ImportError: matplotlib is missing: `pip install "gpt_2_simple[plot]"`.
         ValueError: the history is empty.
     """
-    folder = run_folder(checkpoint_dir, run_name)
+    folder = run_folder(settings.checkpoint_dir, settings.run_name)
     entries = read_history(folder)
     if not entries:
         raise ValueError(f"the history in {folder} is empty: nothing was logged yet")
-    path = os.path.join(folder, PLOT) if path is None else path
-    plot(entries, path, run_name)
+    path = os.path.join(folder, PLOT) if settings.path is None else settings.path
+    plot(entries, path, settings.run_name)
     show(path)
     return path

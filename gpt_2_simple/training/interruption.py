@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in, a wish to stop that a loop can ask for out."""
+"""Ctrl-C and SIGTERM in; whether a loop should stop, out."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from typing import Any
 
 
 class Interruption:
-    """While the block runs, the first Ctrl-C or SIGTERM is remembered, the second raises.
+    """Within its block, the first Ctrl-C or SIGTERM is noted, and the second raises.
 
-    Python lets only the main thread handle signals; elsewhere they go where they went before.
+    Python lets only the main thread handle signals. In other threads this changes nothing.
     """
 
-    def __init__(self, tell: Callable[[], object] = lambda: None) -> None:
-        """Takes what is called at the first signal, unless that ends a block at once."""
-        self._tell = tell
+    def __init__(self, on_first: Callable[[], object] = lambda: None) -> None:
+        """Sets up nothing yet; entering the block does.
+
+        Args:
+            on_first: called at the first signal, unless that signal ends a block (`ends_block`).
+        """
+        self._on_first = on_first
         self._count = 0
-        self._at_once = False
+        self._raises_at_first = False
         self._previous: dict[int, Any] = {}
 
     @property
@@ -40,20 +44,20 @@ class Interruption:
 
     @contextlib.contextmanager
     def ends_block(self) -> Iterator[None]:
-        """Within this block, which must be safe to leave anywhere, the first signal ends it."""
+        """The first signal ends this block, wherever it is: it must be safe to leave anywhere."""
         try:
-            self._at_once = True
+            self._raises_at_first = True
             yield
         except KeyboardInterrupt:
             if self._count > 1:
                 raise
         finally:
-            self._at_once = False
+            self._raises_at_first = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._count += 1
-        if self._count > 1 or self._at_once:
+        if self._count > 1 or self._raises_at_first:
             raise KeyboardInterrupt
-        # A signal may come in the middle of a print, which cannot be begun a second time.
+        # A signal may come in the middle of a print, and Python's print cannot be entered twice.
         with contextlib.suppress(RuntimeError):
-            self._tell()
+            self._on_first()

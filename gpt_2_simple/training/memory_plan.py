@@ -1,14 +1,13 @@
-"""A model's sizes and a training configuration in, the bytes that training needs out.
+"""A model's sizes and training settings in, the bytes of memory that training needs out.
 
-The terms are counted from what model.py, step.py and optimizer.py keep at their fullest moments;
-`benchmarks/memory.py` holds the sums against the smallest allocator limits that really train.
+The terms count what model.py, step.py and optimizer.py hold when they hold most.
+`benchmarks/memory.py` compares the sums with the smallest allocator limits that really train.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 import os
@@ -18,61 +17,43 @@ from typing import Any
 import tensorflow as tf
 
 from .. import model
+from ..common.published import published_hparams
 from ..common.report import say
-from .settings import StepSettings, step_settings
-from .step import LOSS_ROWS, trained_variables
-
-PUBLISHED = {
-    "124M": (12, 12, 768),
-    "355M": (24, 16, 1024),
-    "774M": (36, 20, 1280),
-    "1558M": (48, 25, 1600),
-}
-OLDER_NAMES = {"117M": "124M", "345M": "355M"}
+from ..common.settings import settings_function
+from .settings import MemoryPlanSettings, StepSettings, step_settings
+from .step import LOSS_ROWS
 
 FLOAT = 4
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MEGABYTE = 2**20
 
-# What a card has for TensorFlow of what it is sold as, about: a T4 of 16 GB has 15.
+# The share of a card's nominal memory that TensorFlow can use, about: 15 GB of a T4's 16.
 USABLE = 0.93
 
-# What the allocator loses between tensors, as a share of them: the BFC allocator of a GPU.
+# Memory that a GPU's BFC allocator loses between tensors, as a share of theirs.
 FRAGMENTATION = 0.06
 
-# Tensors of [batch, time, n_embd] that one block stores for its gradient, and that its backward
-# pass makes on top of them: counted in model.transformer_block.
-STORED = 24
-TRANSIENT = 12
-
-
-def published_hparams(model_name: str) -> model.HParams:
-    """The sizes of a published model, by name.
-
-    Raises:
-        ValueError: no such model; lists those there are.
-    """
-    name = OLDER_NAMES.get(model_name, model_name)
-    if name not in PUBLISHED:
-        raise ValueError(f"model_name={model_name!r} must be one of {list(PUBLISHED)}, or HParams")
-    n_layer, n_head, n_embd = PUBLISHED[name]
-    return model.HParams(n_vocab=50257, n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+# How many tensors [batch, time, n_embd] one block stores for its gradient, and how many more its
+# backward pass makes: counted in model.transformer_block.
+STORED_IN_BLOCK = 24
+MADE_IN_BACKWARD = 12
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """The bytes that a training configuration needs, at its fullest moment.
+class MemoryPlan:
+    """The bytes that training needs when it needs most.
 
     Attributes:
         hparams: the model's sizes.
         settings: the step's settings.
         time: tokens in a window.
-        weights: the variables, float32.
-        optimizer_state: the optimizer's.
-        accumulators: the summed gradients of the micro-batches; 0 without accumulation.
-        stored_activations: what the forward pass keeps for the backward pass: checkpoints alone
-            with use_memory_saving_gradients, else all.
-        block: one block's activations and their gradients, while the backward pass is in it.
-        loss: a chunk of logits with its gradient, and the gradient of the output projection.
+        weights: bytes of the variables, float32.
+        optimizer_state: bytes of the optimizer's variables.
+        accumulators: bytes of the micro-batches' summed gradients; 0 without accumulation.
+        stored_activations: bytes that the forward pass keeps for the backward pass: only the
+            blocks' outputs with use_memory_saving_gradients, all activations without.
+        block: bytes of one block's activations and their gradients in the backward pass.
+        loss: bytes of a chunk of logits with its gradient, and of the output projection's gradient.
     """
 
     hparams: model.HParams
@@ -87,18 +68,18 @@ class Plan:
 
     @property
     def resident(self) -> int:
-        """What is there from one step to the next."""
+        """Bytes that are held from one step to the next."""
         return self.weights + self.optimizer_state + self.accumulators
 
     @property
     def total(self) -> int:
-        """The limit under which this should train: all of it, and what the allocator loses."""
-        moment = self.stored_activations + max(self.block, self.loss)
-        return int((self.resident + moment) * (1 + FRAGMENTATION))
+        """The allocator limit under which this should train: all terms, and the fragmentation."""
+        in_step = self.stored_activations + max(self.block, self.loss)
+        return int((self.resident + in_step) * (1 + FRAGMENTATION))
 
     @property
     def floor(self) -> int:
-        """What no such training could do without: all but the loss."""
+        """Bytes that any such training needs: all but the loss."""
         return self.resident + self.stored_activations + self.block
 
     def __str__(self) -> str:
@@ -114,97 +95,67 @@ class Plan:
         return "\n".join(f"{name:30}{size / MEGABYTE:10,.0f} MB" for name, size in rows)
 
 
-def memory_plan(
-    model_name: str | model.HParams = "124M",
-    batch_size: int = 1,
-    sequence_length: int | None = None,
-    optimizer: str = "adam",
-    accumulate_gradients: int = 5,
-    use_memory_saving_gradients: bool = True,
-    only_train_transformer_layers: bool = False,
-    train_last_blocks: int | None = None,
-    precision: str = "float32",
-    gradient_clip: float = 0.0,
-) -> Plan:
+@settings_function(MemoryPlanSettings)
+def memory_plan(settings: MemoryPlanSettings) -> MemoryPlan:
     """Counts the bytes that finetune() needs with these settings; print() shows them as a table.
 
     Args:
-        model_name: a published model's name, or HParams.
-        batch_size: windows in a micro-batch.
-        sequence_length: tokens in a window; None means n_ctx.
-        optimizer: 'adam', 'adafactor' or 'sgd'.
-        accumulate_gradients: micro-batches in a step.
-        use_memory_saving_gradients: recompute activations in the backward pass.
-        only_train_transformer_layers: leave the embeddings as they are.
-        train_last_blocks: train only so many blocks; None for all.
-        precision: 'float32', 'bfloat16' or 'float16'.
-        gradient_clip: above 0, all gradients are kept until their norm is known.
+        settings: see MemoryPlanSettings; each of them is an argument.
 
     Returns:
         The plan, in bytes (its table is in MB of 2**20 bytes).
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: a setting is out of range, or there is no published model of this name.
     """
-    hparams = published_hparams(model_name) if isinstance(model_name, str) else model_name
-    settings = step_settings(
-        batch_size=batch_size,
-        accumulate_gradients=accumulate_gradients,
-        use_memory_saving_gradients=use_memory_saving_gradients,
-        only_train_transformer_layers=only_train_transformer_layers,
-        optimizer=optimizer,
-        sequence_length=sequence_length,
-        train_last_blocks=train_last_blocks,
-        precision=precision,
-        gradient_clip=gradient_clip,
-    )
-    return plan(hparams, settings)
+    name = settings.model_name
+    return plan(published_hparams(name) if isinstance(name, str) else name, settings.step)
 
 
-def plan(hparams: model.HParams, settings: StepSettings) -> Plan:
-    """The plan of a step's settings; see memory_plan."""
+def plan(hparams: model.HParams, settings: StepSettings) -> MemoryPlan:
+    """Counts the bytes that a step's settings need; see memory_plan."""
     time = min(settings.sequence_length or hparams.n_ctx, hparams.n_ctx)
-    weights = _shapes(dataclasses.astuple(hparams))
-    trained = trained_variables(weights, settings)
-    total = sum(map(math.prod, model.flatten(weights)))
+    embeddings, block, last_norm = _shapes(hparams)
+    weights = [*embeddings, *block * hparams.n_layer, *last_norm]
+    n_trained = settings.trained_blocks(hparams.n_layer)
+    trained = weights if n_trained is None else block * n_trained
     trained_size = FLOAT * sum(map(math.prod, trained))
-    width = model.PRECISIONS[settings.precision].size
-    stream = width * settings.batch_size * time * hparams.n_embd
-    stored = STORED * stream + _attention_weights(hparams, settings.batch_size, time, width)
+    width = BYTES[settings.precision]
+    block_output = width * settings.batch_size * time * hparams.n_embd
+    stored = STORED_IN_BLOCK * block_output + _attention_weights(
+        hparams, settings.batch_size, time, width
+    )
     layers = settings.train_last_blocks or hparams.n_layer
     keeps_all = not settings.use_memory_saving_gradients
     gradients = trained_size if keeps_all and not settings.accumulates else 0
-    return Plan(
+    return MemoryPlan(
         hparams=hparams,
         settings=settings,
         time=time,
-        weights=FLOAT * total,
+        weights=FLOAT * sum(map(math.prod, weights)),
         optimizer_state=sum(_state_size(settings.optimizer, shape) for shape in trained),
         accumulators=trained_size if settings.accumulates else 0,
-        stored_activations=layers * (stored if keeps_all else stream) + gradients,
-        block=TRANSIENT * stream + (0 if keeps_all else stored),
+        stored_activations=layers * (stored if keeps_all else block_output) + gradients,
+        block=MADE_IN_BACKWARD * block_output + (0 if keeps_all else stored),
         loss=_loss_size(hparams, settings, time, width),
     )
 
 
-@functools.lru_cache(maxsize=8)
-def _shapes(sizes: tuple[int, ...]) -> model.Weights:
-    """The shapes of a model's variables, each where the variable would be."""
-    n_vocab, n_ctx, width, _, n_layer = sizes
+Shape = tuple[int, ...]
 
-    def affine(nx: int, nf: int) -> model.Affine:
-        return model.Affine((1, nx, nf), (nf,))
 
-    norm = model.Norm((width,), (width,))
-    block = model.Block(
-        ln_1=norm,
-        c_attn=affine(width, 3 * width),
-        c_proj=affine(width, width),
-        ln_2=norm,
-        mlp_c_fc=affine(width, 4 * width),
-        mlp_c_proj=affine(4 * width, width),
-    )
-    return model.Weights((n_vocab, width), (n_ctx, width), (block,) * n_layer, norm)
+def _shapes(hparams: model.HParams) -> tuple[list[Shape], list[Shape], list[Shape]]:
+    """The variables' shapes: of the embeddings, of one block, and of the last layer norm."""
+    width = hparams.n_embd
+    norm: list[Shape] = [(width,), (width,)]
+
+    def affine(nx: int, nf: int) -> list[Shape]:
+        return [(1, nx, nf), (nf,)]
+
+    attention = affine(width, 3 * width) + affine(width, width)
+    mlp = affine(width, 4 * width) + affine(4 * width, width)
+    embeddings: list[Shape] = [(hparams.n_vocab, width), (hparams.n_ctx, width)]
+    return embeddings, norm + attention + norm + mlp, norm
 
 
 def _state_size(optimizer: str, shape: Sequence[int]) -> int:
@@ -217,7 +168,7 @@ def _state_size(optimizer: str, shape: Sequence[int]) -> int:
 
 
 def _attention_weights(hparams: model.HParams, batch_size: int, time: int, width: int) -> int:
-    """The softmax of one block: for each chunk of queries, the keys that its last may see."""
+    """Bytes of one block's softmax: each chunk of queries has the keys that its last one sees."""
     starts = range(0, time, model.QUERY_CHUNK)
     ends = [min(start + model.QUERY_CHUNK, time) for start in starts]
     seen = sum((end - start) * end for start, end in zip(starts, ends, strict=True))
@@ -225,7 +176,7 @@ def _attention_weights(hparams: model.HParams, batch_size: int, time: int, width
 
 
 def _loss_size(hparams: model.HParams, settings: StepSettings, time: int, width: int) -> int:
-    """A chunk of logits and their gradient, and the output projection's gradient."""
+    """Bytes of a chunk of logits, of their gradient and of the output projection's gradient."""
     rows = min(LOSS_ROWS, settings.batch_size * time)
     chunks = math.ceil(settings.batch_size * time / LOSS_ROWS)
     projection = hparams.n_vocab * hparams.n_embd
@@ -250,11 +201,11 @@ def device_limit(sess: tf.compat.v1.Session) -> int | None:
     return int(limit) * MEGABYTE if bounded and limit.isdigit() else None
 
 
-def fitting_plans(hparams: model.HParams, limit: int) -> list[Plan]:
-    """The configurations that fit, best first.
+def fitting_plans(hparams: model.HParams, limit: int) -> list[MemoryPlan]:
+    """Lists the settings that fit, the best first.
 
-    Best is what changes training least (long windows, then Adam, then accumulation), and among
-    these the quickest.
+    The best change training least: long windows, then Adam, then accumulation. Of two that are
+    equal in these, the quicker one comes first.
 
     Args:
         hparams: the model's sizes.
@@ -278,7 +229,7 @@ def fitting_plans(hparams: model.HParams, limit: int) -> list[Plan]:
     return [candidate for candidate in found if candidate.total <= limit]
 
 
-def as_call(candidate: Plan, model_name: str) -> str:
+def as_call(candidate: MemoryPlan, model_name: str) -> str:
     """The finetune() call that a plan stands for."""
     default, arguments = step_settings(), {"model_name": model_name}
     for field in dataclasses.fields(StepSettings):
@@ -367,7 +318,7 @@ def explained(hparams: model.HParams, settings: StepSettings) -> Iterator[None]:
         ) from error
 
 
-def advice(current: Plan) -> str:
+def advice(current: MemoryPlan) -> str:
     """What to change after the device ran out of memory, and what that would save."""
     changes: list[dict[str, Any]] = [
         {"use_memory_saving_gradients": True},

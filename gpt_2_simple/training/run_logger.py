@@ -14,7 +14,7 @@ from . import history
 
 
 class RunLogger:
-    """What a user sees of a training run, and finds in its folder afterwards.
+    """What a user sees of a training run, and what its folder keeps of it.
 
     Attributes:
         entries: what each step of this call reached.
@@ -25,15 +25,17 @@ class RunLogger:
 
         Args:
             folder: the run's.
-            run: kept up to date with the average and the time.
-            steps: how many this call takes, None if nobody knows.
+            run: its `losses` and `seconds` are kept up to date.
+            steps: how many steps this call takes, None if nobody knows.
             print_every: steps between lines.
         """
         self.run, self.print_every = run, print_every
         self.entries: list[history.Entry] = []
         self._started = time.time()
         self._seconds_before = run.seconds
-        self._busy, self._tokens, self._rate, self._loss = 0.0, 0, 0.0, math.nan
+        # Seconds and predicted tokens of the steps since the last logged one.
+        self._step_seconds, self._n_targets = 0.0, 0
+        self._tokens_per_second, self._loss = 0.0, math.nan
         self._history = history.History(folder, run.step)
         with tf.Graph().as_default():  # A FileWriter wants a graph, not eager mode.
             self._events = tf.compat.v1.summary.FileWriter(folder)
@@ -60,37 +62,49 @@ class RunLogger:
         """Whether a step has a line of its own."""
         return step % self.print_every == 0
 
-    def step(self, loss: float, learning_rate: float, tokens: int, busy: float) -> history.Entry:
-        """Notes that a step was taken, and says so every `print_every` steps.
+    def step(
+        self, loss: float, learning_rate: float, n_targets: int, seconds: float
+    ) -> history.Entry:
+        """Takes note of a step, and prints a line every `print_every` steps.
 
         Args:
-            loss: the step's.
+            loss: the step's, in nats a token.
             learning_rate: the step's.
-            tokens: how many were predicted in it.
-            busy: the seconds it took.
+            n_targets: how many tokens it predicted.
+            seconds: how long it took.
 
         Returns:
             The step's entry.
         """
         step = self.run.step
         self.run.seconds = self._seconds_before + self.seconds
-        self._busy, self._tokens, self._loss = self._busy + busy, self._tokens + tokens, loss
-        if self.is_logged(step) or not self._rate:
-            self._rate = self._tokens / max(self._busy, 1e-9)
-            self._busy, self._tokens = 0.0, 0
+        self._step_seconds += seconds
+        self._n_targets += n_targets
+        self._loss = loss
+        if self.is_logged(step) or not self._tokens_per_second:
+            self._tokens_per_second = self._n_targets / max(self._step_seconds, 1e-9)
+            self._step_seconds, self._n_targets = 0.0, 0
         if self.is_logged(step):
             total, weight = self.run.losses
             self.run.losses = (total * 0.99 + loss, weight * 0.99 + 1.0)
             say(f"[{step} | {self.seconds:2.2f}] loss={loss:2.2f} avg={self.average:2.2f}")
-        tokens_per_second = round(float(self._rate), 1)
-        figures = {"loss": f"{loss:.2f}", "avg": f"{self.average:.2f}", "tok/s": self._rate}
+        figures = {
+            "loss": f"{loss:.2f}",
+            "avg": f"{self.average:.2f}",
+            "tok/s": self._tokens_per_second,
+        }
         self._bar.set_postfix(figures, refresh=False)
         self._bar.update()
-        seconds = round(self.run.seconds, 3)
-        return history.Entry(step, seconds, loss, learning_rate, tokens_per_second)
+        return history.Entry(
+            step,
+            round(self.run.seconds, 3),
+            loss,
+            learning_rate,
+            round(float(self._tokens_per_second), 1),
+        )
 
     def validated(self, entry: history.Entry, loss: float, times_seen: float) -> history.Entry:
-        """Says a validation loss, and adds it to the step's entry."""
+        """Prints a validation loss, and adds it to the step's entry."""
         say(
             f"[{entry.step} | {self.seconds:2.2f}] validation loss={loss:2.2f} "
             f"perplexity={perplexity(loss):2.2f}, data seen {times_seen:.1f} times"

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-
-import numpy as np
 
 from .settings import TrainingSettings
 
@@ -40,33 +37,15 @@ def learning_rate_at(settings: TrainingSettings, step: int, last_step: int | Non
     return lowest + left * (highest - lowest)
 
 
-def steps_of_epochs(
-    epochs: float,
-    lengths: Sequence[int],
-    window: int,
-    windows_in_step: int,
-    sampling: str = "random",
-    pad_documents: bool = False,
-) -> int:
+def steps_of_epochs(epochs: float, windows_per_epoch: float, windows_per_step: int) -> int:
     """How many steps predict every token `epochs` times: on average, where windows are random.
 
     Args:
         epochs: how often to see the data.
-        lengths: tokens in each chunk of the dataset.
-        window: tokens in a window, of which all but the first are predicted.
-        windows_in_step: windows in a batch, times the batches of a step.
-        sampling: as in WindowSampler, whose windows are counted here.
-        pad_documents: as in WindowSampler.
+        windows_per_epoch: from WindowSampler.windows_per_epoch().
+        windows_per_step: windows in a batch, times the batches of a step.
 
     Returns:
         The number of steps, at least 1.
     """
-    sizes = np.asarray(lengths, np.int64)
-    predicted = window - 1
-    if pad_documents:
-        windows = float((-(-np.maximum(sizes - 1, 0) // predicted)).sum())
-    elif sampling == "epoch":
-        windows = math.ceil((int(sizes.sum()) - 1) / predicted)
-    else:
-        windows = float(np.maximum(sizes - 1, 0).sum()) / predicted
-    return max(1, math.ceil(epochs * windows / windows_in_step))
+    return max(1, math.ceil(epochs * windows_per_epoch / windows_per_step))

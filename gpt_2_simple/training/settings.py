@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar
 
-from ..common.settings import Setting, Settings
+from ..common.hparams import PRECISIONS, HParams
+from ..common.settings import Setting, Settings, fields_of
 from ..data.settings import (
     CACHE_DIR,
     COLUMN,
@@ -19,7 +20,6 @@ from ..data.settings import (
 )
 
 OPTIMIZERS = ("adam", "adafactor", "sgd")
-PRECISIONS = ("float32", "bfloat16", "float16")
 SCHEDULES = ("constant", "linear", "cosine")
 
 # Called with each step's history.Entry.
@@ -419,3 +419,83 @@ class StepSettings:
 def step_settings(**changes: Any) -> StepSettings:
     """finetune()'s defaults for a training step, but for `changes`."""
     return TrainingSettings(dataset="", **changes).step
+
+
+_SHARED = fields_of(TrainingSettings)
+
+# The headings of `memory --help`, in its order.
+MODEL_AND_DEVICE, SETTINGS = "model and device", "settings"
+
+
+def _of_training(name: str) -> Setting:
+    """The setting of this name in TrainingSettings, under the heading of `memory --help`."""
+    return dataclasses.replace(_SHARED[name].setting, group=SETTINGS)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlanSettings(Settings):
+    """All that memory_plan() can be told: meanings, ranges and defaults are finetune()'s."""
+
+    GROUPS: ClassVar = (MODEL_AND_DEVICE, SETTINGS)
+
+    model_name: Annotated[
+        str | HParams,
+        Setting(
+            group=MODEL_AND_DEVICE,
+            help="Model whose memory is planned. In Python, a published model's name, or HParams. "
+            "On the command line, a folder in `model_dir`, or a published model's name",
+        ),
+    ] = TrainingSettings.model_name
+    batch_size: Annotated[int, _of_training("batch_size")] = TrainingSettings.batch_size
+    sequence_length: Annotated[int | None, _of_training("sequence_length")] = (
+        TrainingSettings.sequence_length
+    )
+    optimizer: Annotated[str, _of_training("optimizer")] = TrainingSettings.optimizer
+    accumulate_gradients: Annotated[int, _of_training("accumulate_gradients")] = (
+        TrainingSettings.accumulate_gradients
+    )
+    use_memory_saving_gradients: Annotated[
+        bool,
+        Setting(
+            group=SETTINGS,
+            help="Recompute activations in the backward pass instead of storing them",
+            default_help="with and without",
+        ),
+    ] = True
+    only_train_transformer_layers: Annotated[
+        bool, _of_training("only_train_transformer_layers")
+    ] = TrainingSettings.only_train_transformer_layers
+    train_last_blocks: Annotated[int | None, _of_training("train_last_blocks")] = (
+        TrainingSettings.train_last_blocks
+    )
+    precision: Annotated[str, _of_training("precision")] = TrainingSettings.precision
+    gradient_clip: Annotated[float, _of_training("gradient_clip")] = TrainingSettings.gradient_clip
+
+    @property
+    def step(self) -> StepSettings:
+        """The settings that shape a step's graph; those that are not here have their defaults."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del values["model_name"]
+        return step_settings(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlotSettings(Settings):
+    """All that plot_history() can be told."""
+
+    GROUPS: ClassVar = ("files",)
+
+    run_name: Annotated[
+        str, Setting(group="files", help="Run to draw: a folder in `checkpoint_dir`")
+    ] = TrainingSettings.run_name
+    checkpoint_dir: Annotated[str, Setting(group="files", help="Folder that holds the runs")] = (
+        TrainingSettings.checkpoint_dir
+    )
+    path: Annotated[
+        str | None,
+        Setting(
+            group="files",
+            help="PNG file to write. None for history.png in the run's folder",
+            default_help="history.png in the run's folder",
+        ),
+    ] = None

@@ -70,7 +70,7 @@ def output_head(
     Returns:
         Head.
     """
-    table = model.in_type_of(h, wte)
+    table = model.cast_like(h, wte)
     losses, dhs, dwte = [], [], None
     finished: list[Any] = []
     for start in range(0, h.shape[0], LOSS_ROWS):
@@ -215,7 +215,7 @@ class _Builder:
             self.hparams,
             self.tokens[:, :-1],
             gpus=self.gpus,
-            dtype=model.PRECISIONS[settings.precision],
+            dtype=tf.as_dtype(settings.precision),
             dropout=model.Dropout(settings.dropout, self.seed) if settings.dropout else None,
         ).h
         checkpoints = graph.get_collection(model.CHECKPOINTS)

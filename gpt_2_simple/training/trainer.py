@@ -16,10 +16,8 @@ from .. import session
 from ..common import files
 from ..common.report import say, verbosity
 from ..data.windows import WindowSampler, window_length
-from ..generation import request as requests
-from ..generation import text_stream
-from ..generation.settings import SamplingParams
-from ..generation.stopping import StopCriteria
+from ..generation import generate
+from ..generation.settings import GenerationSettings
 from ..storage import checkpoint, runs
 from ..storage.checkpoint_manager import CheckpointManager
 from ..storage.load import restore_weights
@@ -130,7 +128,7 @@ class Trainer:
         )
         sess.run(self.ops.initialize)
         self.run = self._resumed_run() if start.resumes else self._new_run()
-        steps = steps_to_take(data.chunks, settings, window)
+        steps = steps_to_take(self.sampler, settings, window)
         self.last_step = None if steps is None else self.run.step + steps
         if self.validation:
             early_stopping.begin(self.run, self.validation.identity, settings.patience)
@@ -260,13 +258,13 @@ class Trainer:
         micro-batches, whose losses and gradients the step averages.
         """
         ops, count = self.ops, self.settings.accumulate_gradients
-        batches = [self.sampler.sample_weighted(*ops.tokens.shape) for _ in range(count)]
-        scale = count / sum(float(batch.weights.sum()) for batch in batches)
+        batches = [self.sampler.next_batch(*ops.tokens.shape) for _ in range(count)]
+        scale = count / sum(float(batch.loss_mask.sum()) for batch in batches)
         step = self.run.step + 1
         return [
             {
                 ops.tokens: batch.tokens,
-                ops.weights: batch.weights[:, 1:] * np.float32(scale),
+                ops.weights: batch.loss_mask * np.float32(scale),
                 ops.dropout_seed: dropout_seed(self.run.seed, step, index),
             }
             for index, batch in enumerate(batches)
@@ -349,21 +347,22 @@ class Trainer:
         gave them.
         """
         settings = self.settings
+        if not settings.sample_num:
+            return
         rng = np.random.default_rng([self.run.seed, step])
         chunk = self.data.chunks[int(rng.integers(len(self.data.chunks)))]
         first = self.state.encoder.decode([chunk[rng.integers(len(chunk))]], surrogates=False)
-        request = requests.GenerationRequest(
-            (first,),
-            settings.sample_num,
-            1,
-            settings.sample_length,
-            SamplingParams(temperature=1.0, top_k=40),
-            int(rng.integers(1 << 31)),
-            StopCriteria(),
+        request = GenerationSettings(
+            prefix=first,
+            seed=int(rng.integers(1 << 31)),
+            nsamples=settings.sample_num,
+            length=settings.sample_length,
+            temperature=1.0,
+            top_k=40,
         )
         samples: list[str] = []
         with self.interruption.ends_block():
-            for text in text_stream.generate_texts(self.sess, self.state, request):
+            for _, text in generate.iterate_texts(self.sess, request):
                 samples.append(f"======== SAMPLE {len(samples) + 1} ========\n{text}\n")
                 say(samples[-1])
         if samples:
@@ -398,23 +397,17 @@ def dropout_seed(seed: int, step: int, index: int) -> list[int]:
 def training_window(chunks: Sequence[np.ndarray], settings: TrainingSettings, n_ctx: int) -> int:
     """Tokens in a window: as many as the settings say, or as the dataset has in a row."""
     wanted = min(settings.sequence_length or n_ctx, n_ctx)
-    joined = settings.sampling == "epoch" and not settings.pad_documents
-    window = window_length(chunks, wanted, "epoch" if joined else "random")
+    window = window_length(chunks, wanted, settings.sampling, settings.pad_documents)
     if window < wanted:
         say(f"no text of the dataset has {wanted} tokens: training on windows of {window}")
     return window
 
 
-def steps_to_take(
-    chunks: Sequence[np.ndarray], settings: TrainingSettings, window: int
-) -> int | None:
+def steps_to_take(sampler: WindowSampler, settings: TrainingSettings, window: int) -> int | None:
     """How many steps the settings ask for; None goes on until Ctrl-C."""
     if settings.epochs is None:
         return None if settings.steps == -1 else settings.steps
-    windows = settings.batch_size * settings.accumulate_gradients
-    lengths = [len(chunk) for chunk in chunks]
-    steps = steps_of_epochs(
-        settings.epochs, lengths, window, windows, settings.sampling, settings.pad_documents
-    )
+    windows_per_step = settings.batch_size * settings.accumulate_gradients
+    steps = steps_of_epochs(settings.epochs, sampler.windows_per_epoch(window), windows_per_step)
     say(f"epochs={settings.epochs} are {steps} steps")
     return steps

@@ -59,7 +59,7 @@ def _build(state: session.GraphState, batch_size: int, time: int) -> EvaluationO
         for start in range(0, h.shape[0], LOGIT_ROWS):
             rows = slice(start, min(start + LOGIT_ROWS, h.shape[0]))
             with tf.control_dependencies(losses[-1:]):
-                logits = model.project(weights, tf.identity(h[rows]))  # [rows, n_vocab]
+                logits = model.unembed(weights, tf.identity(h[rows]))  # [rows, n_vocab]
             losses.append(
                 tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels[rows], logits=logits)
             )
@@ -72,7 +72,7 @@ def mean_loss(sess: tf.compat.v1.Session, ops: EvaluationOps, windows: Batch) ->
     Args:
         sess: holds the model.
         ops: from build_evaluation.
-        windows: tokens and weights [windows, time], any number of them.
+        windows: a batch of any number of windows.
 
     Returns:
         Nats a token; its exponential is the perplexity.
@@ -84,8 +84,8 @@ def mean_loss(sess: tf.compat.v1.Session, ops: EvaluationOps, windows: Batch) ->
         # The last batch may be smaller than the graph's; what fills it up is not counted.
         filled = np.resize(batch, (batch_size, time))
         losses = sess.run(ops.losses, {ops.tokens: filled})[: len(batch)]
-        total += float((losses * windows.weights[start : start + batch_size, 1:]).sum())
-    return total / float(windows.weights[:, 1:].sum())
+        total += float((losses * windows.loss_mask[start : start + batch_size]).sum())
+    return total / float(windows.loss_mask.sum())
 
 
 class Validation:
@@ -125,7 +125,9 @@ class Validation:
         rows, time = self.windows.tokens.shape
         self.ops = build_evaluation(sess, state, min(settings.batch_size, rows), time)
         self.sess = sess
-        self.identity = hash_json([values.tolist() for values in self.windows])
+        # The mask has a column for the first token too: so do the digests in saved runs.
+        mask = np.pad(self.windows.loss_mask, ((0, 0), (1, 0)))
+        self.identity = hash_json([self.windows.tokens.tolist(), mask.tolist()])
 
     def loss(self) -> float:
         """The mean loss now, in nats a token."""

@@ -1,0 +1,419 @@
+"""Options in, calls of the public functions out: the commands of the command line.
+
+A flag that is not given is not passed on, so that the functions' own defaults act. TensorFlow is
+imported when a command needs it, and not before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from types import ModuleType
+from typing import Annotated, Any, ClassVar
+
+from ..common.folders import model_folder, read_hparams
+from ..common.hparams import HParams
+from ..common.published import MODEL_NAMES, published_hparams
+from ..common.report import complain, progress, say, verbosity
+from ..common.settings import Setting, Settings, fields_of
+from ..data.settings import EncodeCsvSettings, EncodeSettings
+from ..generation.settings import FILES, TEXT, GenerationSettings
+from ..storage.settings import CreateSettings, DownloadSettings, LoadSettings
+from ..training.settings import MemoryPlanSettings, PlotSettings, TrainingSettings
+from .parser import PROGRAM, Command, Options
+
+EXIT_INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
+
+
+def _module(name: str) -> ModuleType:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its notes on CPU features help nobody here
+    return importlib.import_module(f"gpt_2_simple.{name}")
+
+
+def _pass_to(module: str, function: str) -> Callable[[Options], int]:
+    def run(options: Options) -> int:
+        getattr(_module(module), function)(**options)
+        return 0
+
+    return run
+
+
+def _ensure_model(gpt2: ModuleType, model_name: str | None, model_dir: str) -> None:
+    """Downloads the model if it is one of OpenAI's and is not there."""
+    model = {"model_name": model_name, "model_dir": model_dir}
+    if model_name in MODEL_NAMES and not gpt2.is_gpt2_downloaded(**model):
+        gpt2.download_gpt2(**model)
+
+
+# --- finetune -------------------------------------------------------------------------------------
+
+
+def _finetune(options: Options) -> int:
+    options = {**FINETUNE.own_defaults, **options}
+    settings = TrainingSettings(**options)  # wrong ones are told before a model is downloaded
+    gpt2 = _module("gpt_2")
+    _ensure_model(gpt2, settings.model_name, settings.model_dir)
+    with contextlib.closing(gpt2.start_tf_sess()) as sess:
+        result = gpt2.finetune(sess, **options)
+    return EXIT_INTERRUPTED if getattr(result, "interrupted", False) else 0
+
+
+FINETUNE = Command(
+    run=_finetune,
+    summary="Train a model on your text. A missing model is downloaded first. Ctrl-C saves and "
+    "stops.",
+    examples=(
+        "gpt_2_simple finetune shakespeare.txt --steps 1000",
+        "gpt_2_simple finetune shakespeare.txt --run_name poems --restore_from fresh",
+        "gpt_2_simple --mode finetune --dataset shakespeare.txt --overwrite True",
+    ),
+    settings=[TrainingSettings],
+    positional="dataset",
+    # gpt-2-simple 0.8.1's command line has these defaults, which its finetune() has not.
+    own_defaults={
+        "sample_every": 1000000,
+        "save_every": 100,
+        "print_every": 10,
+        "multi_gpu": True,
+    },
+)
+
+
+# --- generate -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputSettings(Settings):
+    """Where `generate` takes prefixes from, and where its texts go."""
+
+    GROUPS: ClassVar = (TEXT, FILES)
+
+    prefix_file: Annotated[
+        str | None,
+        Setting(
+            group=TEXT,
+            help="UTF-8 file with a prefix in each line, instead of `prefix`; each file of texts "
+            "then has `nsamples` texts for each prefix",
+            default_help="none",
+        ),
+    ] = None
+    nfiles: Annotated[int, Setting(group=FILES, help="Files to write", at_least=1)] = 1
+    folder: Annotated[
+        str,
+        Setting(
+            group=FILES,
+            help="Folder for the files, gpt2_gentext_<date>_<time>.txt in UTC. It is made if it is "
+            "missing, and no file in it is ever replaced",
+        ),
+    ] = "gen"
+    format: Annotated[
+        str | None,
+        Setting(
+            group=FILES,
+            help="'text', or 'jsonl', which makes each text a line of JSON with its prefix",
+            choices=("text", "jsonl"),
+            default_help="text, but jsonl if --destination_path ends in .jsonl",
+        ),
+    ] = None
+
+
+def _generate(options: Options) -> int:
+    options = {**GENERATE.own_defaults, **options}
+    own = OutputSettings(**{n: options.pop(n) for n in fields_of(OutputSettings) if n in options})
+    if own.prefix_file is not None:
+        _take_prefixes(own.prefix_file, options)
+    output = _Output.of(own, options)
+    load = {name: options.pop(name) for name in _NAMES_OF_WEIGHTS if name in options}
+    gpt2 = _module("gpt_2")
+    named = LoadSettings(**load)
+    _ensure_model(gpt2, named.model_name, named.model_dir)
+    settings = GenerationSettings(**options)  # wrong ones are told before weights are loaded
+    with verbosity(settings.verbose), contextlib.closing(gpt2.start_tf_sess()) as sess:
+        gpt2.load_gpt2(sess, **load, verbose=0 if settings.stream else settings.verbose)
+        if settings.stream:
+            gpt2.generate(sess, **options)
+            return 0
+        for number in _counted(own.nfiles):
+            if settings.seed is not None:
+                options["seed"] = settings.seed + number
+            output.write(gpt2, sess, options)
+    return 0
+
+
+# What load_gpt2() takes; generate() needs no names after it.
+_NAMES_OF_WEIGHTS = (
+    *("checkpoint", "run_name", "checkpoint_dir"),
+    *("model_name", "model_dir", "multi_gpu", "precision"),
+)
+
+
+def _take_prefixes(path: str, options: Options) -> None:
+    """Puts the lines of --prefix_file in the place of --prefix."""
+    if "prefix" in options:
+        raise ValueError(f"give --prefix {options['prefix']!r} or --prefix_file {path}, not both")
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            lines = [line.removesuffix("\n") for line in file]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): save it as UTF-8") from error
+    options["prefix"] = [line for line in lines if line.strip()]
+    if not options["prefix"]:
+        raise ValueError(f"{path} holds no prefix: write one a line")
+    options.setdefault("batch_size", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Output:
+    """Where texts go.
+
+    Attributes:
+        folder: made if need be, for files with names of the present second.
+        path: the file's path, if it was given a name.
+        json_lines: whether each text is a line of JSON, with its prefix.
+    """
+
+    folder: str
+    path: str | None
+    json_lines: bool
+
+    @classmethod
+    def of(cls, own: OutputSettings, options: Options) -> _Output:
+        """Takes the file's name out of `options`, and checks what concerns files."""
+        path = options.pop("destination_path", None)
+        if options.get("stream") and (path or own.format or own.nfiles > 1):
+            raise ValueError(
+                "--stream prints the text and writes no file: leave out --destination_path, "
+                "--format and --nfiles"
+            )
+        if path is not None and own.nfiles > 1:
+            raise ValueError(f"--destination_path is one file, but --nfiles asks for {own.nfiles}")
+        if path is not None and os.path.lexists(path):
+            raise FileExistsError(f"{path} exists, and no file is replaced: give it another name")
+        form = own.format or ("jsonl" if (path or "").endswith(".jsonl") else "text")
+        return cls(own.folder, path, form == "jsonl")
+
+    def write(self, gpt2: ModuleType, sess: Any, options: Options) -> None:
+        """Generates texts into a new file, and says its name."""
+        with self._new_file() as path:
+            if not self.json_lines:
+                gpt2.generate(sess, destination_path=path, **options)
+                return
+            settings = GenerationSettings(**options)
+            output = _module("generation.output")
+            with output.open_output(path) as append:
+                writer = output.JsonLinesWriter(append)
+                _module("generation.generate").write_texts(sess, settings, writer)
+
+    @contextlib.contextmanager
+    def _new_file(self) -> Iterator[str]:
+        """Makes an empty file that nobody else has, and says what it was when it is written.
+
+        If the block fails and the file still is empty, it is removed.
+        """
+        if self.path is not None:
+            path = self.path
+            with open(path, "x"):
+                pass
+        else:
+            os.makedirs(self.folder, exist_ok=True)
+            path = _claim_free_name(self.folder, "jsonl" if self.json_lines else "txt")
+        try:
+            yield path
+        except BaseException:
+            with contextlib.suppress(OSError):
+                if os.path.getsize(path) == 0:
+                    os.remove(path)
+                else:
+                    say(f"Wrote {path}")
+            raise
+        say(f"Wrote {path}")
+
+
+def _claim_free_name(folder: str, ending: str) -> str:
+    stem = os.path.join(folder, f"gpt2_gentext_{datetime.now(timezone.utc):%Y%m%d_%H%M%S}")
+    number = 1
+    while True:
+        path = f"{stem}.{ending}" if number == 1 else f"{stem}-{number}.{ending}"
+        with contextlib.suppress(FileExistsError), open(path, "x"):
+            return path
+        number += 1
+
+
+def _counted(nfiles: int) -> Iterator[int]:
+    if nfiles == 1:
+        yield 0
+        return
+    with progress(total=nfiles, desc="Generating", unit="file") as bar:
+        for number in range(nfiles):
+            yield number
+            bar.update(1)
+
+
+GENERATE = Command(
+    run=_generate,
+    summary="Write texts with a trained run, or with a model as it is, into new files.",
+    examples=(
+        "gpt_2_simple generate --nsamples 5 --length 200",
+        "gpt_2_simple generate --run_name poems --prefix 'Shall I' --top_k 40 --seed 1",
+        "gpt_2_simple generate --model_name 124M --nfiles 10 --folder texts",
+        "gpt_2_simple generate --prefix 'Shall I' --stop END --stop '###' --stream",
+        "gpt_2_simple generate --prefix_file titles.txt --format jsonl",
+    ),
+    settings=[GenerationSettings, LoadSettings],
+    own_settings=OutputSettings,
+    own_defaults={"multi_gpu": True},
+)
+
+
+# --- memory and plot ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class CardSettings(Settings):
+    """What `memory` asks beside memory_plan()'s settings."""
+
+    GROUPS: ClassVar = MemoryPlanSettings.GROUPS
+
+    model_dir: Annotated[str, Setting(group=GROUPS[0], help="Folder that holds the models")] = (
+        "models"
+    )
+    gpu_gb: Annotated[
+        float | None,
+        Setting(
+            group=GROUPS[0],
+            help="The card's memory in GB of 2**30 bytes; 0.93 of it is taken to be usable",
+            above=0,
+            default_help="none: tables of what is needed",
+        ),
+    ] = None
+
+
+def _memory(options: Options) -> int:
+    plans = _module("training.memory_plan")
+    own = CardSettings(**{n: options.pop(n) for n in fields_of(CardSettings) if n in options})
+    name = options.pop("model_name", MemoryPlanSettings.model_name)
+    hparams = _sizes(name, own.model_dir)
+    flag = "use_memory_saving_gradients"
+    choices = [options[flag]] if flag in options else [False, True]
+    if own.gpu_gb is None:
+        for choice in choices:
+            say(f"{flag}={choice}:\n{plans.memory_plan(hparams, **options | {flag: choice})}")
+        return 0
+    limit = int(own.gpu_gb * plans.USABLE * 2**30)
+    if options:
+        found = [plans.memory_plan(hparams, **options | {flag: choice}) for choice in choices]
+        fitting = [plan for plan in found if plan.total <= limit]
+    else:
+        fitting = plans.fitting_plans(hparams, limit)
+    for plan in fitting:
+        say(f"{plans.as_call(plan, name)}  # {plan.total / plans.MEGABYTE:,.0f} MB")
+    if fitting:
+        return 0
+    complain(
+        f"{PROGRAM}: nothing fits: {name} with these settings needs more than "
+        f"{plans.USABLE:.0%} of {own.gpu_gb:g} GB, about what such a card leaves. Take a smaller "
+        "model, or see what --train_last_blocks, --sequence_length, --optimizer and --precision "
+        "save"
+    )
+    return 1
+
+
+def _sizes(model_name: str, model_dir: str) -> HParams:
+    """The sizes of the model in a folder, or else of the published one."""
+    try:
+        return read_hparams(model_folder(model_dir, model_name))
+    except FileNotFoundError:
+        with contextlib.suppress(ValueError):
+            return published_hparams(model_name)
+        raise
+
+
+MEMORY = Command(
+    run=_memory,
+    summary="Tell how much memory training needs, or what fits in yours: the best comes first.",
+    examples=(
+        "gpt_2_simple memory 774M --gpu_gb 16",
+        "gpt_2_simple memory --model_name 355M --batch_size 2 --optimizer adafactor",
+    ),
+    settings=[MemoryPlanSettings],
+    own_settings=CardSettings,
+    positional="model_name",
+)
+
+
+def _plot(options: Options) -> int:
+    say(_module("training.history").plot_history(**options))
+    return 0
+
+
+PLOT = Command(
+    run=_plot,
+    summary="Draw a run's losses and learning rates into a PNG file.",
+    examples=("gpt_2_simple plot run1",),
+    settings=[PlotSettings],
+    positional="run_name",
+)
+
+
+# --- commands that pass their options on ----------------------------------------------------------
+
+DOWNLOAD = Command(
+    run=_pass_to("storage.download", "download_gpt2"),
+    summary="Download a model, or what is missing of it.",
+    examples=(
+        "gpt_2_simple download 355M",
+        "gpt_2_simple download --model_name 124M --base_url https://example.org/gpt-2",
+    ),
+    settings=[DownloadSettings],
+    positional="model_name",
+)
+
+CREATE = Command(
+    run=_pass_to("storage.create", "create_gpt2"),
+    summary="Make a small model of your own that knows nothing yet, for finetune to start from.",
+    examples=(
+        "gpt_2_simple create shakespeare.txt --model_name nano",
+        "gpt_2_simple create shakespeare.txt --model_name mine --n_layer 6 --vocab_size 2000",
+    ),
+    settings=[CreateSettings],
+    positional="dataset",
+)
+
+ENCODE = Command(
+    run=_pass_to("data.dataset", "encode_dataset"),
+    summary="Turn text into tokens once, so that each finetune starts sooner.",
+    examples=("gpt_2_simple encode shakespeare.txt --out_path shakespeare.npz",),
+    settings=[EncodeSettings],
+    positional="file_path",
+)
+
+ENCODE_CSV = Command(
+    run=_pass_to("data.dataset", "encode_csv"),
+    summary="Turn a table into a text file in which tokens mark where each row starts and ends.",
+    examples=("gpt_2_simple encode_csv tweets.csv --out_path tweets.txt --column text",),
+    settings=[EncodeCsvSettings],
+    positional="csv_path",
+)
+
+COMMANDS = {
+    "finetune": FINETUNE,
+    "generate": GENERATE,
+    "download": DOWNLOAD,
+    "create": CREATE,
+    "encode": ENCODE,
+    "encode_csv": ENCODE_CSV,
+    "memory": MEMORY,
+    "plot": PLOT,
+}
+
+# gpt-2-simple 0.8.1 had one list of flags for both its modes: finetune and generate accept each
+# other's of these.
+LEGACY_FLAGS = (
+    "dataset", "steps", "restore_from", "sample_every", "save_every", "print_every", "optimizer",
+    "overwrite", "nfiles", "nsamples", "folder", "length", "temperature", "top_k", "top_p",
+    "prefix", "truncate", "include_prefix", "sample_delim",
+)  # fmt: skip
