@@ -33,7 +33,7 @@ def loaded(workplace, sess):
     return sess
 
 
-def test_the_whole_way(workplace, sess, capsys):
+def test_finetune_load_generate(workplace, sess, capsys):
     result = gpt2.finetune(
         sess, "text.txt", model_name="tiny", steps=30, batch_size=8, accumulate_gradients=2,
         learning_rate=0.01, sample_every=20, sample_length=10, save_every=20, print_every=10,
@@ -63,7 +63,7 @@ def test_the_whole_way(workplace, sess, capsys):
     assert len(first) > 10
 
 
-def test_a_run_holds_the_files_that_others_look_for(workplace, sess):
+def test_run_folder_has_the_files_of_0_8_1(workplace, sess):
     finetune(sess, run_name="mine")
     files = set(os.listdir("checkpoint/mine"))
     assert {
@@ -77,7 +77,7 @@ def test_a_run_holds_the_files_that_others_look_for(workplace, sess):
     assert names["model/h1/attn/c_attn/w"] == [1, 16, 48]
 
 
-def test_accumulation_takes_the_step_of_one_large_batch(workplace):
+def test_accumulation_equals_one_large_batch(workplace):
     def weights(**changes):
         with gpt2.start_tf_sess(threads=1) as sess:
             result = finetune(sess, steps=4, run_name="a", restore_from="fresh", **changes)
@@ -90,7 +90,7 @@ def test_accumulation_takes_the_step_of_one_large_batch(workplace):
     np.testing.assert_allclose(large, small, rtol=1e-3, atol=2e-5)
 
 
-def test_only_the_layers_are_trained(workplace, sess):
+def test_only_train_transformer_layers(workplace, sess):
     before = tf.train.load_checkpoint("models/tiny")
     result = finetune(sess, only_train_transformer_layers=True)
     after = tf.train.load_checkpoint(result.checkpoint)
@@ -106,7 +106,7 @@ def test_every_optimizer_lowers_the_loss(workplace, sess, optimizer):
     assert result.history[-1].loss < result.history[0].loss - 0.5
 
 
-def test_finetuning_twice_in_a_session_builds_nothing_the_second_time(workplace, sess):
+def test_second_finetune_in_a_session_adds_no_operations(workplace, sess):
     finetune(sess)
     count = len(sess.graph.get_operations())
     finetune(sess)
@@ -128,7 +128,7 @@ def test_two_threads_generate_from_one_session(loaded):
     assert found == {seed: [text] * 3 for seed, text in expected.items()}
 
 
-def test_a_hundred_calls_add_no_operations(loaded):
+def test_hundred_generate_calls_add_no_operations(loaded):
     texts(loaded)
     count = len(loaded.graph.get_operations())
     for call in range(100):
@@ -137,7 +137,7 @@ def test_a_hundred_calls_add_no_operations(loaded):
     assert len(loaded.graph.get_operations()) == count
 
 
-def test_the_same_seed_gives_the_same_text(loaded):
+def test_same_seed_gives_the_same_text(loaded):
     first = texts(loaded, nsamples=4, batch_size=2)
     assert texts(loaded, nsamples=4, batch_size=2) == first
     assert texts(loaded, nsamples=4, batch_size=4) == first
@@ -146,18 +146,18 @@ def test_the_same_seed_gives_the_same_text(loaded):
 
 
 @pytest.mark.parametrize("prefix", ["Once", "\n\nHello", "naïve ✓ 日本", "<|startoftext|>", " "])
-def test_a_prefix_is_there_as_given_or_not_at_all(loaded, prefix):
+def test_include_prefix(loaded, prefix):
     (with_it,) = texts(loaded, prefix=prefix)
     (without,) = texts(loaded, prefix=prefix, include_prefix=False)
     assert with_it.startswith(prefix)
     assert with_it[len(prefix) :].lstrip("\n") == without
 
 
-def test_no_prefix_and_an_empty_one_are_the_same(loaded):
+def test_empty_prefix_equals_no_prefix(loaded):
     assert texts(loaded, prefix="") == texts(loaded)
 
 
-def test_truncate_cuts_at_its_first_place_after_the_prefix(loaded):
+def test_truncate_cuts_at_the_first_occurrence_after_the_prefix(loaded):
     (whole,) = texts(loaded, prefix="ab", temperature=0, length=20)
     end = whole[8]
     (cut,) = texts(loaded, prefix="ab", temperature=0, length=20, truncate=end)
@@ -171,14 +171,14 @@ def test_truncate_cuts_at_its_first_place_after_the_prefix(loaded):
     assert kept.startswith("a.b.c")
 
 
-def test_texts_are_printed_with_a_delimiter_between_them(loaded, capsys):
+def test_generate_prints_texts_with_sample_delim(loaded, capsys):
     gpt2.generate(loaded, nsamples=2, batch_size=2, length=5, seed=1, sample_delim="---\n")
     assert capsys.readouterr().out.count("---\n") == 2
     gpt2.generate(loaded, length=5, seed=1, sample_delim="---\n")
     assert "---" not in capsys.readouterr().out
 
 
-def test_texts_go_to_a_file_and_nowhere_else(loaded, capsys):
+def test_destination_path_writes_the_file_and_prints_nothing(loaded, capsys):
     expected = texts(loaded, nsamples=2, batch_size=2)
     gpt2.generate_to_file(
         loaded, destination_path="out.txt", nsamples=2, batch_size=2, length=12, seed=5
@@ -190,7 +190,7 @@ def test_texts_go_to_a_file_and_nowhere_else(loaded, capsys):
     assert not os.path.exists("out.txt.part")
 
 
-def test_generate_uses_what_the_session_holds_unless_told(workplace, sess, capsys):
+def test_generate_uses_the_loaded_run_by_default(workplace, sess, capsys):
     finetune(sess, run_name="a", verbose=0)
     finetune(sess, run_name="b", restore_from="checkpoint/a", learning_rate=0.1, verbose=0)
     from_b = texts(sess, temperature=0)
@@ -203,14 +203,14 @@ def test_generate_uses_what_the_session_holds_unless_told(workplace, sess, capsy
     assert from_a != from_b
 
 
-def test_encode_dataset_is_read_back(workplace, sess):
+def test_finetune_reads_what_encode_dataset_wrote(workplace, sess):
     gpt2.encode_dataset("text.txt", out_path="text.npz", model_name="tiny")
     plain = finetune(sess, restore_from="fresh")
     encoded = finetune(sess, "text.npz", restore_from="fresh")
     assert [h.loss for h in plain.history] == [h.loss for h in encoded.history]
 
 
-def test_a_table_is_read_as_asked_and_kept_where_asked(workplace, sess, capsys, monkeypatch):
+def test_finetune_csv_with_column_and_cache_dir(workplace, sess, capsys, monkeypatch):
     (workplace / "rows.csv").write_text("word,kind\nred,colour\ngreen,colour\n")
 
     def tokens(path="rows.csv", **options):
@@ -237,7 +237,7 @@ def test_a_table_is_read_as_asked_and_kept_where_asked(workplace, sess, capsys, 
     assert os.listdir("kept") == [kept]
 
 
-def test_a_script_for_the_old_library_runs(workplace, sess, capsys):
+def test_script_for_0_8_1_runs(workplace, sess, capsys):
     """Arguments by position, in 0.8.1's order."""
     gpt2.finetune(
         sess, "text.txt", 2, "tiny", "models", 50000, 1, 0.0001, 5, "latest", "run1", "checkpoint",
@@ -256,7 +256,7 @@ def test_a_script_for_the_old_library_runs(workplace, sess, capsys):
 # --- what people get wrong ------------------------------------------------------------------------
 
 
-def test_a_missing_model_names_the_download(workplace, sess):
+def test_missing_model_error_names_download_gpt2(workplace, sess):
     with pytest.raises(FileNotFoundError, match=r"models there: tiny.*download_gpt2"):
         gpt2.finetune(sess, "text.txt", model_name="124M", steps=1)
     with pytest.raises(FileNotFoundError, match="download_gpt2"):
@@ -264,7 +264,7 @@ def test_a_missing_model_names_the_download(workplace, sess):
     assert not os.path.exists("checkpoint")
 
 
-def test_a_missing_run_lists_the_runs(workplace, sess):
+def test_missing_run_error_lists_the_runs(workplace, sess):
     finetune(sess, run_name="good")
     with pytest.raises(FileNotFoundError, match="runs there: good"):
         gpt2.load_gpt2(sess, run_name="bad")
@@ -286,7 +286,7 @@ USES = [
 
 
 @pytest.mark.parametrize("use", USES)
-def test_using_a_model_before_loading_says_so(workplace, sess, use):
+def test_generating_without_a_loaded_model_is_an_error(workplace, sess, use):
     with pytest.raises(RuntimeError, match=r"no model yet: call gpt2\.load_gpt2\(sess\)"):
         use(sess)
     assert not os.path.exists("gpt_2_gen_texts.txt")
@@ -296,7 +296,7 @@ def test_using_a_model_before_loading_says_so(workplace, sess, use):
     "use",
     [*USES, lambda sess: gpt2.load_gpt2(sess, model_name="tiny"), lambda sess: finetune(sess)],
 )
-def test_a_closed_session_says_so(workplace, use):
+def test_closed_session_is_an_error(workplace, use):
     sess = gpt2.start_tf_sess()
     gpt2.load_gpt2(sess, model_name="tiny", verbose=0)
     sess.close()
@@ -335,7 +335,7 @@ def test_a_closed_session_says_so(workplace, use):
         ({"bad_words": 5}, "bad_words=5 must be a string or a list of strings"),
     ],
 )
-def test_values_out_of_range_are_refused(loaded, changes, message):
+def test_generate_settings_out_of_range_raise_value_error(loaded, changes, message):
     with pytest.raises(ValueError, match=message):
         texts(loaded, **changes)
     if not {"nsamples", "batch_size"} & changes.keys():
@@ -344,7 +344,7 @@ def test_values_out_of_range_are_refused(loaded, changes, message):
             gpt2.generate_stream(loaded, **{"length": 5, **changes})  # before the first piece
 
 
-def test_a_prefix_of_5000_tokens_is_cut_for_the_model_alone(loaded):
+def test_prefix_longer_than_the_context_stays_whole_in_the_text(loaded):
     prefix = "All work and no play makes Jack " * 157  # a byte is a token here
     prefix = prefix[:5000]
     message = "longer than the context of 32.* first 4980 tokens"
@@ -371,12 +371,12 @@ def test_min_length_holds_the_stop_token_back(loaded):
     )).lstrip("\n") == held  # fmt: skip
 
 
-def test_a_prefix_to_go_on_from_must_be_text(loaded):
+def test_next_token_probs_prefix_must_be_a_string(loaded):
     with pytest.raises(ValueError, match="prefix=5 must be a string"):
         gpt2.next_token_probs(loaded, 5)
 
 
-def test_a_stop_token_is_named_by_its_text(workplace, sess):
+def test_stop_token_given_as_text(workplace, sess):
     gpt2.create_gpt2("text.txt", "words", n_layer=1, n_head=1, n_embd=8, n_ctx=16, vocab_size=300)
     gpt2.load_gpt2(sess, model_name="words", verbose=0)
     enc = gpt2.encoder.get_encoder("models/words")
@@ -388,7 +388,7 @@ def test_a_stop_token_is_named_by_its_text(workplace, sess):
         gpt2.generate(sess, stop_token="é")  # two bytes; byte 0xE9 has this name in encoder.json
 
 
-def test_a_stream_that_ends_at_once_has_its_prefix(loaded, capsys):
+def test_stream_that_ends_at_once_gives_the_prefix(loaded, capsys):
     options = {"length": 9, "temperature": 0, "stop": gpt2.next_token_probs(loaded, "on", 1)[0][0]}
     assert texts(loaded, prefix="on", **options) == ["on"]
     assert list(gpt2.generate_stream(loaded, "on", **options)) == ["on"]
@@ -397,7 +397,7 @@ def test_a_stream_that_ends_at_once_has_its_prefix(loaded, capsys):
     assert capsys.readouterr().out == "on\n"
 
 
-def test_a_run_that_is_named_is_the_one_that_writes(workplace, sess, capsys):
+def test_named_run_is_loaded_by_generate(workplace, sess, capsys):
     for name in ("run1", "run2"):
         finetune(sess, run_name=name, learning_rate=0.01 if name == "run1" else 0.1)
     second = texts(sess)
@@ -414,14 +414,14 @@ def test_a_run_that_is_named_is_the_one_that_writes(workplace, sess, capsys):
     assert texts(sess) == first
 
 
-def test_a_refused_training_leaves_no_run(workplace, sess):
+def test_refused_finetune_leaves_no_run_folder(workplace, sess):
     gpt2.load_gpt2(sess, model_name="tiny", precision="bfloat16")
     with pytest.raises(ValueError, match="holds a model in bfloat16"):
         finetune(sess)
     assert not os.path.exists("checkpoint")
 
 
-def test_texts_go_through_a_link_and_into_a_pipe(loaded, workplace):
+def test_destination_path_may_be_a_link_or_a_pipe(loaded, workplace):
     (workplace / "texts.txt").write_text("old")
     os.symlink("texts.txt", "link.txt")
     gpt2.generate_to_file(loaded, destination_path="link.txt", length=5, seed=1)
@@ -438,7 +438,7 @@ def test_texts_go_through_a_link_and_into_a_pipe(loaded, workplace):
     assert not os.path.isfile("pipe")
 
 
-def test_texts_to_score_must_be_text(loaded):
+def test_score_texts_must_be_strings(loaded):
     with pytest.raises(ValueError, match="texts=5 must be a string or a list of strings"):
         gpt2.score(loaded, 5)
 
@@ -447,12 +447,12 @@ def test_texts_to_score_must_be_text(loaded):
     "use",
     [*USES, lambda sess: gpt2.load_gpt2(sess, model_name="tiny"), lambda sess: finetune(sess)],
 )
-def test_what_is_no_session_is_an_error(workplace, use):
+def test_wrong_session_argument_is_an_error(workplace, use):
     with pytest.raises(TypeError, match="sess=None is no session; make one with gpt2.start_tf_ses"):
         use(None)
 
 
-def test_temperature_zero_is_greedy_and_a_large_top_k_is_none(loaded):
+def test_temperature_0_is_greedy_and_large_top_k_is_off(loaded):
     assert texts(loaded, temperature=0, seed=1) == texts(loaded, temperature=0, seed=2)
     assert texts(loaded, top_k=100000) == texts(loaded, top_k=0)
 
@@ -487,7 +487,7 @@ def test_training_settings_out_of_range_are_refused_before_any_work(
 
 
 @pytest.mark.parametrize("name", ["dataset", "val_dataset"])
-def test_a_dataset_that_is_not_there_is_told_before_any_work(workplace, sess, name):
+def test_missing_dataset_is_an_error_before_any_work(workplace, sess, name):
     with pytest.raises(FileNotFoundError, match=r"no dataset 'texd\.txt'.* mean 'text\.txt'\?"):
         finetune(sess, **{name: "texd.txt"})
     os.mkdir("folder")
@@ -517,7 +517,7 @@ def test_a_dataset_that_is_not_there_is_told_before_any_work(workplace, sess, na
         ),
     ],
 )
-def test_a_dataset_without_what_is_needed_is_named(
+def test_unusable_dataset_error_names_the_file(
     workplace, sess, path, content, options, message
 ):
     if isinstance(content, np.ndarray):
@@ -530,7 +530,7 @@ def test_a_dataset_without_what_is_needed_is_named(
         finetune(sess, val_dataset=path, **options)
 
 
-def test_a_folder_without_text_is_named(workplace, sess):
+def test_folder_without_text_is_an_error(workplace, sess):
     os.mkdir("pictures")
     (workplace / "pictures" / "a.png").write_bytes(b"\x89PNG\0\0")
     with (
@@ -548,7 +548,7 @@ def test_a_folder_without_text_is_named(workplace, sess):
         (b"word " * 1_000_000, 5_000_000, {}),
     ],
 )
-def test_text_of_any_kind_is_trained_on(workplace, sess, capsys, content, tokens, options):
+def test_finetune_on_unusual_text(workplace, sess, capsys, content, tokens, options):
     (workplace / "some.txt").write_bytes(content)
     assert finetune(sess, "some.txt", steps=1, **options).step == 1
     end = tokens < 50000  # <|endoftext|>
@@ -556,25 +556,25 @@ def test_text_of_any_kind_is_trained_on(workplace, sess, capsys, content, tokens
 
 
 @pytest.mark.parametrize("name", ["run1/", "./run1", "deep/../run1", ""])
-def test_a_run_goes_on_however_its_folder_is_spelled(workplace, sess, name):
+def test_resume_with_another_spelling_of_the_run_folder(workplace, sess, name):
     os.makedirs("checkpoint/deep")
     finetune(sess, run_name="run1" if name else "", seed=None)
     assert finetune(sess, run_name=name, seed=None).step == 6
 
 
-def test_samples_are_kept_apart_by_the_runs_whole_name(workplace, sess):
+def test_samples_of_runs_with_equal_last_names_do_not_collide(workplace, sess):
     for name in ("a/poems", "b/poems"):
         finetune(sess, run_name=name, steps=2, sample_every=1, sample_length=3)
         assert os.path.isfile(f"samples/{name}/samples-2")
 
 
-def test_a_name_in_brackets_is_no_pattern(workplace, sess):
+def test_run_name_with_brackets(workplace, sess):
     finetune(sess, run_name="run[1]")
     assert finetune(sess, run_name="run[1]").step == 6
     gpt2.load_gpt2(sess, run_name="run[1]")
 
 
-def test_a_run_without_a_whole_checkpoint_is_not_trained_over(workplace, sess):
+def test_run_without_a_whole_checkpoint_is_not_overwritten(workplace, sess):
     finetune(sess)
     data = "checkpoint/run1/model-3.data-00000-of-00001"
     os.truncate(data, os.path.getsize(data) - 100)
@@ -586,7 +586,7 @@ def test_a_run_without_a_whole_checkpoint_is_not_trained_over(workplace, sess):
     assert finetune(sess, restore_from="fresh").step == 3
 
 
-def test_a_load_that_fails_leaves_no_mixture_behind(workplace, sess):
+def test_failed_load_leaves_no_mixed_weights(workplace, sess):
     finetune(sess, run_name="good")
     finetune(sess, run_name="bad", learning_rate=1.0)
     expected = texts(sess, run_name="good", temperature=0)
@@ -601,7 +601,7 @@ def test_a_load_that_fails_leaves_no_mixture_behind(workplace, sess):
     assert texts(sess, run_name="good", temperature=0) == expected
 
 
-def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_again(workplace, sess, monkeypatch):
+def test_checkpoint_replaced_while_loading_is_loaded_again(workplace, sess, monkeypatch):
     finetune(sess)
     index = "checkpoint/run1/model-3.index"
     run, seen = sess.run, []
@@ -623,7 +623,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_again(workplace,
     assert len(seen) == 2
 
 
-def test_a_session_that_trains_loads_nothing_else(workplace, sess):
+def test_load_into_a_session_that_trains_is_an_error(workplace, sess):
     finetune(sess, run_name="other")
 
     def on_step(entry):
@@ -636,7 +636,7 @@ def test_a_session_that_trains_loads_nothing_else(workplace, sess):
     gpt2.load_gpt2(sess, run_name="other")
 
 
-def test_the_best_of_an_earlier_training_is_mentioned(workplace, sess, capsys):
+def test_fresh_start_mentions_an_earlier_best_checkpoint(workplace, sess, capsys):
     said = "Checkpoint 'best' in checkpoint/run1 is that of an earlier training\n"
     finetune(sess, val_split=0.2)
     finetune(sess)
@@ -645,7 +645,7 @@ def test_the_best_of_an_earlier_training_is_mentioned(workplace, sess, capsys):
     assert said in capsys.readouterr().out
 
 
-def test_what_goes_nowhere_is_told_before_the_work(loaded, workplace):
+def test_unwritable_destination_is_an_error_before_the_work(loaded, workplace):
     (workplace / "rows.csv").write_text("a\nb\n")
     for work in (
         lambda: gpt2.encode_dataset("text.txt", model_name="tiny", out_path="no/where.npz"),
@@ -658,7 +658,7 @@ def test_what_goes_nowhere_is_told_before_the_work(loaded, workplace):
     assert os.path.isfile("a.TOKENS")
 
 
-def test_a_file_of_texts_stays_if_there_is_nothing_to_replace_it(loaded, workplace):
+def test_failed_generate_keeps_the_old_destination_file(loaded, workplace):
     (workplace / "texts.txt").write_text("old")
     (workplace / "texts.txt.part").write_text("mine")
     with pytest.raises(ValueError, match="leave no token to choose"):
@@ -669,18 +669,18 @@ def test_a_file_of_texts_stays_if_there_is_nothing_to_replace_it(loaded, workpla
 
 
 @pytest.mark.parametrize("path", [5, None, {"text.txt"}, ["text.txt", 5]])
-def test_a_dataset_that_is_no_path_is_an_error(workplace, sess, path):
+def test_dataset_that_is_not_a_path_is_an_error(workplace, sess, path):
     with pytest.raises(ValueError, match="the dataset .* is neither a path nor a list of paths"):
         finetune(sess, path)
 
 
-def test_a_text_in_place_of_its_path_is_not_told_whole(workplace, sess):
+def test_text_given_as_dataset_path_is_shortened_in_the_error(workplace, sess):
     with pytest.raises(FileNotFoundError, match="give the path of a file, not the text") as caught:
         finetune(sess, "To be, or not to be\n" * 1000)
     assert len(str(caught.value)) < 200
 
 
-def test_bytes_that_are_no_text_are_counted(workplace, sess):
+def test_undecodable_bytes_are_counted_in_a_warning(workplace, sess):
     (workplace / "some.txt").write_bytes("déjà vu, tout à fait".encode("latin-1"))
     expected = "3 bytes are not UTF-8 .* as in encoding='latin-1'"
     with pytest.warns(UserWarning, match=expected) as caught:
@@ -688,7 +688,7 @@ def test_bytes_that_are_no_text_are_counted(workplace, sess):
     assert [warning.filename for warning in caught] == [__file__]
 
 
-def test_a_short_dataset_trains_on_short_windows(workplace, sess, capsys):
+def test_dataset_shorter_than_a_window(workplace, sess, capsys):
     (workplace / "short.txt").write_text("just this")
     result = finetune(sess, "short.txt")
     assert "training on windows of 10" in capsys.readouterr().out
@@ -706,7 +706,7 @@ def test_a_short_dataset_trains_on_short_windows(workplace, sess, capsys):
         (lambda h: h.update(n_ctx=16), r"wpe has shape"),
     ],
 )
-def test_hparams_that_do_not_fit_are_named(workplace, sess, change, message):
+def test_wrong_hparams_json_names_the_problem(workplace, sess, change, message):
     path = workplace / "models/tiny/hparams.json"
     hparams = json.loads(path.read_text())
     change(hparams)
@@ -717,7 +717,7 @@ def test_hparams_that_do_not_fit_are_named(workplace, sess, change, message):
         finetune(sess)
 
 
-def test_a_vocabulary_that_does_not_match_encodes_nothing(workplace):
+def test_encode_dataset_with_mismatching_vocabulary_is_an_error(workplace):
     path = workplace / "models/tiny/hparams.json"
     path.write_text(path.read_text().replace("257", "300"))
     with pytest.raises(ValueError, match=r"encoder\.json has 257 tokens, but n_vocab=300"):
@@ -726,13 +726,13 @@ def test_a_vocabulary_that_does_not_match_encodes_nothing(workplace):
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"n_vocab": 2', "null"])
-def test_hparams_that_are_no_object_are_named(workplace, sess, content):
+def test_hparams_json_that_is_no_object_is_an_error(workplace, sess, content):
     (workplace / "models/tiny/hparams.json").write_text(content)
     with pytest.raises(ValueError, match=r"hparams\.json"):
         gpt2.load_gpt2(sess, model_name="tiny")
 
 
-def test_a_damaged_checkpoint_is_named(workplace, sess):
+def test_damaged_checkpoint_is_an_error(workplace, sess):
     path = workplace / "models/tiny/model.ckpt.data-00000-of-00001"
     data = bytearray(path.read_bytes())
     data[100] ^= 255
@@ -744,7 +744,7 @@ def test_a_damaged_checkpoint_is_named(workplace, sess):
         gpt2.load_gpt2(sess, model_name="tiny")
 
 
-def test_a_run_folder_that_cannot_be_written_is_named(workplace, sess, monkeypatch):
+def test_unwritable_run_folder_is_an_error(workplace, sess, monkeypatch):
     os.mkdir("checkpoint")
     (workplace / "checkpoint" / "run1").write_text("mine")
     with pytest.raises(NotADirectoryError, match="run1 is a file; give another run_name"):
@@ -762,7 +762,7 @@ def test_a_run_folder_that_cannot_be_written_is_named(workplace, sess, monkeypat
     assert os.listdir("checkpoint/run2") == []
 
 
-def test_a_run_without_hparams_is_named_and_can_go_on(workplace, sess):
+def test_run_without_hparams_json(workplace, sess):
     finetune(sess)
     os.remove("checkpoint/run1/hparams.json")
     for use in (lambda: gpt2.load_gpt2(sess), gpt2.plot_history):
@@ -772,7 +772,7 @@ def test_a_run_without_hparams_is_named_and_can_go_on(workplace, sess):
     gpt2.load_gpt2(sess)
 
 
-def test_a_model_of_other_sizes_needs_a_reset(workplace, loaded):
+def test_model_of_other_sizes_needs_reset_session(workplace, loaded):
     gpt2.create_gpt2(model_name="other", n_layer=1, n_head=2, n_embd=8, n_ctx=16)
     with pytest.raises(ValueError, match="reset_session"):
         gpt2.load_gpt2(loaded, model_name="other")
@@ -782,14 +782,14 @@ def test_a_model_of_other_sizes_needs_a_reset(workplace, loaded):
     fresh.close()
 
 
-def test_a_run_of_another_model_is_not_continued(workplace, sess):
+def test_run_of_another_model_is_not_continued(workplace, sess):
     finetune(sess)
     gpt2.create_gpt2(model_name="other", n_layer=1, n_head=2, n_embd=8, n_ctx=16)
     with gpt2.start_tf_sess() as another, pytest.raises(ValueError, match="other sizes"):
         finetune(another, model_name="other")
 
 
-def test_nan_weights_are_an_error_not_a_text(workplace, loaded):
+def test_generate_with_nan_weights_is_an_error(workplace, loaded):
     (gain,) = (v for v in loaded.graph.get_collection("variables") if v.op.name == "model/ln_f/g")
     value = np.full(gain.shape, np.nan, np.float32)
     loaded.run(gain.initializer, {gain.initializer.inputs[1]: value})
@@ -801,13 +801,13 @@ def test_nan_weights_are_an_error_not_a_text(workplace, loaded):
 # --- creating models ------------------------------------------------------------------------------
 
 
-def test_a_created_model_has_the_seven_files(workplace):
+def test_create_gpt2_writes_seven_files(workplace):
     assert gpt2.is_gpt2_downloaded(model_name="tiny")
     os.remove("models/tiny/vocab.bpe")
     assert not gpt2.is_gpt2_downloaded(model_name="tiny")
 
 
-def test_creating_never_replaces_unasked(workplace):
+def test_create_gpt2_needs_overwrite_to_replace(workplace):
     with pytest.raises(FileExistsError, match="overwrite=True"):
         gpt2.create_gpt2(model_name="tiny")
     gpt2.create_gpt2(model_name="tiny", n_layer=1, n_head=1, n_embd=4, n_ctx=8, overwrite=True)
@@ -815,7 +815,7 @@ def test_creating_never_replaces_unasked(workplace):
     assert os.listdir("models") == ["tiny"]
 
 
-def test_the_same_seed_creates_the_same_weights(workplace):
+def test_create_gpt2_seed_repeats_the_weights(workplace):
     values = []
     for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
         gpt2.create_gpt2(model_name=name, n_layer=1, n_head=1, n_embd=4, n_ctx=8, seed=seed)
@@ -824,7 +824,7 @@ def test_the_same_seed_creates_the_same_weights(workplace):
     assert not np.array_equal(values[0], values[2])
 
 
-def test_a_trained_vocabulary_comes_with_the_model(workplace, sess):
+def test_create_gpt2_trains_a_vocabulary(workplace, sess):
     pytest.importorskip("tokenizers")
     gpt2.create_gpt2("text.txt", "words", n_layer=1, n_head=2, n_embd=16, n_ctx=32, vocab_size=300)
     hparams = folders.read_hparams("models/words")
@@ -839,11 +839,11 @@ def test_a_trained_vocabulary_comes_with_the_model(workplace, sess):
         gpt2.create_gpt2("text.txt", "x", vocab_size=100)
 
 
-def test_a_whole_disk_is_left_as_it_was(workplace, monkeypatch):
+def test_failed_create_gpt2_leaves_nothing(workplace, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_model", fail)
+    monkeypatch.setattr(create, "write_model", fail)
     with pytest.raises(OSError, match="space"):
         gpt2.create_gpt2(model_name="tiny", overwrite=True)
     assert gpt2.is_gpt2_downloaded(model_name="tiny")

@@ -22,7 +22,7 @@ def write(folder, start, entries):
     writer.close()
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_history_entries_are_read_back(tmp_path):
     entries = [*STEPS, Entry(6, 3.0, 1.0, 0.05, 90.0, 1.25)]
     write(tmp_path, 0, entries)
     assert read_history(str(tmp_path)) == entries
@@ -33,21 +33,21 @@ def test_what_is_written_is_read(tmp_path):
     assert json.loads(lines[6])["validation_loss"] == 1.25
 
 
-def test_steps_taken_again_after_a_kill_count_once(tmp_path):
+def test_history_counts_repeated_steps_once(tmp_path):
     write(tmp_path, 0, STEPS)
     write(tmp_path, 3, [STEPS[3]._replace(loss=0.5)])
     found = read_history(str(tmp_path))
     assert [(entry.step, entry.loss) for entry in found][2:] == [(3, 5 / 3), (4, 0.5)]
 
 
-def test_a_fresh_start_begins_another_history(tmp_path):
+def test_fresh_start_voids_earlier_history(tmp_path):
     write(tmp_path, 0, STEPS)
     write(tmp_path, 0, [])
     assert read_history(str(tmp_path)) == []
 
 
 @pytest.mark.parametrize("broken", ['{"step": 6, "lo', '{"step": 6', "\x00\x00\x00", "[1]", "\n"])
-def test_a_broken_last_line_is_left_out_and_harms_nothing_after_it(tmp_path, broken):
+def test_broken_last_line_of_history_is_skipped(tmp_path, broken):
     write(tmp_path, 0, STEPS)
     with open(tmp_path / "history.jsonl", "a", encoding="utf-8") as file:
         file.write(broken)
@@ -56,19 +56,19 @@ def test_a_broken_last_line_is_left_out_and_harms_nothing_after_it(tmp_path, bro
     assert [entry.step for entry in read_history(str(tmp_path))] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_line_without_all_values_is_read_as_far_as_it_goes(tmp_path):
+def test_history_line_with_missing_values(tmp_path):
     (tmp_path / "history.jsonl").write_text('{"step": 4, "loss": 2.5}\n')
     (entry,) = read_history(str(tmp_path))
     assert (entry.step, entry.loss, entry.validation_loss) == (4, 2.5, None)
     assert math.isnan(entry.seconds)
 
 
-def test_no_history_is_said(tmp_path):
+def test_missing_history_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"history\.jsonl"):
         read_history(str(tmp_path))
 
 
-def test_smoothing_follows_a_short_history_and_calms_a_long_one():
+def test_smoothed_loss():
     assert history.smoothed([4.0, 2.0]) == [4.0, 2.0]
     noisy = [2.0 + (-1) ** step for step in range(1000)]
     calm = history.smoothed(noisy)
@@ -88,7 +88,7 @@ def run(tmp_path):
     return folder
 
 
-def test_a_plot_is_a_png_and_leaves_the_backend_alone(run):
+def test_plot_is_a_png_and_keeps_the_matplotlib_backend(run):
     matplotlib = pytest.importorskip("matplotlib")
     backend = matplotlib.get_backend()
     path = gpt2.plot_history("mine", str(run.parent))
@@ -101,13 +101,13 @@ def test_a_plot_is_a_png_and_leaves_the_backend_alone(run):
         assert file.read(4) == b"\x89PNG"
 
 
-def test_plotting_without_matplotlib_says_how_to_get_it(run, monkeypatch):
+def test_plot_without_matplotlib_names_the_extra(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'gpt_2_simple\[plot\]'"):
         gpt2.plot_history("mine", str(run.parent))
 
 
-def test_plotting_nothing_is_an_error(run):
+def test_plot_of_an_empty_history_is_an_error(run):
     (run / "history.jsonl").write_text('{"start": 0}\n')
     with pytest.raises(ValueError, match="nothing was logged yet"):
         gpt2.plot_history("mine", str(run.parent))
@@ -115,7 +115,7 @@ def test_plotting_nothing_is_an_error(run):
         gpt2.plot_history("other", str(run.parent))
 
 
-def test_a_plot_is_shown_in_a_notebook(run, monkeypatch):
+def test_plot_is_shown_in_a_notebook(run, monkeypatch):
     pytest.importorskip("matplotlib")
     shown = []
 

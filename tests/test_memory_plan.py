@@ -22,7 +22,7 @@ SMALL = model.HParams(n_vocab=101, n_ctx=64, n_embd=16, n_head=2, n_layer=3)
 @pytest.mark.parametrize(
     "change", [{}, {"only_train_transformer_layers": True}, {"train_last_blocks": 2}]
 )
-def test_weights_and_state_are_counted_as_the_graph_has_them(sess, optimizer, change):
+def test_plan_of_weights_and_optimizer_state_equals_the_graph(sess, optimizer, change):
     state = session.build_model(sess, SMALL, [])
     config = step_settings(optimizer=optimizer, accumulate_gradients=2, **change)
     ops = step.build(sess, state, config, 64)
@@ -36,7 +36,7 @@ def test_weights_and_state_are_counted_as_the_graph_has_them(sess, optimizer, ch
     assert planned.accumulators == size(step.trained_variables(state.weights, config))
 
 
-def test_the_published_sizes_have_their_parameters():
+def test_published_models_have_their_parameter_counts():
     counts = {name: memory.memory_plan(name).weights // 4 for name in published.PUBLISHED}
     assert counts == {
         "124M": 124439808, "355M": 354823168, "774M": 774030080, "1558M": 1557611200,
@@ -50,7 +50,7 @@ def total(**settings):
     return memory.memory_plan("124M", **settings).total
 
 
-def test_each_setting_saves_what_it_should():
+def test_each_memory_saving_setting_lowers_the_plan():
     assert total() < total(use_memory_saving_gradients=False)
     assert total(optimizer="adafactor") < total() - 900 * MB
     assert total(accumulate_gradients=1) < total() - 300 * MB
@@ -63,7 +63,7 @@ def test_each_setting_saves_what_it_should():
     assert total(train_last_blocks=2) < total() / 2
 
 
-def test_the_table_names_each_term_and_their_sum():
+def test_printed_plan_names_each_term():
     plan = memory.memory_plan("774M")
     table = str(plan)
     for term in ("weights", "optimizer state", "accumulators", "stored activations", "loss"):
@@ -72,7 +72,7 @@ def test_the_table_names_each_term_and_their_sum():
     assert plan.floor < plan.total
 
 
-def test_what_fits_is_within_the_limit_best_first():
+def test_fitting_plans_are_within_the_limit_best_first():
     hparams = published.published_hparams("774M")
     found = memory.fitting_plans(hparams, 15 * 1024 * MB)
     assert found
@@ -98,7 +98,7 @@ def choose(sess):
     return memory.choose(sess, SMALL, step_settings(), "small")
 
 
-def test_memory_is_saved_only_where_it_must_be(sess, limit, capsys):
+def test_recomputing_is_chosen_only_where_needed(sess, limit, capsys):
     plans = {
         save: memory.plan(SMALL, step_settings(use_memory_saving_gradients=save)).total
         for save in (False, True)
@@ -120,14 +120,14 @@ def test_memory_is_saved_only_where_it_must_be(sess, limit, capsys):
         choose(sess)
 
 
-def test_nothing_is_begun_that_cannot_fit(workplace, sess, limit):
+def test_finetune_that_cannot_fit_is_refused_at_once(workplace, sess, limit):
     limit(1000)
     with pytest.raises(MemoryError, match="training needs about"):
         gpt2.finetune(sess, "text.txt", model_name="tiny", steps=1)
     assert not (workplace / "checkpoint").exists()
 
 
-def test_the_limit_of_the_bfc_allocator_is_seen(sess, monkeypatch):
+def test_device_limit_reads_the_bfc_limit(sess, monkeypatch):
     monkeypatch.delenv("TF_CPU_ALLOCATOR_USE_BFC", raising=False)
     assert memory.device_limit(sess) is None
     monkeypatch.setenv("TF_CPU_ALLOCATOR_USE_BFC", "true")
@@ -135,7 +135,7 @@ def test_the_limit_of_the_bfc_allocator_is_seen(sess, monkeypatch):
     assert memory.device_limit(sess) == 3000 * MB
 
 
-def test_running_out_names_the_next_setting_and_keeps_the_run(workplace, sess, monkeypatch):
+def test_out_of_memory_error_names_a_setting_and_keeps_the_run(workplace, sess, monkeypatch):
     settings = {"model_name": "tiny", "sample_every": 0, "seed": 1, "verbose": 0}
     first = gpt2.finetune(sess, "text.txt", steps=2, **settings)
     run = sess.run
@@ -152,7 +152,7 @@ def test_running_out_names_the_next_setting_and_keeps_the_run(workplace, sess, m
     assert gpt2.finetune(sess, "text.txt", steps=1, **settings).step == first.step + 1
 
 
-def test_the_advice_goes_on_to_what_is_left():
+def test_advice_after_out_of_memory():
     config = step_settings()
     seen = []
     for change in (
@@ -167,7 +167,7 @@ def test_the_advice_goes_on_to_what_is_left():
     assert all(part in said for part, said in zip(expected, seen, strict=True)), seen
 
 
-def test_the_readme_tells_what_the_plan_says():
+def test_readme_table_equals_the_plan():
     root = Path(__file__).parent.parent
     source = importlib.util.spec_from_file_location("bench", root / "benchmarks" / "memory.py")
     bench = importlib.util.module_from_spec(source)
