@@ -149,9 +149,10 @@ def measure_ours(path: str, vocabulary: str) -> dict[str, float]:
         start = time.perf_counter()
         enc = encoder.get_encoder(vocabulary)
         loaded = time.perf_counter()
-        (chunk,) = dataset.load_dataset(enc, path, cache_dir=cache)
+        found = dataset.find_dataset(path)
+        (chunk,) = dataset.tokenize(found, enc, cache)
         encoded = time.perf_counter()
-        dataset.load_dataset(enc, path, cache_dir=cache)
+        dataset.tokenize(found, enc, cache)
         again = time.perf_counter() - encoded
         tokens = len(chunk)
         del chunk

@@ -267,7 +267,7 @@ class Encoder:
         self.n_vocab = max(self.decoder) + 1
         self.end_of_text = encoder.get(END_OF_TEXT)
         self._bytes = _token_bytes(encoder)
-        known = {}
+        known: dict[str, Sequence[int]] = {}
         for token_id in np.flatnonzero(_whole_tokens(byte_ids, merges, self.n_vocab)).tolist():
             try:
                 known[self._bytes[token_id].decode()] = (token_id,)

@@ -69,15 +69,14 @@ def test_falling_schedule_needs_steps_or_epochs():
 )
 def test_steps_of_epochs_show_all_data_that_often(sampling, pad_documents):
     chunks = [np.arange(size, dtype=np.int32) for size in (100, 3, 1, 57, 220)]
-    lengths = [len(chunk) for chunk in chunks]
-    steps = steps_of_epochs(3, lengths, 8, 4, sampling, pad_documents)
     sampler = WindowSampler(chunks, 1, sampling, pad_documents)
+    steps = steps_of_epochs(3, sampler.windows_per_epoch(8), 4)
     for _ in range(steps - 1):
-        sampler.sample_weighted(4, 8)
+        sampler.next_batch(4, 8)
     assert sampler.times_seen < 3
-    sampler.sample_weighted(4, 8)
+    sampler.next_batch(4, 8)
     assert 3 <= sampler.times_seen < 3.3
 
 
 def test_epochs_take_at_least_one_step():
-    assert steps_of_epochs(0.01, [10], 8, 4) == 1
+    assert steps_of_epochs(0.01, 9 / 7, 4) == 1

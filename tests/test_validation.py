@@ -21,25 +21,24 @@ def loaded(sess):
 
 
 @pytest.mark.parametrize("rows", [256, 5])
-def test_the_loss_is_the_mean_over_all_windows(sess, loaded, rows, monkeypatch):
+def test_validation_loss_is_the_mean_over_all_windows(sess, loaded, rows, monkeypatch):
     monkeypatch.setattr(evaluate, "LOGIT_ROWS", rows)
     state, weights = loaded
     windows = np.random.default_rng(1).integers(0, 11, (5, 7)).astype(np.int32)
     ops = evaluate.build_evaluation(sess, state, 2, 7)  # the last batch is half full
-    wanted = np.zeros(windows.shape, np.float32)
-    wanted[:, 1:] = 1
+    loss_mask = np.ones([5, 6], np.float32)
     expected = oracle.loss(weights, state.hparams, windows)
-    found = evaluate.mean_loss(sess, ops, Batch(windows, wanted))
+    found = evaluate.mean_loss(sess, ops, Batch(windows, loss_mask))
     assert found == pytest.approx(expected, rel=1e-5)
 
     # A document that ends early: what comes after it does not count.
-    wanted[1:, 3:] = 0
+    loss_mask[1:, 2:] = 0
     parts = [oracle.loss(weights, state.hparams, part) for part in (windows[:1], windows[1:, :3])]
-    found = evaluate.mean_loss(sess, ops, Batch(windows, wanted))
+    found = evaluate.mean_loss(sess, ops, Batch(windows, loss_mask))
     assert found == pytest.approx((6 * parts[0] + 8 * parts[1]) / 14, rel=1e-5)
 
 
-def test_it_is_built_once(sess, loaded):
+def test_evaluation_graph_is_built_once(sess, loaded):
     ops = evaluate.build_evaluation(sess, loaded[0], 2, 7)
     count = len(sess.graph.get_operations())
     assert evaluate.build_evaluation(sess, loaded[0], 2, 7) is ops

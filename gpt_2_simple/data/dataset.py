@@ -1,11 +1,15 @@
-"""Files in, token chunks out; what draws batches from them is in `sampler`."""
+"""Paths and settings in, chunks of tokens out; encode_dataset() and encode_csv() write them.
+
+The stages: find_dataset() lists the files, read_text() reads each as text, chunk_parts() joins the
+texts into chunks, and tokenize() encodes these. windows.py draws batches from the result.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import zipfile
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,298 +17,295 @@ from ..common.files import check_folder, write_whole
 from ..common.folders import model_folder, read_hparams
 from ..common.report import progress, say, verbosity
 from ..common.settings import settings_function
-from ..encoder import END_OF_TEXT, check_vocabulary, get_encoder
-from . import text_files as documents
+from ..encoder import check_vocabulary, get_encoder
 from .parallel_encode import (
-    MOST_PROCESSES,
-    PackedBlock,
+    MAX_PROCESSES,
+    ChunkPart,
+    TokenBlock,
     core_count,
     cut_into_blocks,
-    pack_blocks,
+    encode_blocks,
 )
-from .settings import START_TOKEN, EncodeCsvSettings, EncodeSettings
-from .tables import RowFormat
-from .text_files import DataFile, ReadReport
+from .settings import EncodeCsvSettings, EncodeSettings
+from .tables import RowFormat, read_rows
+from .text_files import READ_BYTES, DataFile, ReadReport, find_files, kind_of, open_text
 from .token_file import (
     TokenChunks,
     cache_folder,
-    gather_tokens,
     hash_file,
     hash_json,
     hash_vocabulary,
     id_dtype,
+    join_blocks,
+    read_npz,
+    read_saved_tokens,
     read_tokens,
+    save_npz,
+    save_tokens,
     write_tokens,
 )
-from .windows import Batch, WindowSampler, fixed_windows, split_dataset, window_length
 
 LARGE_BYTES = 20_000_000
 GZIP_RATIO = 4  # text usually shrinks to a third or a quarter
 CACHE_VERSION = 1
-SAVED_TOKENS = 1 << 20
-
-__all__ = [
-    "Batch",
-    "WindowSampler",
-    "TokenChunks",
-    "encode_csv",
-    "fixed_windows",
-    "load_dataset",
-    "save_npz",
-    "save_tokens",
-    "split_dataset",
-    "window_length",
-]
 
 
-def load_dataset(
-    enc: Any,
-    path: Any,
-    combine: int = 50000,
-    encoding: str | None = None,
-    *,
-    column: str | int | None = None,
-    template: str | None = None,
-    header: bool | None = None,
-    start_token: str = START_TOKEN,
-    end_token: str = END_OF_TEXT,
-    allow_special: bool = True,
-    pad_documents: bool = False,
-    cache_dir: str | os.PathLike[str] | None = None,
-    processes: int | None = None,
-) -> Sequence[np.ndarray]:
-    """Reads a dataset and encodes it into chunks of tokens.
+@dataclasses.dataclass(frozen=True)
+class ReadOptions:
+    """How the files of a dataset become chunks of text.
 
-    Files of plain text are joined, each followed by `end_token`, until a chunk has `combine`
-    characters. The one exception: a dataset of a single file of so many characters has nothing to
-    be told apart from, and ends with its own last token. Rows of tables have `start_token` before
-    and `end_token` and a newline after them. `<|endoftext|>` is one id wherever it stands, if the
-    vocabulary has it; `start_token` is text like any other.
-
-    More than 20 MB of text is encoded by helper processes on every core into a token file in
-    `cache_dir`, which is found again as long as the files, the vocabulary and these arguments are
-    the same. The chunks then lie on disk, and take no memory to speak of.
-
-    Args:
-        enc: the encoder.
-        path: a file, a folder, a glob pattern, or a list of these. Files are read by their suffix:
-            .csv, .tsv and .jsonl as tables, .npz and .tokens as encode_dataset wrote them, others
-            as text; with .gz after it, unpacked.
-        combine: how many characters of plain text a chunk has at least, but for the last.
+    Attributes:
+        combine: how many characters of plain text a chunk has at least, except the last.
         encoding: the text's encoding; None for UTF-8, or what a byte order mark tells.
-        column: the column of a table, by name or by number from 0; None for the first.
-        template: several columns, as in '{title}: {body}', in place of `column`.
-        header: whether a table's first row names its columns; None looks at it to find out.
-        start_token: what begins a row.
-        end_token: what ends a row, and a file.
-        allow_special: False encodes '<|endoftext|>' as the characters it is made of, as 0.8.1 did.
-        pad_documents: make each row and file a chunk of its own.
-        cache_dir: where to keep the token file; None for $GPT_2_SIMPLE_CACHE, or gpt_2_simple in
-            the user's cache folder.
-        processes: how many processes encode; None for one, or one a core if there is much to do.
-
-    Returns:
-        The chunks, each a 1-D array of ids.
-
-    Raises:
-        FileNotFoundError: if there is nothing of that name.
-        ValueError: if there is no text, or something that cannot be read as text.
+        row_format: how a row of a table becomes a document; its end_token also ends a text file.
+        pad_documents: make each document (a file, a row) a chunk of its own, as
+            WindowSampler(pad_documents=True) needs it.
+        allow_special: whether `<|endoftext|>` is one token, if the vocabulary has it; False encodes
+            its characters, as gpt-2-simple 0.8.1 does.
     """
-    files = documents.find_files(path)
-    if combine < 1:
-        raise ValueError(f"combine={combine} must be at least 1")
-    rows = RowFormat(column, template, header, start_token, end_token)
-    plan = _Plan(
-        enc=enc,
-        files=[file for file in files if file.kind not in ("npz", "tokens")],
-        rows=rows,
-        combine=combine,
-        encoding=encoding,
-        allow_special=allow_special and enc.end_of_text is not None,
-        pad_documents=pad_documents,
-        processes=processes,
-    )
-    encoded = [file for file in files if file.kind in ("npz", "tokens")]
-    pieces = [_read_encoded(enc, file.path) for file in encoded]
-    if plan.files:
-        pieces.append(_encode_cached(plan, cache_dir) if plan.is_large else _encode(plan))
-    if not any(len(chunk) for chunks in pieces for chunk in chunks):
-        raise ValueError(f"the dataset {path!r} is empty: there is no text in its files")
-    return pieces[0] if len(pieces) == 1 else [chunk for chunks in pieces for chunk in chunks]
+
+    combine: int = 50000
+    encoding: str | None = None
+    row_format: RowFormat = RowFormat()
+    pad_documents: bool = False
+    allow_special: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises ValueError if `combine` is below 1."""
+        if self.combine < 1:
+            raise ValueError(f"combine={self.combine} must be at least 1")
 
 
-class _Plan(NamedTuple):
-    """All that decides what a dataset's tokens are, and how they are made."""
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A dataset that was found: its files, and how they are read.
 
-    enc: Any
-    files: list[DataFile]
-    rows: RowFormat
-    combine: int
-    encoding: str | None
-    allow_special: bool
-    pad_documents: bool
-    processes: int | None
+    Attributes:
+        path: what the user gave, for messages.
+        files: all its files.
+        options: how they are read.
+    """
+
+    path: Any
+    files: Sequence[DataFile]
+    options: ReadOptions
 
     @property
-    def bytes_on_disk(self) -> int:
-        return sum(os.path.getsize(file.path) for file in self.files)
+    def encoded_files(self) -> list[DataFile]:
+        """The files that hold tokens."""
+        return [file for file in self.files if file.is_encoded]
+
+    @property
+    def text_files(self) -> list[DataFile]:
+        """The files that hold text, tables among them."""
+        return [file for file in self.files if not file.is_encoded]
 
     @property
     def is_large(self) -> bool:
+        """Whether there is so much text that its tokens are worth a place on disk."""
         sizes = (
             os.path.getsize(file.path) * (GZIP_RATIO if file.path.lower().endswith(".gz") else 1)
-            for file in self.files
+            for file in self.text_files
         )
         return sum(sizes) > LARGE_BYTES
 
-    def key(self) -> str:
-        """A digest of everything that changes the tokens."""
-        content = [[file.kind, hash_file(file.path)] for file in self.files]
+    def cache_key(self, enc: Any) -> str:
+        """A digest of all that decides the tokens of the text files."""
+        content = [[file.kind, hash_file(file.path)] for file in self.text_files]
         options = {
-            "rows": vars(self.rows),
-            "combine": self.combine,
-            "encoding": self.encoding,
-            "allow_special": self.allow_special,
-            "pad_documents": self.pad_documents,
+            "rows": dataclasses.asdict(self.options.row_format),
+            "combine": self.options.combine,
+            "encoding": self.options.encoding,
+            "allow_special": self.allows_special(enc),
+            "pad_documents": self.options.pad_documents,
         }
-        return hash_json([CACHE_VERSION, content, options, hash_vocabulary(self.enc)])
+        return hash_json([CACHE_VERSION, content, options, hash_vocabulary(enc)])
+
+    def allows_special(self, enc: Any) -> bool:
+        """Whether `<|endoftext|>` in the text is one token of this encoder."""
+        return self.options.allow_special and enc.end_of_text is not None
 
 
-def _chunk_parts(plan: _Plan, report: ReadReport, on_bytes: Any) -> Iterator[tuple[str, bool]]:
-    """Joins documents into chunks: yields parts of text, and whether a chunk ends with each."""
-    end_token, lone = plan.rows.end_token, len(plan.files) == 1
-    gathered = 0
-    for file in plan.files:
-        characters = 0
-        for text, ends in documents.read_documents(
-            file, plan.rows, plan.encoding, report, on_bytes
-        ):
-            characters += len(text)
-            is_row = file.kind != "text"
-            yield text, plan.pad_documents and ends and is_row
-        gathered += characters
-        if file.kind != "text" or not characters:
-            continue
-        if plan.pad_documents:
-            yield end_token, True
-        elif gathered < plan.combine:
-            yield end_token, False
-            gathered += len(end_token)
-        else:
-            yield "" if lone else end_token, True
-            gathered = 0
+def find_dataset(path: Any, options: ReadOptions = ReadOptions()) -> Dataset:
+    """Finds the files of a dataset, and reads none of them.
+
+    Args:
+        path: a file, a folder, a glob pattern, or a list of these. Files are read by their suffix:
+            .csv, .tsv and .jsonl as tables, .npz and .tokens as encode_dataset() wrote them, others
+            as text; with .gz after it, unpacked.
+        options: how they are to be read.
+
+    Returns:
+        The dataset, for tokenize().
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+        ValueError: a folder holds no file, the list is empty, or it is not a path.
+    """
+    return Dataset(path, find_files(path), options)
 
 
-def _encode(plan: _Plan) -> TokenChunks:
-    """Encodes a dataset in memory."""
-    report = ReadReport()
-    dtype = id_dtype(plan.enc.n_vocab)
-    chunks = gather_tokens(_packed(plan, report, plan.processes or 1), dtype)
-    report.tell()
-    return chunks
+def load_dataset(enc: Any, path: Any, combine: int = 50000) -> Sequence[np.ndarray]:
+    """Reads a dataset and encodes it, as gpt-2-simple 0.8.1's function of this name does.
+
+    Args:
+        enc: the encoder.
+        path: see find_dataset().
+        combine: how many characters of plain text a chunk has at least, except the last.
+
+    Returns:
+        The chunks; see tokenize().
+
+    Raises:
+        FileNotFoundError: there is nothing of that name.
+        ValueError: there is no text, or a file cannot be read as text.
+    """
+    return tokenize(find_dataset(path, ReadOptions(combine)), enc)
 
 
-def _encode_cached(plan: _Plan, cache_dir: str | os.PathLike[str] | None) -> TokenChunks:
-    """Encodes a dataset into a token file, or finds the one that an earlier call made."""
+def tokenize(
+    dataset: Dataset,
+    enc: Any,
+    cache_dir: str | os.PathLike[str] | None = None,
+    processes: int | None = None,
+) -> Sequence[np.ndarray]:
+    """Reads the files of a dataset and encodes them into chunks of tokens.
+
+    More than 20 MB of text is encoded by helper processes on every core into a token file in
+    `cache_dir`, which is found again as long as the files, the vocabulary and the options are the
+    same. The chunks then stay on disk, and take almost no memory.
+
+    Args:
+        dataset: from find_dataset().
+        enc: the encoder.
+        cache_dir: the folder that keeps the token file; None for $GPT_2_SIMPLE_CACHE, or
+            gpt_2_simple in the user's cache folder.
+        processes: how many processes encode; None for one, or one a core if there is much text.
+
+    Returns:
+        The chunks, each a 1-D array of ids: those of .npz and .tokens files first.
+
+    Raises:
+        ValueError: there is no text, or a file cannot be read as asked.
+    """
+    parts = [_read_encoded(file, enc) for file in dataset.encoded_files]
+    if dataset.is_large:
+        parts.append(_encode_into_cache(dataset, enc, cache_dir, processes))
+    elif dataset.text_files:
+        report = ReadReport()
+        blocks = _token_blocks(dataset, enc, report, processes or 1)
+        parts.append(join_blocks(blocks, id_dtype(enc.n_vocab)))
+        report.tell()
+    if not any(len(chunk) for chunks in parts for chunk in chunks):
+        raise ValueError(f"the dataset {dataset.path!r} is empty: there is no text in its files")
+    return parts[0] if len(parts) == 1 else [chunk for chunks in parts for chunk in chunks]
+
+
+def _read_encoded(file: DataFile, enc: Any) -> Sequence[np.ndarray]:
+    if file.kind == "npz":
+        return read_npz(file.path, enc.n_vocab)
+    return read_saved_tokens(file.path, enc)
+
+
+def _encode_into_cache(
+    dataset: Dataset, enc: Any, cache_dir: str | os.PathLike[str] | None, processes: int | None
+) -> TokenChunks:
+    """Encodes text into a token file, or finds the one that an earlier call made."""
     folder = cache_folder() if cache_dir is None else os.path.expanduser(os.fspath(cache_dir))
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, f"{plan.key()}.tokens")
+    path = os.path.join(folder, f"{dataset.cache_key(enc)}.tokens")
     try:
-        chunks, about = read_tokens(path)
+        cached = read_tokens(path)
     except (FileNotFoundError, ValueError):  # there is none yet, or it is damaged
-        _write_plan(plan, path)
+        report = ReadReport()
+        processes = processes or min(core_count(), MAX_PROCESSES)
+        write_tokens(path, _token_blocks(dataset, enc, report, processes), enc, report)
         say(f"The tokens are kept in {path}")
-        chunks, about = read_tokens(path)
-    ReadReport(about["lines"], about["warnings"]).tell()
-    return chunks
+        cached = read_tokens(path)
+    cached.report.tell()
+    return cached.chunks
 
 
-def _write_plan(plan: _Plan, path: str) -> None:
-    report = ReadReport()
-    dtype = id_dtype(plan.enc.n_vocab)
-    processes = plan.processes or min(core_count(), MOST_PROCESSES)
-    about = {**vars(report), "vocabulary": hash_vocabulary(plan.enc)}
-    write_tokens(path, _packed(plan, report, processes), dtype, about)
+def _token_blocks(
+    dataset: Dataset, enc: Any, report: ReadReport, processes: int
+) -> Iterator[TokenBlock]:
+    total = sum(os.path.getsize(file.path) for file in dataset.text_files)
+    with progress(total=total, desc="Encoding", unit="B", unit_scale=True, leave=False) as bar:
+        blocks = cut_into_blocks(chunk_parts(dataset, report, bar.update))
+        dtype = id_dtype(enc.n_vocab)
+        yield from encode_blocks(blocks, enc, dtype, dataset.allows_special(enc), processes)
 
 
-def _packed(plan: _Plan, report: ReadReport, processes: int) -> Iterator[Any]:
-    dtype = id_dtype(plan.enc.n_vocab)
-    with progress(
-        total=plan.bytes_on_disk, desc="Encoding", unit="B", unit_scale=True, leave=False
-    ) as bar:
-        blocks = cut_into_blocks(_chunk_parts(plan, report, bar.update))
-        yield from pack_blocks(blocks, plan.enc, dtype, plan.allow_special, processes)
+def chunk_parts(
+    dataset: Dataset, report: ReadReport, on_bytes: Callable[[int], object]
+) -> Iterator[ChunkPart]:
+    """Joins the texts of a dataset into chunks.
 
-
-def _read_encoded(enc: Any, path: str) -> Sequence[np.ndarray]:
-    """Reads an .npz or .tokens file, and checks it against the vocabulary."""
-    if documents.kind_of(path) == "npz":
-        return _read_npz(path, enc.n_vocab)
-    chunks, about = read_tokens(path)
-    if about.get("vocabulary") != hash_vocabulary(enc):
-        raise ValueError(
-            f"{path!r} was encoded with another vocabulary than this model's: "
-            "encode it again with encode_dataset(model_name=...)"
-        )
-    return chunks
-
-
-def _read_npz(path: str, n_vocab: int) -> list[np.ndarray]:
-    chunks = []
-    try:
-        # np.load would take what is no archive for a pickle, and advise to run it.
-        with open(path, "rb") as file, np.lib.npyio.NpzFile(file) as npz:
-            for name in npz.files:
-                ids = np.asarray(npz[name])  # bytes, if it is another kind of archive
-                chunks.append(_checked_ids(ids, n_vocab, f"{path!r}, array {name!r}"))
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path!r} is not a dataset that encode_dataset wrote for this model: {error}. "
-            "Encode the text again with encode_dataset(model_name=...)"
-        ) from error
-    return chunks
-
-
-def _checked_ids(ids: np.ndarray, n_vocab: int, where: str) -> np.ndarray:
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"{where} is {ids.dtype} {list(ids.shape)}, not a row of token ids")
-    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < n_vocab:
-        raise ValueError(
-            f"{where} holds ids from {ids.min()} to {ids.max()}; "
-            f"the model's vocabulary has 0 to {n_vocab - 1}"
-        )
-    return ids.astype(id_dtype(n_vocab), copy=False)
-
-
-def save_npz(path: str | os.PathLike[str], chunks: Iterable[np.ndarray]) -> None:
-    """Writes chunks as gpt-2-simple's encode_dataset does: a compressed .npz, arr_0 and on.
+    Files of plain text are joined, each followed by the end token, until a chunk has `combine`
+    characters. There is one exception: a dataset of a single file of so many characters ends with
+    its own last token, since no other text follows. Rows of tables are joined without limit.
 
     Args:
-        path: the file; '.npz' is added if it does not end so.
-        chunks: 1-D arrays of ids.
+        dataset: the dataset, whose encoded files are left out.
+        report: takes what the user should know.
+        on_bytes: is called with the number of bytes, each time that some are read.
+
+    Yields:
+        The chunks' text, in parts.
     """
-    path = os.fspath(path)
-    with write_whole(path if path.endswith(".npz") else f"{path}.npz") as file:
-        np.savez_compressed(file, *chunks)
+    options, files = dataset.options, dataset.text_files
+    end_token = options.row_format.end_token
+    chunk_characters = 0
+    for file in files:
+        ends_chunk = options.pad_documents and file.is_table
+        file_characters = 0
+        for text in read_text(file, options.row_format, options.encoding, report, on_bytes):
+            file_characters += len(text)
+            yield ChunkPart(text, ends_chunk)
+        chunk_characters += file_characters
+        if file.is_table or not file_characters:
+            continue
+        if options.pad_documents:
+            yield ChunkPart(end_token, ends_chunk=True)
+        elif chunk_characters < options.combine:
+            yield ChunkPart(end_token, ends_chunk=False)
+            chunk_characters += len(end_token)
+        else:
+            yield ChunkPart("" if len(files) == 1 else end_token, ends_chunk=True)
+            chunk_characters = 0
 
 
-def save_tokens(path: str | os.PathLike[str], chunks: Iterable[np.ndarray], enc: Any) -> None:
-    """Writes chunks as a token file: read at once and without taking memory, at any size.
+def read_text(
+    file: DataFile,
+    row_format: RowFormat,
+    encoding: str | None,
+    report: ReadReport,
+    on_bytes: Callable[[int], object] = lambda count: None,
+) -> Iterator[str]:
+    """Reads one file's text without holding more than a part of it.
 
     Args:
-        path: the file, whose name should end in '.tokens'.
-        chunks: 1-D arrays of ids.
-        enc: the encoder they were made with, whose vocabulary is noted in the file.
+        file: what to read; not an .npz or .tokens file.
+        row_format: how a row of a table becomes a document.
+        encoding: the text's encoding; None for UTF-8, or what a byte order mark tells.
+        report: takes what the user should know.
+        on_bytes: is called with the number of bytes, each time that some are read.
+
+    Yields:
+        Parts of a text file; of a table each row's document.
+
+    Raises:
+        ValueError: the file is not text, or its table cannot be read as asked.
     """
-    dtype = id_dtype(enc.n_vocab)
-    packed = (
-        PackedBlock(part.astype(dtype).tobytes(), [len(part)], [start + SAVED_TOKENS >= len(chunk)])
-        for chunk in chunks
-        for start in range(0, len(chunk), SAVED_TOKENS)
-        for part in [chunk[start : start + SAVED_TOKENS]]
-    )
-    about = {"lines": [], "warnings": [], "vocabulary": hash_vocabulary(enc)}
-    write_tokens(os.fspath(path), packed, dtype, about)
+    with open_text(file, encoding, report, on_bytes) as text:
+        if file.is_table:
+            yield from read_rows(text, file, row_format, report)
+        else:
+            while part := text.read(READ_BYTES):
+                yield part
+
+
+# --- public functions -----------------------------------------------------------------------------
 
 
 @settings_function(EncodeCsvSettings)
@@ -322,12 +323,12 @@ def encode_csv(settings: EncodeCsvSettings) -> int:
         ValueError: the file cannot be read as a table, or it has no such column.
     """
     path, out_path = os.fspath(settings.csv_path), os.fspath(settings.out_path)
-    kind = documents.kind_of(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no CSV file {path!r} (in {os.getcwd()!r})")
     check_folder("out_path", out_path)
+    kind = kind_of(path)
     file = DataFile(path, kind if kind in ("tsv", "jsonl") else "csv", named=True)
-    rows = RowFormat(
+    row_format = RowFormat(
         settings.column,
         settings.template,
         settings.header,
@@ -335,13 +336,13 @@ def encode_csv(settings: EncodeCsvSettings) -> int:
         settings.end_token,
     )
     report = ReadReport()
-    written = 0
+    n_rows = 0
     with write_whole(out_path) as out:
-        for text, _ in documents.read_documents(file, rows, settings.encoding, report):
-            out.write(text.encode("utf-8", errors="replace"))
-            written += 1
+        for document in read_text(file, row_format, settings.encoding, report):
+            out.write(document.encode("utf-8", errors="replace"))
+            n_rows += 1
     report.tell()
-    return written
+    return n_rows
 
 
 @settings_function(EncodeSettings)
@@ -352,7 +353,7 @@ def encode_dataset(settings: EncodeSettings) -> None:
         settings: see EncodeSettings.
 
     Raises:
-        FileNotFoundError: no such dataset or model, or no folder for `out_path`.
+        FileNotFoundError: there is no such dataset or model, or no folder for `out_path`.
         ValueError: a setting is out of range, or the dataset holds no text.
     """
     with verbosity(settings.verbose):
@@ -362,17 +363,13 @@ def encode_dataset(settings: EncodeSettings) -> None:
         out_path = os.fspath(settings.out_path)
         check_folder("out_path", out_path)
         say("Reading files")
-        chunks = load_dataset(
-            enc,
-            settings.file_path,
+        options = ReadOptions(
             settings.combine,
             settings.encoding,
-            column=settings.column,
-            template=settings.template,
-            header=settings.header,
-            pad_documents=settings.pad_documents,
-            cache_dir=settings.cache_dir,
+            RowFormat(settings.column, settings.template, settings.header),
+            settings.pad_documents,
         )
+        chunks = tokenize(find_dataset(settings.file_path, options), enc, settings.cache_dir)
         say("Writing", out_path)
         if out_path.lower().endswith(".tokens"):
             save_tokens(out_path, chunks, enc)

@@ -1,9 +1,8 @@
-"""Text of any length in, packed token ids out in the same order, encoded on every core.
+"""Parts of text in, blocks of token ids out in the same order, encoded on every core.
 
 A text may be cut wherever a run of white space begins: GPT-2's pattern never joins white space to
-what stands before it, and no piece before the cut looks further ahead than to it. So the ids of
-the parts, one after the other, are the ids of the whole. This module is what the helper processes
-import: it does not need TensorFlow.
+what stands before it, and no word before the cut looks further ahead than to it. So the ids of
+the parts, one after the other, are the ids of the whole. Helper processes import this module.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import itertools
+import operator
 import os
 import pickle
 import queue
@@ -22,84 +23,97 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, BinaryIO, NamedTuple
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 import regex
 
-BLOCK_CHARACTERS = 1 << 20
-MOST_PROCESSES = 4  # each takes about 100 MB
-CACHED_WORDS = 1 << 18  # in all processes together: about 40 MB
+from ..encoder import WHITE_SPACE
 
-# White space as the regex package's \s has it; Python's re adds \x1c-\x1f.
-_WHITE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-WHITE = frozenset(re.findall(f"[{_WHITE}]", "".join(map(chr, range(0x3001)))))
-_WORDS = re.compile(f"[{_WHITE}]*[^{_WHITE}]+|[{_WHITE}]+")
+BLOCK_CHARACTERS = 1 << 20
+MAX_PROCESSES = 4  # each takes about 100 MB
+MAX_CACHED_WORDS = 1 << 18  # in all processes together: about 40 MB
+
+_WHITE_SPACES = frozenset(re.findall(f"[{WHITE_SPACE}]", "".join(map(chr, range(0x3001)))))
+_WORDS = re.compile(f"[{WHITE_SPACE}]*[^{WHITE_SPACE}]+|[{WHITE_SPACE}]+")
 _ASCII_WORDS = re.compile(r"\s*\S+|\s+", re.ASCII)  # twice as quick
 # Where a run of letters or digits ends is as safe, and found in text without spaces too. Only
-# letters that every release of Unicode has: the encoder takes the newest for no letters.
+# letters that every release of Unicode has: the encoder takes the newest for signs.
 _LETTER = r"[A-Za-z\u0410-\u044f\u0e01-\u0e30\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3]"
 # (?r) searches from the end.
 _SAFE_CUT = regex.compile(rf"(?r)(?<=\S)(?=\s)|(?<={_LETTER})(?=\P{{L}})|(?<=[0-9])(?=\P{{N}})")
 
 
-class Block(NamedTuple):
-    """Some texts in a row, and for each whether a chunk of the dataset ends with it."""
+class ChunkPart(NamedTuple):
+    """A part of a chunk's text, and whether the chunk ends with it."""
+
+    text: str
+    ends_chunk: bool
+
+
+class TextBlock(NamedTuple):
+    """Texts in a row, and for each of them whether a chunk of the dataset ends with it."""
 
     texts: list[str]
-    ends: list[bool]
+    ends_chunk: list[bool]
 
 
-class PackedBlock(NamedTuple):
-    """A block's ids one after the other in bytes, how many each text has, and the chunks' ends."""
+class TokenBlock(NamedTuple):
+    """A TextBlock's tokens.
+
+    Attributes:
+        ids: the ids of all texts, one after the other, as bytes.
+        counts: how many ids each text has.
+        ends_chunk: for each text whether a chunk of the dataset ends with it.
+    """
 
     ids: bytes
     counts: list[int]
-    ends: list[bool]
+    ends_chunk: list[bool]
 
 
 def cut_into_blocks(
-    parts: Iterable[tuple[str, bool]], size: int = BLOCK_CHARACTERS
-) -> Iterator[Block]:
+    parts: Iterable[ChunkPart], size: int = BLOCK_CHARACTERS
+) -> Iterator[TextBlock]:
     """Gathers parts of text into blocks of about one size, cut where it is safe.
 
     Args:
-        parts: text, and whether a chunk ends with it. The parts of one chunk belong together, so
-            that joining them first changes nothing.
+        parts: the text. To join the parts of a chunk first would change nothing.
         size: how many characters a block holds, roughly.
 
     Yields:
         Blocks that hold the same text in the same order.
     """
     texts: list[str] = []
-    ends: list[bool] = []
+    ends_chunk: list[bool] = []
     open_text: list[str] = []
-    held = 0
-    for text, ends_chunk in parts:
+    n_characters = 0
+    for text, ends in parts:
         open_text.append(text)
-        held += len(text)
-        if ends_chunk:
+        n_characters += len(text)
+        if ends:
             texts.append("".join(open_text))
-            ends.append(True)
+            ends_chunk.append(True)
             open_text = []
-        if held < size:
+        if n_characters < size:
             continue
         if open_text:
             before, after = split_safely("".join(open_text))
             texts.append(before)
-            ends.append(False)
+            ends_chunk.append(False)
             open_text = [after]
-        yield Block(texts, ends)
-        texts, ends, held = [], [], sum(map(len, open_text))
+        yield TextBlock(texts, ends_chunk)
+        texts, ends_chunk, n_characters = [], [], sum(map(len, open_text))
     if open_text:
         texts.append("".join(open_text))
-        ends.append(True)
+        ends_chunk.append(True)
     if texts:
-        yield Block(texts, ends)
+        yield TextBlock(texts, ends_chunk)
 
 
 def split_safely(text: str) -> tuple[str, str]:
-    """Splits a text at the last place where encoding both parts gives the ids of the whole.
+    """Splits a text at the last place where the ids of both parts are the ids of the whole.
 
     Returns:
         The two parts; the first is empty if there is no such place.
@@ -109,65 +123,74 @@ def split_safely(text: str) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-class Packer:
-    """Encodes texts, and remembers the ids of the words it met.
+def split_words(text: str) -> list[str]:
+    """Splits a text before each run of white space; joined, the words are the text."""
+    return (_ASCII_WORDS if text.isascii() else _WORDS).findall(text)
+
+
+class BlockEncoder:
+    """Encodes texts, and remembers the ids of the words in them.
 
     Args:
         enc: the encoder.
         dtype: the ids' type.
-        allow_special: whether special tokens in the text are encoded as such.
-        most: how many words are remembered, roughly.
+        allow_special: whether `<|endoftext|>` in the text is one token.
+        max_words: how many words are remembered, roughly.
     """
 
     def __init__(
-        self, enc: Any, dtype: np.dtype, allow_special: bool = False, most: int = CACHED_WORDS
+        self,
+        enc: Any,
+        dtype: np.dtype,
+        allow_special: bool = False,
+        max_words: int = MAX_CACHED_WORDS,
     ):
         self.encode = functools.partial(enc.encode, allow_special=allow_special)
         self.dtype = np.dtype(dtype)
-        self.most = most
-        self.packed: dict[str, bytes] = {}
-        # How many bytes of text each id stands for; ids that stand for nothing are never made.
+        self.max_words = max_words
+        self.cache: dict[str, bytes] = {}
+        # How many bytes of text each id stands for; 0 for ids that are never made.
         known = set(enc.encoder.values())
         self.id_widths = np.array(
             [len(enc.decode_bytes([i])) if i in known else 0 for i in range(enc.n_vocab)]
         )
 
-    def pack(self, texts: list[str]) -> tuple[bytes, list[int]]:
-        """Encodes texts: all their ids as bytes, and how many ids each has."""
-        split = [split_words(text) for text in texts]
-        found = [[*map(self.packed.get, words)] for words in split]
-        gaps = [[i for i, ids in enumerate(row) if ids is None] for row in found]
-        new = {words[i] for words, places in zip(split, gaps, strict=True) for i in places}
-        if len(self.packed) + len(new) > self.most:
+    def encode_block(self, block: TextBlock) -> TokenBlock:
+        """Encodes a block of texts."""
+        words_of = [split_words(text) for text in block.texts]
+        found = [[*map(self.cache.get, words)] for words in words_of]
+        new: set[str] = set()
+        for words, ids in zip(words_of, found, strict=True):
+            new.update(itertools.compress(words, map(operator.is_, ids, itertools.repeat(None))))
+        if len(self.cache) + len(new) > self.max_words:
             # The words of this block are likely to come again; those of long ago are not.
-            kept = set().union(*split) - new
-            self.packed = {word: self.packed[word] for word in kept}
+            kept = set[str]().union(*words_of) - new
+            self.cache = {word: self.cache[word] for word in kept}
         self._learn(new)
-        for words, row, places in zip(split, found, gaps, strict=True):
-            for i in places:
-                row[i] = self.packed[words[i]]
-        packed = [b"".join(row) for row in found]
-        return b"".join(packed), [len(ids) // self.dtype.itemsize for ids in packed]
+        if new:
+            found = [[*map(self.cache.get, words)] for words in words_of]
+        ids_of = [b"".join(cast("list[bytes]", ids)) for ids in found]
+        counts = [len(ids) // self.dtype.itemsize for ids in ids_of]
+        return TokenBlock(b"".join(ids_of), counts, block.ends_chunk)
 
     def _learn(self, words: set[str]) -> None:
-        """Encodes words all at once: what begins with white space and ends without stands alone."""
-        together = [word for word in words if word[0] in WHITE and word[-1] not in WHITE]
-        for word in words.difference(together):
-            self.packed[word] = np.array(self.encode(word), self.dtype).tobytes()
-        ids = np.array(self.encode("".join(together)), self.dtype)
-        word_ends = np.cumsum([len(word.encode("utf-8", "surrogatepass")) for word in together])
+        """Adds words to the cache.
+
+        Words that begin with white space and end without it are encoded in one go, since the ids
+        of such words, joined, are those of the joined words.
+        """
+        joined = [w for w in words if w[0] in _WHITE_SPACES and w[-1] not in _WHITE_SPACES]
+        for word in words.difference(joined):
+            self.cache[word] = np.array(self.encode(word), self.dtype).tobytes()
+        ids = np.array(self.encode("".join(joined)), self.dtype)
+        word_ends = np.cumsum([len(word.encode("utf-8", "surrogatepass")) for word in joined])
         id_ends = np.cumsum(self.id_widths[ids])
         ends = (np.searchsorted(id_ends, word_ends) + 1) * self.dtype.itemsize
-        packed = ids.tobytes()
+        encoded = ids.tobytes()
         start = 0
-        for word, end in zip(together, ends.tolist(), strict=True):
-            self.packed[word] = packed[start:end]
+        for word, end in zip(joined, ends.tolist(), strict=True):
+            self.cache[word] = encoded[start:end]
             start = end
-
-
-def split_words(text: str) -> list[str]:
-    """Splits a text before each run of white space; joined, the words are the text."""
-    return (_ASCII_WORDS if text.isascii() else _WORDS).findall(text)
 
 
 def core_count() -> int:
@@ -177,55 +200,54 @@ def core_count() -> int:
     return os.cpu_count() or 1
 
 
-def pack_blocks(
-    blocks: Iterable[Block], enc: Any, dtype: np.dtype, allow_special: bool, processes: int
-) -> Iterator[PackedBlock]:
+def encode_blocks(
+    blocks: Iterable[TextBlock], enc: Any, dtype: np.dtype, allow_special: bool, processes: int
+) -> Iterator[TokenBlock]:
     """Encodes blocks in order, in helper processes if that is asked for and possible.
 
     Args:
         blocks: what to encode; read only as far ahead as keeps the processes busy.
         enc: the encoder; it must be picklable for helper processes.
         dtype: the ids' type.
-        allow_special: whether special tokens in the text are encoded as such.
+        allow_special: whether `<|endoftext|>` in the text is one token.
         processes: how many processes encode; 1 is this one.
 
     Yields:
-        The packed blocks.
+        The encoded blocks.
     """
-    local = Packer(enc, dtype, allow_special)
-    share = local.most // processes
-    helpers = _start_helpers((enc, dtype, allow_special, share), processes)
+    local = BlockEncoder(enc, dtype, allow_special)
+    max_words = local.max_words // processes
+    helpers = _start_helpers((enc, dtype, allow_special, max_words), processes)
     if helpers:
-        yield from _pack_in_helpers(blocks, helpers, local)
+        yield from _encode_in_helpers(blocks, helpers, local)
     else:
-        for block in blocks:
-            yield PackedBlock(*local.pack(block.texts), block.ends)
+        yield from map(local.encode_block, blocks)
 
 
-def _pack_in_helpers(
-    blocks: Iterable[Block], helpers: list[_Helper], local: Packer
-) -> Iterator[PackedBlock]:
+def _encode_in_helpers(
+    blocks: Iterable[TextBlock], helpers: list[_Helper], local: BlockEncoder
+) -> Iterator[TokenBlock]:
     one_at_a_time = threading.Lock()
     idle: queue.SimpleQueue[_Helper] = queue.SimpleQueue()
     for helper in helpers:
         idle.put(helper)
 
-    def pack(block: Block) -> PackedBlock:
+    def encode(block: TextBlock) -> TokenBlock:
         helper = idle.get()
         try:
-            return PackedBlock(*helper.pack(block.texts), block.ends)
+            return helper.encode_block(block)
         except (EOFError, OSError, pickle.UnpicklingError):
-            # The helper died, of a lack of memory perhaps: its share is done here.
+            # The helper died, of a lack of memory perhaps: this process does its share.
             with one_at_a_time:
-                return PackedBlock(*local.pack(block.texts), block.ends)
+                return local.encode_block(block)
         finally:
             idle.put(helper)
 
     pool = ThreadPoolExecutor(len(helpers), thread_name_prefix="encode")
     try:
-        pending: deque[Future[PackedBlock]] = deque()
+        pending: deque[Future[TokenBlock]] = deque()
         for block in blocks:
-            pending.append(pool.submit(pack, block))
+            pending.append(pool.submit(encode, block))
             if len(pending) > 2 * len(helpers):
                 yield pending.popleft().result()
         while pending:
@@ -236,60 +258,54 @@ def _pack_in_helpers(
             helper.close()
 
 
-# The package's own __init__ imports TensorFlow, so a bare package of that name stands in for it.
-# Not multiprocessing, which imports the user's script again: many have no `if __name__ == ...`.
-_BOOTSTRAP = """
-import pickle, sys, types
-sys.path[:], folder = pickle.load(sys.stdin.buffer)
-package = types.ModuleType("gpt_2_simple")
-package.__path__ = [folder]
-sys.modules["gpt_2_simple"] = package
-from gpt_2_simple.parallel_encode import serve
-serve(sys.stdin.buffer, sys.stdout.buffer)
-"""
-
-
 class _Helper:
-    """A process that packs texts: pickles go in and come out through its pipes."""
+    """A process that encodes blocks: pickles go in and come out through its pipes.
+
+    It is not one of multiprocessing's, which import the user's script again: many scripts have no
+    `if __name__ == "__main__"`.
+    """
 
     def __init__(self, arguments: bytes):
+        path = [*map(os.fspath, sys.path), str(Path(__file__).parents[2])]
+        code = f"import sys; sys.path[:] = {path!r}; from {__name__} import serve; serve()"
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _BOOTSTRAP],
+            [sys.executable, "-I", "-c", code],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
-        self._send(pickle.dumps((sys.path, os.path.dirname(os.path.abspath(__file__)))))
+        self._requests = cast(BinaryIO, self.process.stdin)
+        self._answers = cast(BinaryIO, self.process.stdout)
         self._send(arguments)
 
-    def pack(self, texts: list[str]) -> tuple[bytes, list[int]]:
-        self._send(pickle.dumps(texts, pickle.HIGHEST_PROTOCOL))
+    def encode_block(self, block: TextBlock) -> TokenBlock:
+        self._send(pickle.dumps(block, pickle.HIGHEST_PROTOCOL))
         return self.receive()
 
     def receive(self) -> Any:
-        answer = pickle.load(self.process.stdout)
+        answer = pickle.load(self._answers)
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     def _send(self, pickled: bytes) -> None:
-        self.process.stdin.write(pickled)
-        self.process.stdin.flush()
+        self._requests.write(pickled)
+        self._requests.flush()
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        self.process.stdout.close()
+            self._requests.close()
+        self._answers.close()
         self.process.wait()
 
 
-def _start_helpers(packer_arguments: tuple[Any, ...], processes: int) -> list[_Helper]:
+def _start_helpers(encoder_arguments: tuple[Any, ...], processes: int) -> list[_Helper]:
     """Starts processes, or none at all if one is enough or any of them fails to start."""
     helpers: list[_Helper] = []
     if processes < 2:
         return helpers
     try:
-        arguments = pickle.dumps(packer_arguments)
+        arguments = pickle.dumps(encoder_arguments)
         for _ in range(processes):
             helpers.append(_Helper(arguments))
         for helper in helpers:
@@ -301,20 +317,21 @@ def _start_helpers(packer_arguments: tuple[Any, ...], processes: int) -> list[_H
     return helpers
 
 
-def serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    """What a helper process does: packs the texts it is sent until its input ends."""
+def serve() -> None:
+    """What a helper process does: it encodes the blocks that it is sent until its input ends."""
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     gc.disable()  # there are a great many lists here and no cycles: the search costs time
-    packer = Packer(*pickle.load(requests))
+    encoder = BlockEncoder(*pickle.load(requests))
     answer: Any = "ready"
     while True:
         pickle.dump(answer, answers, pickle.HIGHEST_PROTOCOL)
         answers.flush()
         try:
-            texts = pickle.load(requests)
+            block = pickle.load(requests)
         except EOFError:
             return
         try:
-            answer = packer.pack(texts)
+            answer = encoder.encode_block(block)
         except Exception as error:  # sent to the parent, which raises it
             answer = error

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..encoder import END_OF_TEXT
 from .settings import START_TOKEN
+from .text_files import DataFile, ReadReport
 
-if TYPE_CHECKING:
-    from .text_files import DataFile, ReadReport
+MAX_FIELD_CHARACTERS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,10 @@ class RowFormat:
     """How a row of a table becomes a document.
 
     Attributes:
-        column: the column's name, or its number from 0. By default the first one, in JSON lines
-            'text' or else the first that holds text.
-        template: text with columns in braces, as in '{title}: {body}', in place of one column.
-        header: whether the first row names the columns; None looks at it to find out.
+        column: the column's name, or its number from 0. None takes the first one; in JSON lines
+            'text', or else the first that holds text.
+        template: text with columns in braces, as in '{title}: {body}', instead of one column.
+        header: whether the first row names the columns. None finds out by looking at it.
         start_token: put before each row.
         end_token: put after each row, and after each file of plain text.
     """
@@ -37,117 +38,127 @@ class RowFormat:
     end_token: str = END_OF_TEXT
 
     def __post_init__(self) -> None:
+        """Raises ValueError if both a column and a template are given, or no column at all."""
         if self.column is not None and self.template is not None:
             raise ValueError(
                 f"column={self.column!r} and template={self.template!r} exclude each other: "
                 "name the columns within the template"
             )
-        if self.template is not None and not self.fields:
+        if self.template is not None and not self.columns:
             raise ValueError(
                 f"template={self.template!r} names no column: write one in braces, as in '{{text}}'"
             )
 
     @property
-    def fields(self) -> list[str | int | None]:
-        """The columns that are wanted, in order."""
+    def columns(self) -> list[str | int | None]:
+        """The columns to read, in order; [None] if the user names none."""
         if self.template is None:
             return [self.column]
         return list(re.findall(r"\{([^{}]*)\}", self.template))
 
-    def fill(self, cells: list[str]) -> str:
-        """Makes a row's text of its wanted cells."""
-        if self.template is None:
-            return cells[0]
-        remaining = iter(cells)
-        return re.sub(r"\{[^{}]*\}", lambda _: next(remaining), self.template)
-
-
-LONGEST_FIELD = 1 << 24
+    def document(self, cells: list[str]) -> str:
+        """A row's document, from the cells of `columns`."""
+        text = cells[0]
+        if self.template is not None:
+            remaining = iter(cells)
+            text = re.sub(r"\{[^{}]*\}", lambda _: next(remaining), self.template)
+        return self.start_token + text + self.end_token + "\n"
 
 
 def read_rows(
-    lines: Iterable[str], file: DataFile, rows: RowFormat, report: ReadReport
+    lines: Iterable[str], file: DataFile, row_format: RowFormat, report: ReadReport
 ) -> Iterator[str]:
     """Makes a document of each row of a table that is not blank.
 
     Args:
         lines: the table's lines.
-        file: what they are from, and whether they are 'csv', 'tsv' or 'jsonl'.
-        rows: which columns are wanted, and what goes around them.
-        report: where to note how many rows were blank.
+        file: where they come from, for messages, and their kind: 'csv', 'tsv' or 'jsonl'.
+        row_format: which columns to read, and what to put around them.
+        report: takes the number of blank rows, and what is odd about the table.
 
     Yields:
-        start_token + the row's text + end_token + a newline.
+        start_token + the row's text + end_token + a line break.
 
     Raises:
-        ValueError: if a column does not exist (it lists those that do), or a line is malformed.
+        ValueError: a column does not exist (the message lists those that do), or a line is
+            malformed.
     """
-    cells_of = _json_cells if file.kind == "jsonl" else _csv_cells
-    blank = 0
-    for cells in cells_of(lines, file, rows, report):
+    read_cells = _json_cells if file.kind == "jsonl" else _csv_cells
+    n_blank = 0
+    for cells in read_cells(lines, file, row_format, report):
         if any(cell.strip() for cell in cells):
-            yield rows.start_token + rows.fill(cells) + rows.end_token + "\n"
+            yield row_format.document(cells)
         else:
-            blank += 1
-    if blank:
-        report.lines.append(f"{file.path}: {blank:,} blank rows skipped")
+            n_blank += 1
+    if n_blank:
+        report.lines.append(f"{file.path}: {n_blank:,} blank rows skipped")
+
+
+# --- CSV and TSV ----------------------------------------------------------------------------------
 
 
 def _csv_cells(
-    lines: Iterable[str], file: DataFile, rows: RowFormat, report: ReadReport
+    lines: Iterable[str], file: DataFile, row_format: RowFormat, report: ReadReport
 ) -> Iterator[list[str]]:
-    quotes = start = 0
-
-    def counted() -> Iterator[str]:
-        nonlocal quotes
-        for line in lines:
-            quotes += line.count('"')
-            yield line
-
-    reader = csv.reader(counted(), delimiter="\t" if file.kind == "tsv" else ",")
-    before = csv.field_size_limit(LONGEST_FIELD)
-    try:
-        first = next((row for row in reader if row), [])
-        header = _has_header(first, file, rows, report)
-        wanted = [_column_index(name, first, header, file.path) for name in rows.fields]
-        if rows.fields == [None] and len(first) > 1:
-            report.lines.append(
-                f"{file.path}: its first column is used, of {len(first)}; column= names another"
-            )
-        wider = 0
-        end = reader.line_num
-        for row in itertools.chain([] if header or not first else [first], reader):
-            start, end = end, reader.line_num
-            wider += len(row) > len(first)
-            yield [row[index] if index < len(row) else "" for index in wanted]
-    except csv.Error as error:
-        raise ValueError(
-            f"{file.path!r}, line {reader.line_num}: {error}. Is a quote left open?"
-        ) from error
-    finally:
-        csv.field_size_limit(before)
-    if quotes % 2 and reader.line_num - start > 1:
+    """Yields the cells of the columns to read, row by row."""
+    quotes = _QuoteCounter(lines)
+    reader = csv.reader(quotes, delimiter="\t" if file.kind == "tsv" else ",")
+    n_wider = row_start = 0
+    with _long_fields_allowed():
+        try:
+            first = next((row for row in reader if row), [])
+            has_header = _has_header(first, row_format)
+            columns = [_column_index(c, first, has_header, file.path) for c in row_format.columns]
+            report.lines += _guesses(first, has_header, row_format, file.path)
+            row_end = reader.line_num
+            for row in itertools.chain([] if has_header or not first else [first], reader):
+                row_start, row_end = row_end, reader.line_num
+                n_wider += len(row) > len(first)
+                yield [row[index] if index < len(row) else "" for index in columns]
+        except csv.Error as error:
+            raise ValueError(
+                f"{file.path!r}, line {reader.line_num}: {error}. Is a quote left open?"
+            ) from error
+    if quotes.count % 2 and reader.line_num - row_start > 1:
         report.warnings.append(
-            f"{file.path!r}: a quote is left open: lines {start + 1:,} to {reader.line_num:,} were "
-            "read as one row"
+            f"{file.path!r}: a quote is left open: lines {row_start + 1:,} to "
+            f"{reader.line_num:,} were read as one row"
         )
-    if wider:
+    if n_wider:
         report.warnings.append(
-            f"{file.path!r}: {wider:,} rows have more columns than the first, which has "
+            f"{file.path!r}: {n_wider:,} rows have more columns than the first, which has "
             f"{len(first)}; text that holds the delimiter must be in quotes, or is cut there"
         )
 
 
-def _has_header(first: list[str], file: DataFile, rows: RowFormat, report: ReadReport) -> bool:
-    """Whether a table's first row names its columns: as the caller says, or as it looks."""
-    if rows.header is not None:
-        return rows.header
-    header = any(name in first for name in rows.fields) or _names_columns(first)
-    if not header:
-        report.lines.append(
-            f"{file.path}: the first row reads like data, so it is used; header=True skips it"
-        )
-    return header
+class _QuoteCounter:
+    """Passes lines on, and counts the quotes in them."""
+
+    def __init__(self, lines: Iterable[str]):
+        self.lines = lines
+        self.count = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for line in self.lines:
+            self.count += line.count('"')
+            yield line
+
+
+@contextlib.contextmanager
+def _long_fields_allowed() -> Iterator[None]:
+    """The csv module refuses fields of more than 128 kB by default."""
+    before = csv.field_size_limit(MAX_FIELD_CHARACTERS)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _has_header(first: list[str], row_format: RowFormat) -> bool:
+    """Whether a table's first row names its columns: as the user says, or as it looks."""
+    if row_format.header is not None:
+        return row_format.header
+    return any(name in first for name in row_format.columns) or _names_columns(first)
 
 
 def _names_columns(row: list[str]) -> bool:
@@ -162,23 +173,36 @@ def _names_columns(row: list[str]) -> bool:
     )
 
 
-def _column_index(name: str | int | None, first: list[str], header: bool, path: str) -> int:
+def _guesses(first: list[str], has_header: bool, row_format: RowFormat, path: str) -> list[str]:
+    """Lines that tell how a table is read where the user did not say it."""
+    lines = []
+    if row_format.header is None and not has_header:
+        lines.append(f"{path}: the first row reads like data, so it is used; header=True skips it")
+    if row_format.columns == [None] and len(first) > 1:
+        lines.append(f"{path}: its first column is used, of {len(first)}; column= names another")
+    return lines
+
+
+def _column_index(name: str | int | None, first: list[str], has_header: bool, path: str) -> int:
     """Finds a column by name or number in a table whose first row is `first`."""
     if name is None or not first:
         return 0
-    if header and name in first:
+    if has_header and name in first:
         return first.index(str(name))
     number = int(name) if str(name).isdecimal() else -1
     if 0 <= number < len(first):
         return number
+    listing = "columns are" if has_header else "first row holds"
     raise ValueError(
-        f"{path!r} has no column {name!r}: its {'columns are' if header else 'first row holds'} "
-        f"{', '.join(map(repr, first))}"
+        f"{path!r} has no column {name!r}: its {listing} {', '.join(map(repr, first))}"
     )
 
 
+# --- JSON lines -----------------------------------------------------------------------------------
+
+
 def _json_cells(
-    lines: Iterable[str], file: DataFile, rows: RowFormat, report: ReadReport
+    lines: Iterable[str], file: DataFile, row_format: RowFormat, report: ReadReport
 ) -> Iterator[list[str]]:
     names: list[str] = []
     seen: set[str] = set()
@@ -188,7 +212,7 @@ def _json_cells(
             continue
         where = f"{file.path!r}, line {number}"
         record = _json_object(line, where)
-        names = names or [_json_name(name, record) for name in rows.fields]
+        names = names or [_json_name(name, record) for name in row_format.columns]
         seen |= record.keys()
         yield [_json_text(record.get(name), name, where) for name in names]
     missing = [name for name in names if name not in seen]

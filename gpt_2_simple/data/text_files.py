@@ -1,8 +1,9 @@
-"""Paths in, documents out as text: plain text, CSV, TSV and JSON lines, gzipped or not."""
+"""Paths in; the files that they stand for, and their decoded text, out: encodings and gzip."""
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import difflib
 import glob
 import gzip
@@ -12,10 +13,9 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from ..common.report import say, warn
-from .tables import RowFormat, read_rows
 
 SUPPORTED = (
     "a text file, .csv, .tsv or .jsonl (each also as .gz), an .npz or .tokens file of "
@@ -37,8 +37,8 @@ BYTE_ORDER_MARKS = (  # UTF-32's first: its little-endian mark begins with UTF-1
 )
 HEAD_BYTES = 1 << 16
 READ_BYTES = 1 << 20
-LONGEST_NAME = 1000
-MOSTLY_UNDECODABLE = 0.3
+MAX_PATH_LENGTH = 1000
+MAX_UNDECODABLE = 0.3  # share of a text file's first bytes
 
 
 class DataFile(NamedTuple):
@@ -47,52 +47,61 @@ class DataFile(NamedTuple):
     Attributes:
         path: where it lies.
         kind: 'text', 'csv', 'tsv', 'jsonl', 'npz' or 'tokens', by its suffix.
-        named: whether the user named it, rather than a folder it lies in or a pattern.
+        named: whether the user named it, rather than its folder or a pattern.
     """
 
     path: str
     kind: str
     named: bool
 
+    @property
+    def is_table(self) -> bool:
+        """Whether each of its rows is a document."""
+        return self.kind in ("csv", "tsv", "jsonl")
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether it holds token ids, not text."""
+        return self.kind in ("npz", "tokens")
+
 
 @dataclass
 class ReadReport:
-    """What reading came across, to be told once at its end.
+    """What the user should know about the files that were read; printed once, at the end.
 
     Attributes:
-        lines: what is worth saying.
+        lines: what was decided for the user, or skipped.
         warnings: what may have cost the user some data.
     """
 
     lines: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def tell(self, most: int = 10) -> None:
-        """Says the lines and raises the warnings, the first `most` of each."""
-        for line in self.lines[:most]:
+    def tell(self, at_most: int = 10) -> None:
+        """Prints the lines and raises the warnings, the first `at_most` of each."""
+        for line in self.lines[:at_most]:
             say(line)
-        if len(self.lines) > most:
-            say(f"... and {len(self.lines) - most} more lines like these")
-        for warning in self.warnings[:most]:
+        if len(self.lines) > at_most:
+            say(f"... and {len(self.lines) - at_most} more lines like these")
+        for warning in self.warnings[:at_most]:
             warn(warning)
-        if len(self.warnings) > most:
-            rest = len(self.warnings) - most
-            warn(f"... and {rest} more warnings like these")
+        if len(self.warnings) > at_most:
+            warn(f"... and {len(self.warnings) - at_most} more warnings like these")
 
 
 def find_files(path: Any) -> list[DataFile]:
     """Lists the files that a dataset's path stands for.
 
     Args:
-        path: a file, a folder (searched through, hidden files left out), a glob pattern, or a list
-            of these.
+        path: a file, a folder (with its subfolders, without hidden files), a glob pattern, or a
+            list of these.
 
     Returns:
-        The files in a settled order: as listed, and sorted within each folder and pattern.
+        The files: a list's in its order, a folder's and a pattern's sorted by name.
 
     Raises:
-        FileNotFoundError: if there is nothing of that name.
-        ValueError: if a folder holds no file, the list is empty, or it is no path.
+        FileNotFoundError: there is nothing of that name.
+        ValueError: a folder holds no file, the list is empty, or it is not a path.
     """
     if isinstance(path, (list, tuple)):
         if not path:
@@ -106,7 +115,7 @@ def find_files(path: Any) -> list[DataFile]:
     if os.path.isdir(path):
         return _files_in_folder(path)
     found = [one for one in sorted(glob.glob(path, recursive=True)) if os.path.exists(one)]
-    # '**' finds a folder and the files in it too: each file is taken once.
+    # '**' finds a folder and also the files in it: each file is taken once.
     files = {file.path: file._replace(named=False) for one in found for file in find_files(one)}
     if not files:
         raise FileNotFoundError(_not_found(path))
@@ -114,7 +123,7 @@ def find_files(path: Any) -> list[DataFile]:
 
 
 def kind_of(path: str) -> str:
-    """Tells a file's kind by its suffix, '.gz' aside: 'csv', 'text' and so on."""
+    """A file's kind by its suffix, without '.gz': see DataFile."""
     stem = path.lower().removesuffix(".gz")
     return KINDS.get(os.path.splitext(stem)[1], "text")
 
@@ -133,7 +142,8 @@ def _files_in_folder(folder: str) -> list[DataFile]:
 
 
 def _not_found(path: str) -> str:
-    if len(path) > LONGEST_NAME or "\n" in path:
+    """The error message for a path that does not exist, with similar names if there are any."""
+    if len(path) > MAX_PATH_LENGTH or "\n" in path:
         return f"there is no dataset {path[:60]!r}...: give the path of a file, not the text itself"
     parent, name = os.path.split(path)
     message = f"there is no dataset {path!r}: looked for a file, a folder and a glob pattern"
@@ -149,109 +159,113 @@ def _not_found(path: str) -> str:
     return message
 
 
-def read_documents(
+# --- decoding -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def open_text(
     file: DataFile,
-    rows: RowFormat,
     encoding: str | None,
     report: ReadReport,
     on_bytes: Callable[[int], object] = lambda count: None,
-) -> Iterator[tuple[str, bool]]:
-    """Reads one file's documents without holding more than a part of one.
+) -> Iterator[TextIO]:
+    """Opens a file as text, unpacked if it is a .gz; bytes that cannot be decoded are left out.
+
+    A binary file that the user did not name is left out with a warning, and reads as empty.
 
     Args:
-        file: what to read; not an .npz or .tokens file.
-        rows: how a row becomes a document.
+        file: what to read.
         encoding: the text's encoding; None for UTF-8, or what a byte order mark tells.
-        report: where to note what was left out.
-        on_bytes: is told how many bytes of the file were read, as it goes.
+        report: takes the warnings.
+        on_bytes: is called with the number of bytes, each time that some of the file are read.
 
     Yields:
-        A part of a document's text, and whether the document ends with it. Rows have their tokens
-        around them already; plain text has not.
+        The text.
 
     Raises:
-        ValueError: if the file is not text, or its table cannot be read as asked.
+        ValueError: the encoding is unknown, the gzip file is damaged, or a file that the user
+            named is not text.
     """
-    encoding = _encoding_of(file, encoding, report)
-    if encoding is None:
-        return
-    _undecoded.count = 0
     try:
-        with _open_text(file.path, encoding, on_bytes) as lines:
-            if file.kind == "text":
-                parts: Iterator[tuple[str, bool]] = _text_parts(lines)
-            else:
-                parts = ((row, True) for row in read_rows(lines, file, rows, report))
-            yield from parts
+        head = _read_head(file.path)
+        encoding = _choose_encoding(head, encoding)
+        shown = "UTF-8" if encoding == "utf-8-sig" else encoding
+        if not _is_text(head, encoding):
+            if file.named:
+                raise ValueError(
+                    f"{file.path!r} is not {shown} text: if it is text, name its encoding, "
+                    f"as in encoding='utf-16' or 'cp1251'. A dataset is {SUPPORTED}"
+                )
+            report.warnings.append(f"{file.path!r} is not {shown} text and was left out")
+            yield io.StringIO()
+            return
+        _undecodable.count = 0
+        with _decoded(file.path, encoding, on_bytes) as text:
+            yield text
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{file.path!r} is not a whole gzip file: {error}") from error
-    if _undecoded.count:
+    if _undecodable.count:
         report.warnings.append(
-            f"{file.path!r}: {_undecoded.count:,} bytes are not {_shown(encoding)} and were "
-            "left out; if it is in another encoding, name it, as in encoding='latin-1'"
+            f"{file.path!r}: {_undecodable.count:,} bytes are not {shown} and were left out; "
+            "if it is in another encoding, name it, as in encoding='latin-1'"
         )
 
 
-def _text_parts(lines: io.TextIOWrapper) -> Iterator[tuple[str, bool]]:
-    text = lines.read(READ_BYTES)
-    while text:
-        following = lines.read(READ_BYTES)
-        yield text, not following
-        text = following
+def _read_head(path: str) -> bytes:
+    with gzip.open(path) if _is_gzip(path) else open(path, "rb") as binary:
+        return binary.read(HEAD_BYTES)
 
 
-def _encoding_of(file: DataFile, encoding: str | None, report: ReadReport) -> str | None:
-    """Settles a file's encoding; None for a binary file that the user did not name."""
-    try:
-        with gzip.open(file.path) if _is_gzip(file.path) else open(file.path, "rb") as binary:
-            head = binary.read(HEAD_BYTES)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{file.path!r} is not a whole gzip file: {error}") from error
+def _choose_encoding(head: bytes, encoding: str | None) -> str:
+    """The encoding that was asked for, or that the file's first bytes tell."""
     if encoding is None:
         marked = (name for mark, name in BYTE_ORDER_MARKS if head.startswith(mark))
         encoding = next(marked, "utf-8")
-    encoding = "utf-8-sig" if encoding.lower() in ("utf-8", "utf8", "utf_8") else encoding
     try:
-        decoder = codecs.getincrementaldecoder(encoding)(errors=COUNT_AND_LEAVE_OUT)
+        name = codecs.lookup(encoding).name
     except LookupError as error:
         raise ValueError(f"encoding={encoding!r} is unknown to Python") from error
-    _undecoded.count = 0
-    text = decoder.decode(head)
-    if "\0" not in text and _undecoded.count <= MOSTLY_UNDECODABLE * len(head):
-        return encoding
-    if file.named:
-        raise ValueError(
-            f"{file.path!r} is not {_shown(encoding)} text: if it is text, name its encoding, "
-            f"as in encoding='utf-16' or 'cp1251'. A dataset is {SUPPORTED}"
-        )
-    report.warnings.append(f"{file.path!r} is not {_shown(encoding)} text and was left out")
-    return None
+    return "utf-8-sig" if name == "utf-8" else encoding
 
 
-def _shown(encoding: str) -> str:
-    return "UTF-8" if encoding == "utf-8-sig" else encoding
+def _is_text(head: bytes, encoding: str) -> bool:
+    """Whether a file's first bytes look like text in this encoding."""
+    _undecodable.count = 0
+    text = codecs.getincrementaldecoder(encoding)(errors=COUNT_AND_LEAVE_OUT).decode(head)
+    return "\0" not in text and _undecodable.count <= MAX_UNDECODABLE * len(head)
 
 
 COUNT_AND_LEAVE_OUT = "gpt_2_simple.count_and_leave_out"
 
 
-class _Undecoded(threading.local):
+class _Undecodable(threading.local):
     """How many bytes this thread's decoders have left out."""
 
     count = 0
 
 
-_undecoded = _Undecoded()
+_undecodable = _Undecodable()
 
 
 def _count_and_leave_out(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeDecodeError):
         raise error
-    _undecoded.count += error.end - error.start
+    _undecodable.count += error.end - error.start
     return "", error.end
 
 
 codecs.register_error(COUNT_AND_LEAVE_OUT, _count_and_leave_out)
+
+
+def _is_gzip(path: str) -> bool:
+    return path.lower().endswith(".gz")
+
+
+def _decoded(path: str, encoding: str, on_bytes: Callable[[int], object]) -> io.TextIOWrapper:
+    binary: BinaryIO = io.BufferedReader(_CountingFile(path, on_bytes), READ_BYTES)
+    if _is_gzip(path):
+        binary = io.BufferedReader(_Gzip(binary), READ_BYTES)
+    return io.TextIOWrapper(binary, encoding=encoding, errors=COUNT_AND_LEAVE_OUT)
 
 
 class _CountingFile(io.FileIO):
@@ -267,20 +281,8 @@ class _CountingFile(io.FileIO):
         return count
 
 
-def _is_gzip(path: str) -> bool:
-    return path.lower().endswith(".gz")
-
-
-def _open_text(path: str, encoding: str, on_bytes: Callable[[int], object]) -> io.TextIOWrapper:
-    binary: BinaryIO = io.BufferedReader(_CountingFile(path, on_bytes), READ_BYTES)
-    if _is_gzip(path):
-        # A GzipFile leaves the file it was given open, this one closes it.
-        binary = io.BufferedReader(_Gzip(binary), READ_BYTES)
-    return io.TextIOWrapper(binary, encoding=encoding, errors=COUNT_AND_LEAVE_OUT)
-
-
 class _Gzip(gzip.GzipFile):
-    """A gzip stream that closes the file below it."""
+    """A gzip stream that also closes the file below it, which a GzipFile leaves open."""
 
     def __init__(self, binary: BinaryIO):
         super().__init__(fileobj=binary)

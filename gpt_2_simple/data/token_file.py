@@ -1,31 +1,34 @@
-"""Packed token ids in, memory-mapped token chunks out, kept in files that land whole."""
+"""Blocks of token ids in, files of tokens (.tokens, .npz) and chunks of them out."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any, overload
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
 from ..common.files import write_whole
-from .parallel_encode import PackedBlock
+from .parallel_encode import TokenBlock
+from .text_files import ReadReport
 
 MAGIC = b"GPT2TOKS"
 HASH_BYTES = 1 << 22
+BLOCK_TOKENS = 1 << 20
 
 
 class TokenChunks(Sequence[np.ndarray]):
-    """The chunks of a dataset: stretches of one array, which may lie on disk.
+    """The chunks of a dataset: parts of one array, which may lie on disk.
 
     Args:
         tokens: all ids, [tokens].
         ends: where each chunk ends, [chunks], rising.
     """
 
-    def __init__(self, tokens: np.ndarray, ends: np.ndarray):
+    def __init__(self, tokens: np.ndarray, ends: Sequence[int]):
         self.tokens = tokens
         self.ends = np.asarray(ends, np.int64)
 
@@ -46,49 +49,85 @@ class TokenChunks(Sequence[np.ndarray]):
 
 
 def id_dtype(n_vocab: int) -> np.dtype:
-    """The smallest of uint16 and uint32 that holds the ids of a vocabulary of this size."""
+    """The smaller of uint16 and uint32 that holds the ids of a vocabulary of this size."""
     return np.dtype(np.uint16 if n_vocab <= 1 << 16 else np.uint32)
 
 
-def gather_tokens(packed: Iterable[PackedBlock], dtype: np.dtype) -> TokenChunks:
-    """Puts packed blocks together in memory."""
-    ends = _Ends()
-    ids = b"".join(ends.note(block) for block in packed)
-    return TokenChunks(np.frombuffer(ids, dtype), ends.found)
+class _ChunkEnds:
+    """The token counts at which chunks end, found while blocks pass by."""
+
+    def __init__(self) -> None:
+        self.ends: list[int] = []
+
+    def ids_of(self, blocks: Iterable[TokenBlock]) -> Iterator[bytes]:
+        """Yields each block's ids, and takes down the ends of its chunks; none is empty."""
+        n_tokens = 0
+        for block in blocks:
+            for count, ends_chunk in zip(block.counts, block.ends_chunk, strict=True):
+                n_tokens += count
+                if ends_chunk and n_tokens > (self.ends[-1] if self.ends else 0):
+                    self.ends.append(n_tokens)
+            yield block.ids
 
 
-def write_tokens(
-    path: str, packed: Iterable[PackedBlock], dtype: np.dtype, about: dict[str, Any]
-) -> None:
-    """Writes packed blocks to a token file, which appears when it is complete.
+def join_blocks(blocks: Iterable[TokenBlock], dtype: np.dtype) -> TokenChunks:
+    """Joins blocks of ids in memory."""
+    chunk_ends = _ChunkEnds()
+    ids = b"".join(chunk_ends.ids_of(blocks))
+    return TokenChunks(np.frombuffer(ids, dtype), chunk_ends.ends)
 
-    The file is MAGIC, the ids, a JSON object (dtype, ends, and what `about` holds), the length of
-    that object in eight bytes (little-endian), and MAGIC.
+
+# --- .tokens --------------------------------------------------------------------------------------
+
+
+class TokenFile(NamedTuple):
+    """What a token file holds.
+
+    Attributes:
+        chunks: the chunks, whose ids stay on disk until they are used.
+        vocabulary: hash_vocabulary() of the encoder that made them.
+        report: what the user should know about the files they were made from.
+    """
+
+    chunks: TokenChunks
+    vocabulary: str
+    report: ReadReport
+
+
+def write_tokens(path: str, blocks: Iterable[TokenBlock], enc: Any, report: ReadReport) -> None:
+    """Writes blocks of ids to a token file, which appears when it is complete.
+
+    The file is MAGIC, the ids, a JSON object (dtype, ends of the chunks, vocabulary, and the
+    report's lines and warnings), the length of that object in eight bytes (little-endian), and
+    MAGIC.
 
     Args:
         path: the file.
-        packed: the blocks, written as they come.
-        dtype: the ids' type.
-        about: what else to keep in the file; read when the last block is written.
+        blocks: the blocks, written as they come.
+        enc: the encoder that made them.
+        report: what to keep with them; it may still grow while the blocks come.
     """
-    ends = _Ends()
+    chunk_ends = _ChunkEnds()
     with write_whole(path) as file:
         file.write(MAGIC)
-        for block in packed:
-            file.write(ends.note(block))
-        footer = {"dtype": dtype.str, "ends": ends.found, **about}
+        file.writelines(chunk_ends.ids_of(blocks))
+        footer = {
+            "dtype": id_dtype(enc.n_vocab).str,
+            "ends": chunk_ends.ends,
+            "lines": report.lines,
+            "warnings": report.warnings,
+            "vocabulary": hash_vocabulary(enc),
+        }
         encoded = json.dumps(footer).encode()
         file.write(encoded + len(encoded).to_bytes(8, "little") + MAGIC)
 
 
-def read_tokens(path: str) -> tuple[TokenChunks, dict[str, Any]]:
+def read_tokens(path: str) -> TokenFile:
     """Maps a token file into memory.
 
-    Returns:
-        Its chunks, whose ids stay on disk until they are used, and what else it says.
-
     Raises:
-        ValueError: if it is not a whole token file.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a whole token file.
     """
     broken = f"{path!r} is not a whole token file of encode_dataset: write it again"
     tail = 8 + len(MAGIC)
@@ -102,30 +141,98 @@ def read_tokens(path: str) -> tuple[TokenChunks, dict[str, Any]]:
             raise ValueError(broken)
         file.seek(size - tail - length)
         footer = json.loads(file.read(length))
-    dtype = np.dtype(footer["dtype"])
-    count = footer["ends"][-1] if footer["ends"] else 0
+    dtype, ends = np.dtype(footer["dtype"]), footer["ends"]
+    count = ends[-1] if ends else 0
     if count * dtype.itemsize != size - tail - length - len(MAGIC):
         raise ValueError(broken)
-    if count == 0:
-        return TokenChunks(np.empty(0, dtype), []), footer
-    tokens = np.memmap(path, dtype, mode="r", offset=len(MAGIC), shape=(count,))
-    return TokenChunks(tokens, footer["ends"]), footer
+    tokens = np.empty(0, dtype)
+    if count:
+        tokens = np.memmap(path, dtype, mode="r", offset=len(MAGIC), shape=(count,))
+    report = ReadReport(footer["lines"], footer["warnings"])
+    return TokenFile(TokenChunks(tokens, ends), footer["vocabulary"], report)
 
 
-class _Ends:
-    """Counts ids, and notes the counts at which chunks end."""
+def save_tokens(path: str | os.PathLike[str], chunks: Iterable[np.ndarray], enc: Any) -> None:
+    """Writes chunks as a token file, which is read without being loaded into memory.
 
-    def __init__(self) -> None:
-        self.found: list[int] = []
-        self.count = 0
+    Args:
+        path: the file, whose name should end in '.tokens'.
+        chunks: 1-D arrays of ids.
+        enc: the encoder that made them.
+    """
+    dtype = id_dtype(enc.n_vocab)
+    blocks = (
+        TokenBlock(part.astype(dtype).tobytes(), [len(part)], [start + BLOCK_TOKENS >= len(chunk)])
+        for chunk in chunks
+        for start in range(0, len(chunk), BLOCK_TOKENS)
+        for part in [chunk[start : start + BLOCK_TOKENS]]
+    )
+    write_tokens(os.fspath(path), blocks, enc, ReadReport())
 
-    def note(self, block: PackedBlock) -> bytes:
-        """Notes the ends of the chunks in a block; gives its ids back."""
-        for count, ends_chunk in zip(block.counts, block.ends, strict=True):
-            self.count += count
-            if ends_chunk and self.count > (self.found[-1] if self.found else 0):
-                self.found.append(self.count)
-        return block.ids
+
+def read_saved_tokens(path: str, enc: Any) -> TokenChunks:
+    """Reads a token file of encode_dataset.
+
+    Raises:
+        ValueError: it is not a whole token file, or another vocabulary made it.
+    """
+    token_file = read_tokens(path)
+    if token_file.vocabulary != hash_vocabulary(enc):
+        raise ValueError(
+            f"{path!r} was encoded with another vocabulary than this model's: "
+            "encode it again with encode_dataset(model_name=...)"
+        )
+    return token_file.chunks
+
+
+# --- .npz -----------------------------------------------------------------------------------------
+
+
+def save_npz(path: str | os.PathLike[str], chunks: Iterable[np.ndarray]) -> None:
+    """Writes chunks as gpt-2-simple's encode_dataset does: a compressed .npz of arr_0, arr_1...
+
+    Args:
+        path: the file; '.npz' is added if it does not end so.
+        chunks: 1-D arrays of ids.
+    """
+    path = os.fspath(path)
+    with write_whole(path if path.endswith(".npz") else f"{path}.npz") as file:
+        np.savez_compressed(file, *chunks)
+
+
+def read_npz(path: str, n_vocab: int) -> list[np.ndarray]:
+    """Reads the chunks of an .npz file.
+
+    Raises:
+        ValueError: it is not an .npz file, or it does not hold ids of such a vocabulary.
+    """
+    chunks = []
+    try:
+        # np.load would take what is no archive for a pickle, and advise to run it.
+        with open(path, "rb") as file, np.lib.npyio.NpzFile(file) as npz:
+            for name in npz.files:
+                ids = np.asarray(npz[name])  # bytes, if it is another kind of archive
+                chunks.append(_checked_ids(ids, n_vocab, f"{path!r}, array {name!r}"))
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path!r} is not a dataset that encode_dataset wrote for this model: {error}. "
+            "Encode the text again with encode_dataset(model_name=...)"
+        ) from error
+    return chunks
+
+
+def _checked_ids(ids: np.ndarray, n_vocab: int, where: str) -> np.ndarray:
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"{where} is {ids.dtype} {list(ids.shape)}, not a row of token ids")
+    if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < n_vocab:
+        raise ValueError(
+            f"{where} holds ids from {ids.min()} to {ids.max()}; "
+            f"the model's vocabulary has 0 to {n_vocab - 1}"
+        )
+    return ids.astype(id_dtype(n_vocab), copy=False)
+
+
+# --- the cache of encoded datasets ----------------------------------------------------------------
 
 
 def hash_file(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Token chunks in, int32 [batch, time] batches out."""
+"""Token chunks in, int32 [batch, time] batches of windows out."""
 
 from __future__ import annotations
 
@@ -9,40 +9,43 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..common.report import say
+from .settings import SAMPLING
 from .token_file import TokenChunks
-
-SAMPLING = ("random", "epoch")
 
 
 class Batch(NamedTuple):
-    """A batch and what of it is to be learned.
+    """Windows of tokens, and which of their tokens are to be learned.
 
     Attributes:
         tokens: int32 [batch, time].
-        weights: float32 [batch, time], 1 for each token that is to be predicted, 0 for padding and
-            for what is only there to predict the rest from.
+        loss_mask: float32 [batch, time - 1], for tokens[:, 1:]: 1 for each token that is to be
+            predicted; 0 for padding, and for tokens that only give context.
     """
 
     tokens: np.ndarray
-    weights: np.ndarray
+    loss_mask: np.ndarray
 
 
-def window_length(chunks: Sequence[np.ndarray], wanted: int, sampling: str = "random") -> int:
-    """How long the training windows can be: as long as wanted, if the dataset is long enough.
+def window_length(
+    chunks: Sequence[np.ndarray], wanted: int, sampling: str = "random", pad_documents: bool = False
+) -> int:
+    """How long the training windows can be: as long as wanted, if the dataset has such texts.
 
     Args:
         chunks: the dataset.
-        wanted: the length that the model is trained with at most.
-        sampling: how WindowSampler draws: 'random' keeps within a chunk, 'epoch' does not.
+        wanted: the largest number of tokens in a window.
+        sampling: as in WindowSampler: only 'epoch' draws windows that reach over several chunks.
+        pad_documents: as in WindowSampler: if True, no window reaches over several chunks.
 
     Returns:
         The number of tokens in a window.
 
     Raises:
-        ValueError: if there are fewer than the 2 tokens that it takes to predict one.
+        ValueError: there are fewer than the 2 tokens that it takes to predict one.
     """
     lengths = [len(chunk) for chunk in chunks]
-    longest = max(lengths, default=0) if sampling == "random" else sum(lengths)
+    reaches_over_chunks = sampling == "epoch" and not pad_documents
+    longest = sum(lengths) if reaches_over_chunks else max(lengths, default=0)
     if longest < 2:
         raise ValueError(
             f"the dataset has {sum(lengths)} tokens in {len(lengths)} chunks: "
@@ -58,14 +61,14 @@ def split_dataset(
 
     Args:
         chunks: the dataset.
-        val_split: which share of the tokens to take, above 0 and below 1.
-        whole_chunks: take the share nearest to that which cuts no chunk, if there is one.
+        val_split: the share of the tokens to take, above 0 and below 1.
+        whole_chunks: cut between chunks if possible, where the share comes nearest to val_split.
 
     Returns:
         The chunks to train on, and those to validate on.
 
     Raises:
-        ValueError: if the share is not between 0 and 1, or one of the parts has under 2 tokens.
+        ValueError: the share is not between 0 and 1, or one of the parts has under 2 tokens.
     """
     if not 0 < val_split < 1:
         raise ValueError(f"val_split={val_split} must be above 0 and below 1, such as 0.05")
@@ -84,11 +87,11 @@ def split_dataset(
     held_out: list[np.ndarray] = []
     start = 0
     for chunk in chunks:
-        here = min(max(cut - start, 0), len(chunk))
-        if here:
-            train.append(chunk[:here])
-        if here < len(chunk):
-            held_out.append(chunk[here:])
+        n_train = min(max(cut - start, 0), len(chunk))
+        if n_train:
+            train.append(chunk[:n_train])
+        if n_train < len(chunk):
+            held_out.append(chunk[n_train:])
         start += len(chunk)
     return train, held_out
 
@@ -105,155 +108,197 @@ def fixed_windows(
         pad_documents: whether each window lies within one chunk, filled up if it is shorter.
 
     Returns:
-        Tokens and weights, each [windows, time].
+        The windows, all in one batch.
 
     Raises:
-        ValueError: if the dataset is shorter than one window, or has nothing to predict.
+        ValueError: the dataset is shorter than one window, or has nothing to predict.
     """
-    stream = _Stream(chunks)
+    stream = _TokenStream(chunks)
     if pad_documents:
-        documents = _DocumentWindows(stream, length)
-        if not documents.count:
-            raise ValueError(documents.missing)
-        chosen = np.linspace(0, documents.count - 1, min(count, documents.count)).astype(np.int64)
-        return stream.batch([documents.locate(index) for index in chosen.tolist()], length)
+        windows = _DocumentWindows(stream, length)
+        chosen = np.linspace(0, windows.count - 1, min(count, windows.count)).astype(np.int64)
+        return stream.batch([windows.locate(index) for index in chosen.tolist()], length)
     if not 2 <= length <= stream.size:
         raise ValueError(f"length={length} must be from 2 to the dataset's {stream.size} tokens")
-    fitting = max(1, (stream.size - 1) // (length - 1))
-    starts = np.linspace(0, stream.size - length, min(count, fitting)).astype(np.int64)
+    n_fitting = max(1, (stream.size - 1) // (length - 1))
+    starts = np.linspace(0, stream.size - length, min(count, n_fitting)).astype(np.int64)
     return stream.batch([_Window(start, length) for start in starts.tolist()], length)
 
 
-class _Stream:
-    """All chunks of a dataset as one row of tokens."""
+class _Window(NamedTuple):
+    """A part of the token stream.
+
+    Attributes:
+        start: its place in the stream.
+        size: how many tokens it has.
+        first_target: its first token that is to be predicted; those before it are context.
+    """
+
+    start: int
+    size: int
+    first_target: int = 1
+
+
+class _TokenStream:
+    """All chunks of a dataset, one after the other, as one row of tokens.
+
+    Attributes:
+        ends: where each chunk ends.
+        lengths: how many tokens each chunk has.
+        size: how many tokens there are in all.
+    """
 
     def __init__(self, chunks: Sequence[np.ndarray]):
-        self.chunks = chunks
+        self._chunks = chunks
         if isinstance(chunks, TokenChunks):
             self.ends = chunks.ends
         else:
             self.ends = np.cumsum([len(chunk) for chunk in chunks], dtype=np.int64)
-        self.size = int(self.ends[-1]) if len(self.ends) else 0
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """How many tokens each chunk has."""
-        return np.diff(self.ends, prepend=0)
+        self.lengths = np.diff(self.ends, prepend=0)
+        self.size = int(self.lengths.sum())
 
     def batch(self, windows: Sequence[_Window], length: int, pad_id: int = 0) -> Batch:
         """Reads windows of at most `length` tokens, each filled up with `pad_id`."""
         tokens = np.full((len(windows), length), pad_id, np.int32)
-        weights = np.zeros((len(windows), length), np.float32)
+        loss_mask = np.zeros((len(windows), length - 1), np.float32)
         for row, window in enumerate(windows):
-            tokens[row, : window.size] = self.read(window.start, window.size)
-            weights[row, window.fresh : window.size] = 1
-        return Batch(tokens, weights)
+            tokens[row, : window.size] = self._read(window.start, window.size)
+            loss_mask[row, window.first_target - 1 : window.size - 1] = 1
+        return Batch(tokens, loss_mask)
 
-    def read(self, start: int, length: int) -> np.ndarray:
-        """Reads a stretch of the row, across chunks: int32 [length]."""
+    def _read(self, start: int, length: int) -> np.ndarray:
+        """Reads tokens across chunks: int32 [length]."""
         tokens = np.empty(length, np.int32)
         index = int(np.searchsorted(self.ends, start, side="right"))
-        filled = 0
-        while filled < length:
-            chunk = self.chunks[index]
-            within = start + filled - (int(self.ends[index]) - len(chunk))
-            part = chunk[within : within + length - filled]
-            tokens[filled : filled + len(part)] = part
-            filled += len(part)
+        n_read = 0
+        while n_read < length:
+            chunk = self._chunks[index]
+            offset = start + n_read - (int(self.ends[index]) - len(chunk))
+            part = chunk[offset : offset + length - n_read]
+            tokens[n_read : n_read + len(part)] = part
+            n_read += len(part)
             index += 1
         return tokens
 
 
-class _Window(NamedTuple):
-    """A stretch of the row of tokens, of which those from `fresh` on are to be predicted."""
+class _Windows:
+    """The windows of one length that a sampler draws from, numbered from 0.
 
-    start: int
-    size: int
-    fresh: int = 1
-
-
-class _FreeWindows:
-    """Every window that lies within a chunk, wherever it starts."""
-
-    def __init__(self, stream: _Stream, length: int):
-        self.length = length
-        self.starts = stream.ends - stream.lengths
-        self.until = np.cumsum(np.maximum(stream.lengths - length + 1, 0))
-        self.count = int(self.until[-1]) if len(self.until) else 0
-        self.predictable = int(np.maximum(stream.lengths - 1, 0).sum())
-        self.missing = (
-            f"no chunk of the dataset has {length} tokens in a row, the longest has "
-            f"{max(stream.lengths, default=0)}: window_length() tells how long windows can be"
-        )
-
-    def locate(self, index: int) -> _Window:
-        chunk = int(np.searchsorted(self.until, index, side="right"))
-        before = int(self.until[chunk - 1]) if chunk else 0
-        return _Window(int(self.starts[chunk]) + index - before, self.length)
-
-
-class _PackedWindows:
-    """Windows side by side over all chunks; each predicts on from the last token of the one before.
-
-    The last one is moved back to end with the data, and predicts only what is new in it.
+    Attributes:
+        length: tokens in a window.
+        count: how many windows there are.
+        per_epoch: how many windows predict as many tokens as the dataset has to predict.
     """
 
-    def __init__(self, stream: _Stream, length: int):
+    length: int
+    count: int
+    per_epoch: float
+
+    def locate(self, index: int) -> _Window:
+        """The window of this number."""
+        raise NotImplementedError
+
+
+class _WindowsInChunks(_Windows):
+    """Windows that each lie within one chunk, numbered chunk by chunk."""
+
+    def __init__(self, stream: _TokenStream, length: int, counts: np.ndarray):
+        """Takes the number of windows in each chunk."""
         self.length = length
-        self.last = stream.size - length
-        self.predictable = max(stream.size - 1, 0)
-        self.count = 0 if self.last < 0 else math.ceil(self.predictable / (length - 1))
-        self.missing = (
-            f"the dataset has {stream.size} tokens, fewer than a window of {length}: "
-            "window_length() tells how long windows can be"
-        )
+        self._stream = stream
+        self._cumulative_counts = np.cumsum(counts)
+        self.count = int(counts.sum())
+
+    def _chunk_and_offset(self, index: int) -> tuple[int, int]:
+        """A window's chunk, and its number within the chunk."""
+        chunk = int(np.searchsorted(self._cumulative_counts, index, side="right"))
+        return chunk, index - (int(self._cumulative_counts[chunk - 1]) if chunk else 0)
+
+
+class _RandomWindows(_WindowsInChunks):
+    """Every window that lies within a chunk, wherever it starts."""
+
+    def __init__(self, stream: _TokenStream, length: int):
+        super().__init__(stream, length, np.maximum(stream.lengths - length + 1, 0))
+        if not self.count:
+            raise ValueError(
+                f"no chunk of the dataset has {length} tokens in a row, the longest has "
+                f"{max(stream.lengths, default=0)}: window_length() tells how long windows can be"
+            )
+        self.per_epoch = _targets_in_chunks(stream) / (length - 1)
+
+    def locate(self, index: int) -> _Window:
+        chunk, offset = self._chunk_and_offset(index)
+        start = int(self._stream.ends[chunk] - self._stream.lengths[chunk])
+        return _Window(start + offset, self.length)
+
+
+class _DocumentWindows(_WindowsInChunks):
+    """Windows that each lie within one chunk, side by side; a chunk's last may be shorter."""
+
+    def __init__(self, stream: _TokenStream, length: int):
+        super().__init__(stream, length, -(-np.maximum(stream.lengths - 1, 0) // (length - 1)))
+        if not self.count:
+            raise ValueError(
+                "no document of the dataset has 2 tokens, so there is nothing to predict"
+            )
+        self.per_epoch = self.count
+
+    def locate(self, index: int) -> _Window:
+        chunk, offset = self._chunk_and_offset(index)
+        end = int(self._stream.ends[chunk])
+        start = end - int(self._stream.lengths[chunk]) + offset * (self.length - 1)
+        return _Window(start, min(self.length, end - start))
+
+
+class _PackedWindows(_Windows):
+    """Windows side by side over all chunks; each starts with the last token of the one before.
+
+    The last window is moved back so that it ends with the data, and predicts only what is new.
+    """
+
+    def __init__(self, stream: _TokenStream, length: int):
+        if stream.size < length:
+            raise ValueError(
+                f"the dataset has {stream.size} tokens, fewer than a window of {length}: "
+                "window_length() tells how long windows can be"
+            )
+        self.length = length
+        self.count = math.ceil((stream.size - 1) / (length - 1))
+        self.per_epoch = self.count
+        self._last_start = stream.size - length
 
     def locate(self, index: int) -> _Window:
         context = index * (self.length - 1)
-        start = min(context, self.last)
+        start = min(context, self._last_start)
         return _Window(start, self.length, context - start + 1)
 
 
-class _DocumentWindows:
-    """Windows that each lie within one chunk, side by side; a chunk's last may be shorter."""
-
-    def __init__(self, stream: _Stream, length: int):
-        self.length = length
-        self.ends = stream.ends
-        self.starts = stream.ends - stream.lengths
-        predictable = np.maximum(stream.lengths - 1, 0)
-        self.until = np.cumsum(-(-predictable // (length - 1)))
-        self.count = int(self.until[-1]) if len(self.until) else 0
-        self.predictable = int(predictable.sum())
-        self.missing = "no document of the dataset has 2 tokens, so there is nothing to predict"
-
-    def locate(self, index: int) -> _Window:
-        chunk = int(np.searchsorted(self.until, index, side="right"))
-        before = int(self.until[chunk - 1]) if chunk else 0
-        start = int(self.starts[chunk]) + (index - before) * (self.length - 1)
-        return _Window(start, min(self.length, int(self.ends[chunk]) - start))
+def _targets_in_chunks(stream: _TokenStream) -> int:
+    """How many tokens of a dataset can be predicted from one before them in their chunk."""
+    return int(np.maximum(stream.lengths - 1, 0).sum())
 
 
 class WindowSampler:
-    """Draws windows of tokens from chunks, from a random generator of its own.
+    """Draws windows of tokens from chunks, with a random generator of its own.
 
     With sampling='random' every window that lies within a chunk is as likely as any other, each
     time. With sampling='epoch' the windows lie side by side over all chunks, and come in a new
-    random order each epoch: every token is predicted once an epoch, but for the very first.
+    random order each epoch: every token is predicted once an epoch, except the very first.
 
     Args:
         chunks: 1-D arrays of ids.
-        seed: of the generator; None for another one each time.
+        seed: of the generator; None draws another one each time.
         sampling: 'random' or 'epoch'.
-        pad_documents: draw windows that each lie within one chunk (a document, if load_dataset had
-            pad_documents=True), filled up with `pad_id`.
-        pad_id: what to fill up with; the weights of a Batch are 0 there.
+        pad_documents: draw windows that each lie within one chunk (a document, if the dataset was
+            read with pad_documents=True), filled up with `pad_id`.
+        pad_id: the id that fills up a window; a batch's loss_mask is 0 there.
 
     Attributes:
         total_size: how many tokens there are in all.
 
     Raises:
-        ValueError: if there are no tokens, or no such sampling.
+        ValueError: there are no tokens, or there is no such sampling.
     """
 
     def __init__(
@@ -266,119 +311,145 @@ class WindowSampler:
     ):
         if sampling not in SAMPLING:
             raise ValueError(f"sampling={sampling!r} must be one of {SAMPLING}")
-        self._stream = _Stream(chunks)
+        self._stream = _TokenStream(chunks)
         self.total_size = self._stream.size
         if not self.total_size:
             raise ValueError("there are no tokens to sample: the dataset is empty")
         self.sampling = sampling
         self.pad_documents = pad_documents
         self.pad_id = pad_id
+        packed = sampling == "epoch" and not pad_documents
+        self._n_targets = self.total_size - 1 if packed else _targets_in_chunks(self._stream)
+        self._n_predicted = 0
         self._generator = np.random.default_rng(seed)
-        self._length = 0
-        self._predicted = 0
-        self._epoch_seed: int | None = None
-        self._position = 0
+        self._windows: _Windows | None = None
+        self._epoch: _Epoch | None = None
 
     @property
     def times_seen(self) -> float:
-        """How often the data has been seen so far: tokens drawn for prediction, per token."""
-        return self._predicted / max(self._windows.predictable, 1) if self._length else 0.0
+        """How often the data has been seen so far: tokens drawn to be predicted, per token."""
+        return self._n_predicted / max(self._n_targets, 1)
+
+    def windows_per_epoch(self, length: int) -> float:
+        """How many windows of `length` tokens show the whole dataset once, on average.
+
+        Raises:
+            ValueError: no window of this length can be drawn from the dataset.
+        """
+        return self._windows_of(length).per_epoch
 
     def sample(self, length: int) -> np.ndarray:
-        """Draws one window: int32 [length]."""
-        return self.sample_batch(1, length)[0]
+        """Draws one window: int32 [length]; gpt-2-simple 0.8.1's Sampler.sample."""
+        return self.next_batch(1, length).tokens[0]
 
-    def sample_batch(self, batch_size: int, length: int) -> np.ndarray:
-        """Draws some windows: int32 [batch_size, length]."""
-        return self.sample_weighted(batch_size, length).tokens
-
-    def sample_weighted(self, batch_size: int, length: int) -> Batch:
-        """Draws some windows, and tells what is to be predicted in them.
+    def next_batch(self, batch_size: int, length: int) -> Batch:
+        """Draws windows.
 
         Args:
             batch_size: how many windows.
-            length: how many tokens in each.
+            length: tokens in a window. Another length than before begins a new epoch.
 
         Returns:
-            Tokens and weights, each [batch_size, length].
+            The windows, and which of their tokens are to be predicted.
 
         Raises:
-            ValueError: if no window of this length can be drawn from the dataset.
+            ValueError: no window of this length can be drawn from the dataset.
         """
-        self._set_length(length)
-        windows = [self._windows.locate(self._next_index()) for _ in range(batch_size)]
-        self._predicted += sum(window.size - window.fresh for window in windows)
-        return self._stream.batch(windows, length, self.pad_id)
+        if self._windows is None or self._windows.length != length:
+            self._windows, self._epoch = self._windows_of(length), None
+            self._tell_unreachable(length)
+        count = self._windows.count
+        drawn = [self._windows.locate(self._next_index(count)) for _ in range(batch_size)]
+        self._n_predicted += sum(window.size - window.first_target for window in drawn)
+        return self._stream.batch(drawn, length, self.pad_id)
 
-    def _set_length(self, length: int) -> None:
-        """Settles which windows there are; another length begins another epoch."""
-        if length == self._length:
-            return
+    def _windows_of(self, length: int) -> _Windows:
         if length < 2:
             raise ValueError(f"length={length} must be at least 2: a token, and the one after it")
         if self.pad_documents:
-            windows: Any = _DocumentWindows(self._stream, length)
-        elif self.sampling == "random":
-            windows = _FreeWindows(self._stream, length)
-            unreached = int(self._stream.lengths[self._stream.lengths < length].sum())
-            if windows.count and unreached:
-                say(
-                    f"{unreached:,} of the {self.total_size:,} tokens are in chunks shorter than "
-                    f"a window of {length} and are never drawn; sampling='epoch' draws all"
-                )
-        else:
-            windows = _PackedWindows(self._stream, length)
-        if not windows.count:
-            raise ValueError(windows.missing)
-        self._windows, self._length, self._epoch_seed = windows, length, None
+            return _DocumentWindows(self._stream, length)
+        if self.sampling == "random":
+            return _RandomWindows(self._stream, length)
+        return _PackedWindows(self._stream, length)
 
-    def _next_index(self) -> int:
-        count = self._windows.count
+    def _tell_unreachable(self, length: int) -> None:
+        """Prints how many tokens are in no window, if there are some."""
+        if self.sampling == "epoch" or self.pad_documents:
+            return
+        lengths = self._stream.lengths
+        n_unreachable = int(lengths[lengths < length].sum())
+        if n_unreachable:
+            say(
+                f"{n_unreachable:,} of the {self.total_size:,} tokens are in chunks shorter than "
+                f"a window of {length} and are never drawn; sampling='epoch' draws all"
+            )
+
+    def _next_index(self, count: int) -> int:
         if self.sampling == "random":
             return int(self._generator.integers(count))
-        if self._epoch_seed is None or self._position == count:
-            self._begin_epoch(int(self._generator.integers(1 << 62)))
-        self._position += 1
-        return int(self._order[self._position - 1])
-
-    def _begin_epoch(self, seed: int, position: int = 0) -> None:
-        self._epoch_seed, self._position = seed, position
-        self._order = np.random.default_rng(seed).permutation(self._windows.count)
+        if self._epoch is None or self._epoch.position == count:
+            self._epoch = _Epoch(int(self._generator.integers(1 << 62)), count)
+        return self._epoch.next_index()
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs to draw on as if nothing had happened; JSON can hold it."""
         return {
             "dataset": self._identity(),
             "generator": self._generator.bit_generator.state,
-            "predicted": self._predicted,
-            "length": self._length,
-            "epoch_seed": self._epoch_seed,
-            "position": self._position,
+            "predicted": self._n_predicted,
+            "length": self._windows.length if self._windows else 0,
+            "epoch_seed": self._epoch.seed if self._epoch else None,
+            "position": self._epoch.position if self._epoch else 0,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken.
+        """Goes on where `state` was taken; a state that is refused changes nothing.
 
         If the dataset or the sampling is another one now, the generator and the count of tokens
         go on, a new epoch begins, and a line says so.
 
+        Args:
+            state: what state() returned.
+
         Raises:
-            ValueError: if `state` is not one of a WindowSampler.
+            ValueError: it is not the state of a WindowSampler.
         """
+        windows, epoch = None, None
         try:
-            self._generator.bit_generator.state = state["generator"]
-            self._predicted = int(state["predicted"])
-            length, position = int(state["length"]), int(state["position"])
-            epoch_seed, identity = state["epoch_seed"], state["dataset"]
+            generator = np.random.default_rng(0)
+            generator.bit_generator.state = state["generator"]
+            n_predicted, length = int(state["predicted"]), int(state["length"])
+            seed, position = state["epoch_seed"], int(state["position"])
+            if n_predicted < 0:
+                raise ValueError(f"predicted={n_predicted} must be 0 or above")
+            is_same = state["dataset"] == self._identity()
+            if is_same and length:
+                windows = self._windows_of(length)
+            if windows is not None and seed is not None:
+                epoch = _Epoch(int(seed), windows.count, position)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"this is not the state of a WindowSampler: {error!r}") from error
-        if identity != self._identity():
+        if windows is not None and (self._windows is None or self._windows.length != length):
+            self._tell_unreachable(length)
+        self._generator, self._n_predicted = generator, n_predicted
+        self._windows, self._epoch = windows, epoch
+        if not is_same:
             say("The dataset or its sampling has changed since this run was saved: a new epoch")
-            return
-        if length:
-            self._set_length(length)
-        if epoch_seed is not None:
-            self._begin_epoch(int(epoch_seed), position)
 
     def _identity(self) -> list[Any]:
         return [self.total_size, len(self._stream.ends), self.sampling, self.pad_documents]
+
+
+class _Epoch:
+    """A random order of all windows, and how many of them were drawn."""
+
+    def __init__(self, seed: int, count: int, position: int = 0):
+        if not 0 <= position <= count:
+            raise ValueError(f"position={position} must be from 0 to the {count} windows")
+        self.seed = seed
+        self.position = position
+        self._order = np.random.default_rng(seed).permutation(count)
+
+    def next_index(self) -> int:
+        self.position += 1
+        return int(self._order[self.position - 1])

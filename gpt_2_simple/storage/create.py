@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from ..common.hparams import HParams
 from ..common.report import say
 from ..common.settings import settings_function
+from ..data.dataset import read_text
 from ..data.tables import RowFormat
-from ..data.text_files import ReadReport, find_files, read_documents
+from ..data.text_files import ReadReport, find_files
 from ..data.vocabulary import byte_vocabulary, save_vocabulary, train_vocabulary
 from ..encoder import Encoder
 from .settings import CreateSettings
@@ -83,8 +84,7 @@ def _vocabulary(settings: CreateSettings) -> Encoder:
 def _texts(dataset: str | Sequence[str]) -> Iterator[str]:
     report = ReadReport()
     for file in find_files(dataset):
-        for text, _ in read_documents(file, RowFormat(), None, report):
-            yield text
+        yield from read_text(file, RowFormat(), None, report)
     report.tell()
 
 

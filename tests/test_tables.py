@@ -1,0 +1,144 @@
+"""CSV, TSV and JSON lines: columns, headers, rows, and tables that are broken."""
+
+import csv
+import json
+import warnings
+
+import pytest
+from word_encoder import documents_of, load, texts_of, wrapped, write
+
+from gpt_2_simple.data import tables
+
+
+def test_choice_of_the_first_column_is_printed(tmp_path, capsys):
+    path = write(tmp_path / "a.csv", "id,text\n1,one\n2,two\n")
+    said = f"{path}: its first column is used, of 2; column= names another\n"
+    load(path)
+    assert said in capsys.readouterr().out
+    load(path, column="text")
+    load(write(tmp_path / "b.csv", "text\none\n"))
+    assert "first column" not in capsys.readouterr().out
+
+
+def test_open_quote_that_joins_lines_warns(tmp_path):
+    path = write(tmp_path / "a.csv", 'text\na pipe\n"two\nlines"\n"open\nthree\nfour\n')
+    with pytest.warns(UserWarning, match="a quote is left open: lines 5 to 7 were read as one"):
+        load(path)
+    load(write(tmp_path / "b.csv", 'text\n6" pipe\nthe end\n'))  # no warning
+
+
+def test_csv_rows_get_start_and_end_tokens(tmp_path):
+    path = write(tmp_path / "a.csv", 'text\nfirst\n"sec, ond",x\n"two\nlines"\n')
+    with pytest.warns(UserWarning, match="1 rows have more columns"):
+        found = texts_of(path)
+    assert found == [
+        "<|startoftext|>first<|endoftext|>\n"
+        "<|startoftext|>sec, ond<|endoftext|>\n"
+        "<|startoftext|>two\nlines<|endoftext|>\n"
+    ]
+
+
+JOKES = 'ID,Joke,Stars\n1,"He said ""no"", then left",3\n2,"Two\nlines",4\n'
+
+
+@pytest.mark.parametrize("column", ["Joke", 1, "1"])
+def test_column_by_name_and_by_number(tmp_path, column):
+    path = write(tmp_path / "a.csv", JOKES)
+    assert documents_of(path, column=column) == wrapped('He said "no", then left', "Two\nlines")
+
+
+def test_template_of_several_columns(tmp_path):
+    path = write(tmp_path / "a.csv", JOKES)
+    rows = documents_of(path, template="{Joke} ({2} stars)")
+    assert rows == wrapped('He said "no", then left (3 stars)', "Two\nlines (4 stars)")
+
+
+def test_missing_column_lists_the_columns(tmp_path):
+    path = write(tmp_path / "a.csv", JOKES)
+    for options in ({"column": "joke"}, {"column": 3}, {"column": -1}, {"template": "{joke}"}):
+        with pytest.raises(ValueError, match="no column .*columns are 'ID', 'Joke', 'Stars'"):
+            load(path, **options)
+    path = write(tmp_path / "a.jsonl", '{"a": "x", "b": "y"}\n')
+    with pytest.raises(ValueError, match="no column 'text': its columns are 'a', 'b'"):
+        load(path, column="text")
+    with pytest.raises(ValueError, match="exclude each other"):
+        load(path, column="a", template="{b}")
+    with pytest.raises(ValueError, match="names no column"):
+        load(path, template="text")
+
+
+def test_tsv(tmp_path):
+    path = write(tmp_path / "a.tsv", 'id\ttext\n1\ta, b\n2\t"tab\tinside"\n'.encode("utf-16"))
+    assert documents_of(path, column="text") == wrapped("a, b", "tab\tinside")
+
+
+def test_blank_rows_are_skipped_and_counted(tmp_path, capsys):
+    path = write(tmp_path / "a.csv", 'id,text\n1,a\n\n2,\n3," "\n4\n5,b\n\n')
+    assert documents_of(path, column="text") == wrapped("a", "b")
+    assert "5 blank rows skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("first", "is_header"),
+    [
+        ("text", True),
+        ("Joke,ID", True),
+        ("Why did the chicken cross the road?", False),
+        ("A sentence of many more words than a name", False),
+        ("12,34", False),
+        ("a,", False),
+        ("same,same", False),
+    ],
+)
+def test_header_row_is_detected(tmp_path, capsys, first, is_header):
+    path = write(tmp_path / "a.csv", f"{first}\nrow,1\n")
+    expected = ["row"] if is_header else [first.split(",")[0], "row"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        assert documents_of(path) == wrapped(*expected)
+        assert documents_of(path, header=True) == wrapped("row")
+        assert documents_of(path, header=False) == wrapped(first.split(",")[0], "row")
+    assert ("reads like data" in capsys.readouterr().out) != is_header
+
+
+def test_header_row_with_a_named_column_that_reads_like_a_sentence(tmp_path):
+    path = write(tmp_path / "a.csv", "id,Is it funny?\n1,yes\n")
+    assert documents_of(path, column="Is it funny?") == wrapped("yes")
+
+
+def test_csv_field_longer_than_the_csv_module_allows(tmp_path):
+    csv.field_size_limit(131072)
+    long = "word " * 50_000 + "end"
+    assert documents_of(write(tmp_path / "a.csv", f"text\n{long}\n")) == wrapped(long)
+    assert csv.field_size_limit() == 131072
+
+
+def test_open_quote_of_a_very_long_field_raises_value_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "MAX_FIELD_CHARACTERS", 1000)
+    path = write(tmp_path / "a.csv", 'text\n"open\n' + "row\n" * 1000)
+    with pytest.raises(ValueError, match="a.csv', line .*quote left open"):
+        load(path)
+
+
+def test_json_lines(tmp_path):
+    lines = [{"id": 1, "text": "a\nb"}, {"text": None}, {"id": 2, "text": "c", "n": 2.5}]
+    content = "\n\n".join(json.dumps(line) for line in lines)
+    path = write(tmp_path / "a.jsonl", content)
+    assert documents_of(path) == wrapped("a\nb", "c")
+    assert documents_of(path, template="{id}{n}") == wrapped("1", "22.5")
+    other = write(tmp_path / "b.jsonl", '{"n": 1, "body": "x"}')
+    assert documents_of(other) == documents_of(other, column=1) == wrapped("x")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "line 2: not JSON"),
+        ("[1]", "line 2: list, where an object"),
+        ('{"text": ["x"]}', "line 2: column 'text' holds a list"),
+    ],
+)
+def test_malformed_json_lines_raise_value_error(tmp_path, line, reason):
+    path = write(tmp_path / "a.jsonl", '{"text": "x"}\n' + line)
+    with pytest.raises(ValueError, match=reason):
+        load(path)

@@ -1,0 +1,153 @@
+"""Finding files, and decoding them: encodings, binary files, gzip."""
+
+import gzip
+import os
+import random
+from pathlib import Path
+
+import pytest
+from word_encoder import load, texts_of, write
+
+from gpt_2_simple.data import text_files
+
+
+def test_find_files_sorts_a_folder_and_skips_hidden_files(tmp_path):
+    for name in ("b.txt", "a/z.txt", "a.txt", ".hidden", ".git/config", "a/.x"):
+        write(tmp_path / name, "x")
+    found = [os.path.relpath(file.path, tmp_path) for file in text_files.find_files(tmp_path)]
+    assert found == ["a.txt", "b.txt", os.path.join("a", "z.txt")]
+
+
+def test_find_files_of_globs_and_lists(tmp_path):
+    b, a = write(tmp_path / "b.txt", "b"), write(tmp_path / "a.txt", "a")
+    write(tmp_path / "sub" / "c.txt", "c")
+    names = [Path(file.path).name for file in text_files.find_files(str(tmp_path / "*.txt"))]
+    assert names == ["a.txt", "b.txt"]
+    names = [Path(file.path).name for file in text_files.find_files(str(tmp_path / "**" / "*.txt"))]
+    assert sorted(names) == ["a.txt", "b.txt", "c.txt"]
+    names = [Path(file.path).name for file in text_files.find_files(str(tmp_path / "**"))]
+    assert names == ["a.txt", "b.txt", "c.txt"]
+    os.symlink(tmp_path / "nothing", tmp_path / "broken.txt")
+    assert len(text_files.find_files(str(tmp_path / "*.txt"))) == 2
+    assert [file.path for file in text_files.find_files([b, Path(a)])] == [b, a]
+
+
+def test_glob_leaves_out_binary_files_with_a_warning(tmp_path):
+    write(tmp_path / "a.txt", "a")
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\0\0")
+    with pytest.warns(UserWarning, match=r"b\.png' is not UTF-8 text and was left out"):
+        assert texts_of(str(tmp_path / "*"), combine=1) == ["a<|endoftext|>"]
+
+
+def test_file_name_that_looks_like_a_glob(tmp_path):
+    assert texts_of(write(tmp_path / "a[1].txt", "x"), combine=1) == ["x"]
+
+
+def test_missing_path_names_similar_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "shakespeare.txt", "x")
+    with pytest.raises(FileNotFoundError, match="Did you mean 'shakespeare.txt'") as error:
+        load("shakespear.txt")
+    assert str(tmp_path) in str(error.value)
+    with pytest.raises(FileNotFoundError, match="no folder 'nowhere'"):
+        load("nowhere/a.txt")
+
+
+def test_empty_folder_list_or_file_raises_value_error(tmp_path):
+    (tmp_path / "in").mkdir()
+    with pytest.raises(ValueError, match="holds no file"):
+        load(tmp_path / "in")
+    with pytest.raises(ValueError, match="list of datasets is empty"):
+        load([])
+    with pytest.raises(ValueError, match="is empty"):
+        load(write(tmp_path / "in" / "a.txt", ""))
+    with pytest.raises(ValueError, match="is empty"):
+        load(write(tmp_path / "in" / "b.csv", ""))
+    with pytest.raises(ValueError, match="combine=0"):
+        load(write(tmp_path / "in" / "c.txt", "x"), combine=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("picture.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"),
+        ("essay.docx", b"PK\x03\x04\x14\x00\x06\x00" + bytes(range(256)) * 4),
+        ("noise.txt", random.Random(0).randbytes(1000)),
+        ("cyrillic.txt", "Привет, мир. Как дела?".encode("cp1251")),
+        ("unmarked.txt", "plain".encode("utf-16-le")),
+        ("table.csv", b"a\0b\n1\n"),
+    ],
+)
+def test_binary_file_raises_value_error(tmp_path, name, content):
+    with pytest.raises(ValueError, match="is not UTF-8 text") as error:
+        load(write(tmp_path / name, content))
+    assert name in str(error.value)
+    assert ".jsonl" in str(error.value)
+
+
+def test_folder_leaves_out_binary_files_with_a_warning(tmp_path):
+    write(tmp_path / "in" / "cover.png", b"\x89PNG\0\0")
+    write(tmp_path / "in" / "a.txt", "x")
+    with pytest.warns(UserWarning, match="cover.png' is not UTF-8 text and was left out"):
+        assert texts_of(tmp_path / "in") == ["x<|endoftext|>"]
+
+
+def test_undecodable_bytes_are_counted(tmp_path):
+    path = write(tmp_path / "a.txt", b"caf\xe9, 5\xa0\xa3 and much more text\xe2\x82")
+    with pytest.warns(UserWarning, match="a.txt': 5 bytes are not UTF-8 and were left out"):
+        assert texts_of(path) == ["caf, 5 and much more text<|endoftext|>"]
+
+
+def test_undecodable_bytes_at_the_end_of_a_large_file_are_counted(tmp_path):
+    path = write(tmp_path / "a.txt", b"good text\n" * 200_000 + b"\xff\xfe")
+    with pytest.warns(UserWarning, match="2 bytes"):
+        (text,) = texts_of(path)
+    assert text == "good text\n" * 200_000
+
+
+def test_read_report_limits_the_number_of_warnings(tmp_path):
+    for number in range(12):
+        write(tmp_path / f"{number:02}.txt", b"some text \xff")
+    with pytest.warns(UserWarning, match="not UTF-8|more warnings") as caught:
+        load(tmp_path)
+    assert len(caught) == 11
+    assert "2 more" in str(caught[-1].message)
+
+
+@pytest.mark.parametrize(
+    ("encoded", "encoding"),
+    [
+        ("naïve €\n".encode(), None),
+        (b"\xef\xbb\xbf" + "naïve €\n".encode(), None),
+        ("naïve €\n".encode("utf-16"), None),
+        (b"\xfe\xff" + "naïve €\n".encode("utf-16-be"), None),
+        ("naïve €\n".encode("utf-32"), None),
+        ("naïve €\n".encode("cp1252"), "cp1252"),
+        ("naïve €\n".encode("utf-16-le"), "utf-16-le"),
+        (b"\xef\xbb\xbf" + "naïve €\n".encode(), "utf8"),
+    ],
+)
+def test_encodings_and_byte_order_marks(tmp_path, encoded, encoding):
+    path = write(tmp_path / "a.txt", encoded)
+    assert texts_of(path, encoding=encoding) == ["naïve €\n<|endoftext|>"]
+
+
+def test_unknown_encoding_raises_value_error(tmp_path):
+    with pytest.raises(ValueError, match="encoding='klingon'"):
+        load(write(tmp_path / "a.txt", "x"), encoding="klingon")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv", "a.jsonl"])
+def test_gzip_of_text_and_tables(tmp_path, name):
+    plain = b'{"text": "x"}\n' if name.endswith("jsonl") else b"text\nx\n"
+    expected = texts_of(write(tmp_path / name, plain))
+    assert texts_of(write(tmp_path / f"{name}.gz", gzip.compress(plain))) == expected
+    assert "x" in expected[0]
+
+
+def test_truncated_gzip_file_raises_value_error(tmp_path):
+    cut = gzip.compress(random.Random(1).randbytes(200_000).hex().encode())[:100_000]
+    with pytest.raises(ValueError, match="a.txt.gz' is not a whole gzip file"):
+        load(write(tmp_path / "a.txt.gz", cut))
+    with pytest.raises(ValueError, match="b.txt.gz' is not a whole gzip file"):
+        load(write(tmp_path / "b.txt.gz", b"plain text"))
