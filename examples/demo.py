@@ -1,7 +1,6 @@
-"""From nothing to a generated text, with no download: `make demo`, about three minutes.
+"""Makes a small model, trains it, and generates a text. `make demo` runs it in three minutes.
 
-Makes a small model that knows only bytes, trains it on the language reference that comes with
-Python, and lets it write.
+The model starts from nothing. The text is the language reference that comes with Python.
 """
 
 import math
@@ -28,13 +27,13 @@ result = gpt2.finetune(
 
 shares = [count / text.stat().st_size for count in Counter(text.read_bytes()).values()]
 entropy = -sum(share * math.log(share) for share in shares)
-print(f"\nUnigram entropy of the text: {entropy:.2f} nats a byte; knowing letters gives that.")
+print(f"\nUnigram entropy of the text: {entropy:.2f} nats a byte, from letter counts alone.")
 print(f"Loss on text it never saw:   {result.validation_loss:.2f} nats a byte.\n")
 
 gpt2.generate(sess, prefix="The ", length=250, temperature=0.7, seed=1)
 print("""
-This model has 0.8 million parameters and read for two minutes. GPT-2 itself starts from 124 million
-that have read the web:
+This model has 0.8 million parameters. GPT-2 has 124 million or more, trained on text of the web:
 
     gpt2.download_gpt2(model_name="124M")
-    gpt2.finetune(sess, "your text.txt", model_name="124M", steps=500)   # sess: a new session""")
+    sess = gpt2.start_tf_sess()
+    gpt2.finetune(sess, "your text.txt", model_name="124M", steps=500)""")

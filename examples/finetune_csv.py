@@ -1,7 +1,7 @@
-"""Short texts from a column of a table: trains on the names of Unicode's symbols, invents others.
+"""Trains on short texts from a column of a table: names of Unicode's symbols. Generates new names.
 
-The model starts from nothing. To start from GPT-2, which knows English, replace create_gpt2 by
-gpt2.download_gpt2(model_name="124M"), MODEL by "124M", and leave out **small.
+To start from GPT-2, which knows English, use gpt2.download_gpt2(model_name="124M") instead of
+create_gpt2, set MODEL = "124M", and leave out **small.
 """
 
 import csv
@@ -12,11 +12,11 @@ import gpt_2_simple as gpt2
 
 EPOCHS = 5
 MODEL = "symbols"
-END = "<|endoftext|>"  # the token that finetune puts after each row; "<|startoftext|>" comes before
+END = "<|endoftext|>"  # finetune puts it after each row, and "<|startoftext|>" before
 
 codes = [*range(0x2000, 0x2C00), *range(0x1F300, 0x1FB00)]
 names = [name.lower() for code in codes if (name := unicodedata.name(chr(code), ""))]
-random.Random(0).shuffle(names)  # val_split takes the end, which should be like the rest
+random.Random(0).shuffle(names)  # val_split takes the end: it should be like the rest
 with open("symbols.csv", "w", newline="", encoding="utf-8") as file:
     csv.writer(file).writerows([["number", "name"], *enumerate(names)])
 

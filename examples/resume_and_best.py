@@ -1,14 +1,14 @@
-"""Two sittings of one training, and three of its checkpoints compared on text it never saw.
+"""Trains a run, resumes it, and compares three of its checkpoints on text that it never saw.
 
-To train GPT-2 itself, replace create_gpt2 by gpt2.download_gpt2(model_name="124M"), MODEL by
-"124M", and leave out batch_size, accumulate_gradients and learning_rate.
+To train GPT-2 itself, use gpt2.download_gpt2(model_name="124M") instead of create_gpt2, set
+MODEL = "124M", and leave out batch_size, accumulate_gradients and learning_rate.
 """
 
 from pydoc_data.topics import topics
 
 import gpt_2_simple as gpt2
 
-STEPS = 200  # in each sitting
+STEPS = 200  # in each call
 MODEL = "reader"
 
 for name, topic in (("train.txt", "strings"), ("validation.txt", "function")):
@@ -17,8 +17,8 @@ for name, topic in (("train.txt", "strings"), ("validation.txt", "function")):
 gpt2.create_gpt2(model_name=MODEL, n_ctx=128, n_layer=3, n_embd=96, seed=1, overwrite=True)
 
 
-def sit_down(restore_from: str) -> None:
-    """Trains for STEPS steps, in a session of its own; stops early if the run is 5 minutes old."""
+def train(restore_from: str) -> None:
+    """Trains for STEPS steps in a new session; stops when the run has taken 5 minutes."""
     sess = gpt2.start_tf_sess()
     gpt2.finetune(
         sess, "train.txt", STEPS, MODEL, run_name="reader", restore_from=restore_from,
@@ -29,8 +29,8 @@ def sit_down(restore_from: str) -> None:
     sess.close()
 
 
-sit_down("fresh")
-sit_down("latest")  # goes on exactly: optimizer, place in the text; after Ctrl-C, too
+train("fresh")
+train("latest")  # resumes exactly: weights, optimizer, position in the text; also after Ctrl-C
 
 sess = gpt2.start_tf_sess()
 for checkpoint in (f"model-{STEPS}", "latest", "best"):

@@ -1,8 +1,8 @@
-"""A text as it comes, what might come next, and how likely a text is: learns the Zen of Python.
+"""Streams a text, shows the likeliest next tokens, and scores texts. It learns the Zen of Python.
 
-Half a minute of training makes the model know 856 characters by heart, and nothing else. For one
-that knows English replace all up to load_gpt2 by gpt2.download_gpt2(model_name="124M"), and load
-with gpt2.load_gpt2(sess, model_name="124M").
+Half a minute of training makes the model know 856 characters by heart, and nothing else. For a
+model that knows English, replace everything up to load_gpt2 by
+gpt2.download_gpt2(model_name="124M") and gpt2.load_gpt2(sess, model_name="124M").
 """
 
 import codecs
@@ -21,13 +21,13 @@ gpt2.finetune(
     accumulate_gradients=1, sequence_length=128, learning_rate=3e-3, warmup_steps=50,
     lr_schedule="cosine", gradient_clip=1.0, sample_every=0, print_every=100, seed=1,
 )  # fmt: skip
-gpt2.load_gpt2(sess, run_name="zen")  # for a later process: finetune leaves its model in `sess`
+gpt2.load_gpt2(sess, run_name="zen")  # in a later process; finetune leaves the model in `sess`
 
-print("\nAs it comes:")
+print("\nStreamed:")
 for piece in gpt2.generate_stream(sess, "Beautiful is", length=100, temperature=0):
     print(piece, end="", flush=True)
 
-print("\n\nWhat comes after 'Although ':")
+print("\n\nThe likeliest tokens after 'Although ':")
 for token, probability in gpt2.next_token_probs(sess, "Although ", k=3):
     print(f"{probability:8.2%} {token!r}")
 
@@ -35,5 +35,5 @@ print("\nPerplexity:")
 for text in gpt2.score(sess, ["Simple is better than complex.", "Complex is better than simple."]):
     print(f"{text.perplexity:8.2f} {text.text}")
 
-print("\nTwo texts for each prefix, the same for the same seed:")
+print("\nTwo texts for each prefix; the same seed gives the same texts:")
 gpt2.generate(sess, prefix=["Now is", "Although"], nsamples=2, length=80, stop="\n", seed=7)

@@ -1,4 +1,4 @@
-"""Each example runs, with fewer steps; the one for Colab uses only names and keywords there are."""
+"""Each example runs, with fewer steps. The notebook for Colab uses only names that exist."""
 
 import ast
 import inspect
@@ -44,7 +44,7 @@ def number_after(text, out):
     return float(out.partition(text)[2].split()[0])
 
 
-def test_the_demo_trains_and_writes(run):
+def test_demo_trains_and_generates(run):
     out = run("demo.py", STEPS=3)
     assert "Saving checkpoint/demo/model-3" in out
     entropy = number_after("Unigram entropy of the text: ", out)
@@ -53,7 +53,7 @@ def test_the_demo_trains_and_writes(run):
     assert "\nThe " in out
 
 
-def test_finetune_csv_writes_rows_that_end(run):
+def test_finetune_csv_generates_rows_that_end(run):
     out = run("finetune_csv.py", EPOCHS=0.15)
     best, last = map(int, re.search(r"Best after step (\d+) of (\d+):", out).groups())
     assert 1 <= best <= last
@@ -64,7 +64,7 @@ def test_finetune_csv_writes_rows_that_end(run):
     assert sum(len(row) < 90 for row in rows) > 5
 
 
-def test_resume_and_best_goes_on_and_keeps_the_best(run):
+def test_resume_and_best_resumes_and_keeps_the_best_checkpoint(run):
     out = run("resume_and_best.py", STEPS=4)
     assert "Loading checkpoint checkpoint/reader/model-4\nLoading dataset" in out
     for checkpoint in ("model-4", "model-8", "best"):
@@ -74,24 +74,24 @@ def test_resume_and_best_goes_on_and_keeps_the_best(run):
     history = Path("checkpoint/reader/history.jsonl").read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in history]
     validated = [entry["step"] for entry in entries if "validation_loss" in entry]
-    assert validated == [4, 8]  # the second sitting counts on
+    assert validated == [4, 8]  # the resumed run goes on counting
 
 
-def test_stream_and_score_streams_and_ranks(run):
+def test_stream_and_score_streams_and_ranks_texts(run):
     out = run("stream_and_score.py", STEPS=10)
-    streamed = out.partition("As it comes:\n")[2].partition("\n\nWhat comes after")[0]
+    streamed = out.partition("Streamed:\n")[2].partition("\n\nThe likeliest tokens after")[0]
     assert streamed.startswith("Beautiful is")
     assert len(streamed) > len("Beautiful is")
     shares = [float(share) for share in re.findall(r"(?m)^ *([\d.]+)% ['\"]", out)]
     assert len(shares) == 3
     assert shares == sorted(shares, reverse=True)
     assert len(re.findall(r"(?m)^ +[\d.]+ (?:Simple|Complex) is better", out)) == 2
-    texts = out.partition("for the same seed:\n")[2].split("=" * 20 + "\n")
+    texts = out.partition("gives the same texts:\n")[2].split("=" * 20 + "\n")
     assert [text[:3] for text in texts] == ["Now", "Now", "Alt", "Alt", ""]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_a_script_is_short_and_shows_the_real_model(path):
+def test_scripts_are_short_and_show_how_to_load_124m(path):
     source = path.read_text(encoding="utf-8")
     assert len(source.splitlines()) <= 40
     assert 'download_gpt2(model_name="124M")' in source
@@ -104,7 +104,7 @@ def code_cells(path):
     return [re.sub(r"(?m)^[%!].*$", "", source) for source in sources]
 
 
-def test_the_notebook_runs_in_a_kernel(tmp_path, monkeypatch):
+def test_notebook_runs_in_a_kernel(tmp_path, monkeypatch):
     for module in ("ipykernel", "ipywidgets", "matplotlib"):
         pytest.importorskip(module)
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
@@ -130,7 +130,7 @@ def test_the_notebook_runs_in_a_kernel(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_a_notebook_is_clean_and_explained(path):
+def test_notebooks_have_explanations_and_no_outputs(path):
     assert path.stat().st_size < 20_000
     notebook = json.loads(path.read_text(encoding="utf-8"))
     assert (notebook["nbformat"], notebook["nbformat_minor"]) >= (4, 5)
@@ -144,7 +144,7 @@ def test_a_notebook_is_clean_and_explained(path):
 
 
 def misuses(source):
-    """What a source asks of gpt2 that is not there: names, and arguments that do not fit."""
+    """The names and arguments of gpt2 that a source uses and that do not exist."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "gpt2":
@@ -162,13 +162,13 @@ def misuses(source):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
-def test_a_notebook_uses_only_what_there_is(path):
+def test_notebooks_use_only_existing_names_and_arguments(path):
     code = "\n".join(code_cells(path))
     assert code.count("gpt2.") >= 7
     assert misuses(code) == []
 
 
-def test_misuses_are_found():
+def test_wrong_names_and_arguments_are_found():
     assert misuses("gpt2.finetune(sess, 'a.txt', steps=3)\ngpt2.plot_history()") == []
     assert misuses("gpt2.tune(sess)") == ["tune"]
     assert "stepz" in misuses("gpt2.finetune(sess, 'a.txt', stepz=3)")[0]
