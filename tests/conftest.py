@@ -40,3 +40,21 @@ def sess():
     session = gpt2.start_tf_sess()
     yield session
     session.close()
+
+
+@pytest.fixture(scope="session")
+def small_model_session():
+    """A session that holds small_model's model."""
+    import small_model
+
+    with small_model.started() as session:
+        yield session
+
+
+@pytest.fixture
+def small_sess(small_model_session):
+    """The same session for each test; none may leave a cache there."""
+    from gpt_2_simple.generation import kv_cache
+
+    yield small_model_session
+    assert small_model_session.run(kv_cache.cache_ops(small_model_session).n_caches) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
@@ -15,54 +15,61 @@ from .. import session
 from .decode import build_beam_step
 from .kv_cache import build_once
 from .sampling import HEALTHY, NOTHING_LEFT, check_status
-from .sequences import Generation, Sequence, checked_prefixes
+from .sequences import Generation, Sequence, fit_prefixes
 from .settings import Beams, SamplingParams
+from .stopping import ends_with
 
 
 class Hypothesis(NamedTuple):
-    """A text that a search came upon.
+    """A text that a search found.
 
     Attributes:
         score: see Beams.
-        tokens: what was added to the prefix, the stop token included.
+        tokens: the new tokens, the stop token included.
     """
 
     score: float
     tokens: list[int]
 
 
-class _Beam(Sequence):
-    """A text that is followed. Its cache is still that of the text that it was made from, `parent`.
+class Beam(NamedTuple):
+    """A text that the search extends.
 
     Attributes:
-        total: its log-probability after the prefix.
+        new_tokens: its tokens after the prefix.
+        log_probability: of its new tokens; -inf for a beam without a text.
+        parent: number of the beam of the same group whose text it continues.
     """
 
-    def __init__(self, text: list[int], total: float) -> None:
-        super().__init__(list(text))
-        self.parent: _Beam = self
-        self.total = total
-
-    def become(self, text: list[int], total: float, parent: _Beam) -> None:
-        """Takes over another text of the same length."""
-        self.text, self.total, self.parent, self.start = text, total, parent, parent.start
+    new_tokens: list[int]
+    log_probability: float
+    parent: int
 
 
 @dataclasses.dataclass(eq=False)
 class BeamGroup:
-    """The search from one prefix."""
+    """The search from one prefix.
 
-    prefix: int
-    beams: list[_Beam]
-    found: list[Hypothesis] = dataclasses.field(default_factory=list)
+    Attributes:
+        prefix: its tokens.
+        rows: the rows that compute the beams, one each.
+        beams: the texts that are extended.
+        finished: the best texts that have ended, the best first.
+        done: whether the search is over.
+    """
+
+    prefix: list[int]
+    rows: list[Sequence]
+    beams: list[Beam]
+    finished: list[Hypothesis] = dataclasses.field(default_factory=list)
     done: bool = False
 
 
 class BeamSearch(Generation):
     """Beam search from several prefixes at once, token by token.
 
-    Each prefix is followed until as many texts have ended as there are beams and no other looks
-    better, or to `length` tokens.
+    The search from a prefix is over when as many texts have ended as there are beams and none of
+    the beams has a better score, or when the beams have `length` new tokens.
     """
 
     def __init__(
@@ -74,34 +81,35 @@ class BeamSearch(Generation):
         sampling: SamplingParams | None = None,
         ends: Callable[[list[int]], bool] | None = None,
     ) -> None:
-        """Begins.
+        """Prepares a search; it runs in a `with` block.
 
         Args:
             sess: a session that holds a model.
             prefixes: token ids, at least one each.
-            length: new tokens at most.
+            length: new tokens, at most.
             beams: how many, and how they are compared.
-            sampling: its stop_token, min_length and penalties count here, before the softmax; how
-                to draw does not.
-            ends: whether a text with these new tokens ends here; None for no other ends than
-                stop_token.
+            sampling: its stop_token, min_length and penalties are applied before the softmax; how
+                it draws has no effect.
+            ends: whether a text with these new tokens ends here; None if only stop_token ends one.
 
         Raises:
-            ValueError: an argument out of range.
+            ValueError: an argument is out of range.
             RuntimeError: the session is closed or holds no model.
         """
         sampling = sampling or SamplingParams()
-        texts = checked_prefixes(sess, prefixes, length, sampling)
-        self.beams, self.length, self.ends, self.written = beams, length, ends, 0
-        # Only one of a prefix's equal beams may branch at first.
-        totals = [0.0, *[-math.inf] * (beams.count - 1)]
-        self.trees = [BeamGroup(len(text), [_Beam(text, t) for t in totals]) for text in texts]
-        super().__init__(sess, [beam for tree in self.trees for beam in tree.beams], sampling)
+        self.settings, self.ends = beams, ends
+        # The beams of a prefix are equal at first: only one of them may be extended.
+        start = [Beam([], 0.0, 0), *[Beam([], -math.inf, 0)] * (beams.count - 1)]
+        self.groups = [
+            BeamGroup(prefix, [Sequence(list(prefix)) for _ in start], start)
+            for prefix in fit_prefixes(sess, prefixes, length, sampling)
+        ]
+        rows = [row for group in self.groups for row in group.rows]
+        super().__init__(sess, rows, length, sampling)
 
     def __enter__(self) -> BeamSearch:
         try:
-            self.fill(self.key, [])
-            self.prime(self.rows)
+            self.start()
         except BaseException:
             self.free()
             raise
@@ -112,101 +120,114 @@ class BeamSearch(Generation):
 
     @property
     def done(self) -> bool:
-        """Whether all is found."""
-        return all(tree.done for tree in self.trees)
+        """Whether the search is over for all prefixes."""
+        return all(group.done for group in self.groups)
 
     def best(self) -> list[list[Hypothesis]]:
-        """For each prefix what was found, the best first; before the end, what is followed too."""
+        """The texts found for each prefix, the best first; the beams too while it still runs."""
         return [
-            sorted(tree.found + (self.followed(tree) if not tree.done else []), reverse=True)
-            for tree in self.trees
+            sorted(group.finished + ([] if group.done else self._hypotheses(group)), reverse=True)
+            for group in self.groups
         ]
 
-    def followed(self, tree: BeamGroup) -> list[Hypothesis]:
-        """The texts that are followed, as if they ended here."""
-        beams = [beam for beam in tree.beams if self.written and beam.total > -math.inf]
-        return [self.judge(tree, beam.text, beam.total) for beam in beams]
-
-    def judge(self, tree: BeamGroup, text: list[int], total: float) -> Hypothesis:
-        """What is there of a text."""
-        new = text[tree.prefix :]
-        return Hypothesis(self.beams.score(total, len(new)), new)
-
-    def prime(self, rows: list[Sequence]) -> None:
-        """As for any call; afterwards these beams have caches of their own."""
-        super().prime(rows)
-        for beam in rows:
-            beam.parent = beam
-
     def step(self) -> int:
-        """Goes a token further; returns for how many prefixes.
+        """Extends all beams by a token; returns for how many prefixes.
 
         Raises:
-            RuntimeError: the weights are not numbers.
-            ValueError: the penalties leave nothing to choose from.
+            RuntimeError: the weights are not finite numbers.
+            ValueError: the penalties leave no token to choose.
         """
-        self.make_room()
-        branch = build_once(self.sess, build_beam_step)
-        hparams = session.graph_state(self.sess).hparams
+        self.slide_windows()
+        ops = build_once(self.sess, build_beam_step)
+        n_vocab = session.graph_state(self.sess).hparams.n_vocab
         feeds = {
-            **self.feeds(branch, 1, self.written, self.length),
-            branch.parents: [self.live.index(row.parent) for row in self.live],
-            branch.count: min(2 * self.beams.count, hparams.n_vocab),
-            branch.history: self.history(0),
+            **self.step_feeds(ops.inputs, 1),
+            ops.inputs.text_tokens: self.text_tokens(0),
+            ops.parents: self.cache_rows,
+            # Even if every beam has an end among its candidates, enough others are left.
+            ops.count: min(2 * self.settings.count, n_vocab),
         }
-        fetches = [branch.tokens, branch.scores, branch.status, branch.run]
+        fetches = [ops.tokens, ops.scores, ops.status, ops.run]
         tokens, scores, status, _ = self.sess.run(fetches, feeds)
         check_status(np.where([row.ended for row in self.live], HEALTHY, status))
-        self.used += 1
-        self.written += 1
-        going = [tree for tree in self.trees if not tree.done]
-        for tree in going:
-            places = [self.live.index(beam) for beam in tree.beams]
-            self.branch(tree, tokens[places], scores[places])
-        return len(going)
+        self.cache_length += 1
+        self.n_generated += 1
+        self.cache_rows = list(range(len(self.live)))
+        running = [group for group in self.groups if not group.done]
+        for group in running:
+            places = [self.live.index(row) for row in group.rows]
+            self._extend(group, tokens[places], scores[places])
+            self._update_finished(group)
+            for row, beam in zip(group.rows, group.beams, strict=True):
+                row.tokens = group.prefix + beam.new_tokens
+                row.ended = group.done
+                self.cache_rows[self.live.index(row)] = places[beam.parent]
+        return len(running)
 
-    def branch(self, tree: BeamGroup, tokens: np.ndarray, scores: np.ndarray) -> None:
-        """Follows the likeliest of all ways to go on, tokens and scores [beams, ways]."""
-        totals = scores + np.array([[beam.total] for beam in tree.beams])
-        totals[np.isnan(totals)] = -math.inf  # nothing was left to go on with
-        if totals.max() == -math.inf:
-            check_status(np.array([NOTHING_LEFT]))
-        kept = []
-        best = np.argsort(-totals, axis=None, kind="stable")[: 2 * self.beams.count]
-        for rank, place in enumerate(best):
-            beam, way = np.unravel_index(place, totals.shape)
-            total, token = float(totals[beam, way]), int(tokens[beam, way])
-            if total == -math.inf:
-                break
-            text = [*tree.beams[beam].text, token]
-            if self.ended(tree, text):
-                if rank < self.beams.count:
-                    tree.found.append(self.judge(tree, text, total))
-            elif len(kept) < self.beams.count:
-                kept.append((text, total, tree.beams[beam]))
-        missing = self.beams.count - len(kept)
-        kept += [(beam.text + [0], -math.inf, beam) for beam in tree.beams[:missing]]
-        for beam, way in zip(tree.beams, kept, strict=True):
-            beam.become(*way)
-        self.conclude(tree)
+    def _extend(self, group: BeamGroup, tokens: np.ndarray, scores: np.ndarray) -> None:
+        """Replaces the beams by their likeliest extensions, given candidates [beams, count]."""
+        count = self.settings.count
+        beams: list[Beam] = []
+        for rank, beam in enumerate(_likeliest(group.beams, tokens, scores, 2 * count)):
+            if self._has_ended(beam.new_tokens):
+                if rank < count:
+                    group.finished.append(self._hypothesis(beam))
+            elif len(beams) < count:
+                beams.append(beam)
+        for parent, beam in enumerate(group.beams[: count - len(beams)]):
+            beams.append(Beam([*beam.new_tokens, 0], -math.inf, parent))
+        group.beams = beams
 
-    def ended(self, tree: BeamGroup, text: list[int]) -> bool:
-        """Whether nothing comes after this text."""
-        stopped = text[-1] == self.sampling.stop_token
-        return stopped or (self.ends is not None and self.ends(text[tree.prefix :]))
+    def _has_ended(self, new_tokens: list[int]) -> bool:
+        is_stopped = ends_with(new_tokens, self.sampling.stop_token)
+        return is_stopped or (self.ends is not None and self.ends(new_tokens))
 
-    def conclude(self, tree: BeamGroup) -> None:
-        """Keeps the best of what was found; ends the search where no better can be hoped for."""
-        followed = self.followed(tree)
-        if self.written >= self.length:
-            tree.found += followed
-        tree.found = sorted(tree.found, reverse=True)[: self.beams.count]
-        full = len(tree.found) == self.beams.count
-        hope = max(followed, default=None)
-        tree.done = (
-            self.written >= self.length
-            or hope is None
-            or (full and tree.found[-1].score >= hope.score)
+    def _update_finished(self, group: BeamGroup) -> None:
+        """Keeps the best of the finished texts; ends the search if none can become better."""
+        running = self._hypotheses(group)
+        is_last_step = self.n_generated >= self.length
+        if is_last_step:
+            group.finished += running
+        group.finished = sorted(group.finished, reverse=True)[: self.settings.count]
+        is_full = len(group.finished) == self.settings.count
+        group.done = (
+            is_last_step
+            or not running
+            or (is_full and group.finished[-1].score >= max(running).score)
         )
-        for beam in tree.beams:
-            beam.ended = tree.done
+
+    def _hypotheses(self, group: BeamGroup) -> list[Hypothesis]:
+        """The beams, as if they ended here."""
+        beams = [beam for beam in group.beams if beam.new_tokens]
+        return [self._hypothesis(beam) for beam in beams if beam.log_probability > -math.inf]
+
+    def _hypothesis(self, beam: Beam) -> Hypothesis:
+        score = self.settings.score(beam.log_probability, len(beam.new_tokens))
+        return Hypothesis(score, beam.new_tokens)
+
+
+def _likeliest(
+    beams: list[Beam], tokens: np.ndarray, scores: np.ndarray, count: int
+) -> Iterator[Beam]:
+    """Yields the likeliest extensions of the beams, the likeliest first.
+
+    Args:
+        beams: the texts to extend.
+        tokens: candidates for the next token [beams, n].
+        scores: their log-probabilities [beams, n].
+        count: how many extensions, at most.
+
+    Raises:
+        ValueError: the penalties leave no token to choose.
+    """
+    totals = scores + np.array([[beam.log_probability] for beam in beams])
+    totals[np.isnan(totals)] = -math.inf  # all tokens of this beam are forbidden
+    if totals.max() == -math.inf:
+        check_status(np.array([NOTHING_LEFT]))
+    for place in np.argsort(-totals, axis=None, kind="stable")[:count]:
+        parent, candidate = np.unravel_index(place, totals.shape)
+        total = float(totals[parent, candidate])
+        if total == -math.inf:
+            return
+        new_tokens = [*beams[parent].new_tokens, int(tokens[parent, candidate])]
+        yield Beam(new_tokens, total, int(parent))

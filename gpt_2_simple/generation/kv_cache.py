@@ -1,4 +1,8 @@
-"""The keys and values of a generation, kept in the session between runs."""
+"""A session in, operations that keep keys and values in it between runs out.
+
+A cache is a list of tensors [rows, n_head, capacity, width]: each block's keys, then its values.
+Between two runs it stays in the session under a number, its key, in a staging area of TensorFlow.
+"""
 
 from __future__ import annotations
 
@@ -9,44 +13,67 @@ import tensorflow as tf
 
 from .. import model, session
 
-_STORE = "gpt_2_simple"
+# Names the staging area, which all caches of a session share.
+_STAGING_AREA = "gpt_2_simple"
 
 
 class Allocate(NamedTuple):
-    """Leaves an empty cache of so many rows and columns in the session."""
+    """Stores an empty cache.
+
+    Attributes:
+        rows: how many rows it has.
+        capacity: how many columns it has.
+        run: the operation.
+    """
 
     rows: Any
-    columns: Any
+    capacity: Any
     run: Any
+
+
+class CacheOps(NamedTuple):
+    """What is done to a cache as a whole.
+
+    Attributes:
+        key: the cache's key.
+        allocate: stores an empty cache under `key`.
+        free: removes the cache under `key`, if there is one.
+        n_caches: how many caches the session holds.
+    """
+
+    key: Any
+    allocate: Allocate
+    free: Any
+    n_caches: Any
 
 
 class Merge(NamedTuple):
-    """Of each of two caches takes `columns` up to `used`, and leaves the named rows of both."""
+    """Replaces a cache by chosen rows of it and of a second cache.
+
+    Attributes:
+        key: the first cache's key.
+        other_key: the second cache's key; that cache is removed.
+        cache_lengths: columns in use of the first and of the second cache [2].
+        kept_columns: how many of these columns are kept, the last ones [2].
+        rows: numbers of the rows to keep; the second cache's rows count on from the first's.
+        run: the operation.
+    """
 
     key: Any
-    other: Any
-    used: Any
-    columns: Any
+    other_key: Any
+    cache_lengths: Any
+    kept_columns: Any
     rows: Any
     run: Any
 
 
-class Engine(NamedTuple):
-    """The parts of a session's graph that look after caches."""
-
-    key: Any
-    begin: Allocate
-    free: Any
-    held: Any
-
-
-def engine(sess: tf.compat.v1.Session) -> Engine:
-    """The session's engine, built by the first call.
+def cache_ops(sess: tf.compat.v1.Session) -> CacheOps:
+    """The session's cache operations; the first call adds them to the graph.
 
     Raises:
         RuntimeError: the session is closed, or holds no model.
     """
-    return build_once(sess, _build_engine)
+    return build_once(sess, _build_cache_ops)
 
 
 def build_once(sess: tf.compat.v1.Session, build: Callable[..., Any], *args: Any) -> Any:
@@ -65,70 +92,81 @@ def _read_weights(state: session.GraphState) -> model.Weights:
 
 
 def placeholder(dtype: tf.DType, *shape: int | None) -> tf.Tensor:
+    """A placeholder; without a shape it is a scalar."""
     return tf.compat.v1.placeholder(dtype, shape)
 
 
-def _build_engine(_weights: model.Weights, hparams: model.HParams) -> Engine:
-    key, rows, columns = placeholder(tf.int64), placeholder(tf.int32), placeholder(tf.int32)
-
-    def empty(rows: Any, columns: Any) -> list[tf.Tensor]:
-        # Parts of one tensor: of equal tensors TensorFlow makes one, to which all would write.
-        shape = [2 * hparams.n_layer, rows, hparams.n_head, columns, head_width(hparams)]
-        return tf.unstack(tf.zeros(shape), 2 * hparams.n_layer)
-
-    with tf.control_dependencies([stage(key, empty(0, 0))]):  # taking nothing waits for ever
-        free = take(key, hparams)
-    return Engine(
-        key=key,
-        begin=Allocate(rows, columns, stage(key, empty(rows, columns))),
-        free=tf.group(*free),
-        held=tf.raw_ops.MapSize(dtypes=_types(free), shared_name=_STORE),
-    )
-
-
 def head_width(hparams: model.HParams) -> int:
+    """Numbers in a key or a value of one attention head."""
     return hparams.n_embd // hparams.n_head
 
 
-def _types(cache: Sequence[Any]) -> list[tf.DType]:
-    return [tf.float32] * len(cache)
-
-
-def stage(key: tf.Tensor, cache: list[tf.Tensor]) -> tf.Operation:
-    """Leaves the cache in the session; under a key that is taken it does nothing."""
+def store_cache(key: tf.Tensor, cache: list[tf.Tensor]) -> tf.Operation:
+    """Keeps the cache in the session; does nothing if there already is one under this key."""
     indices = list(range(len(cache)))
     return tf.raw_ops.MapStage(
-        key=key, indices=indices, values=cache, dtypes=_types(cache), shared_name=_STORE
+        key=key, indices=indices, values=cache, dtypes=_types(cache), shared_name=_STAGING_AREA
     )
 
 
-def take(key: tf.Tensor, hparams: model.HParams) -> list[tf.Tensor]:
+def take_cache(key: tf.Tensor, hparams: model.HParams) -> list[tf.Tensor]:
     """Removes the cache from the session, so that its memory is freed after its last use."""
     indices = list(range(2 * hparams.n_layer))
     cache = tf.raw_ops.MapUnstage(
-        key=key, indices=indices, dtypes=_types(indices), shared_name=_STORE
+        key=key, indices=indices, dtypes=_types(indices), shared_name=_STAGING_AREA
     )
     return [tf.ensure_shape(x, [None, hparams.n_head, None, head_width(hparams)]) for x in cache]
 
 
+def grow_cache(cache: list[tf.Tensor], added_columns: tf.Tensor) -> list[tf.Tensor]:
+    """The cache with so many more empty columns; without a copy if there are none to add."""
+    return [_grow(part, added_columns) for part in cache]
+
+
+def _grow(part: tf.Tensor, added_columns: tf.Tensor) -> tf.Tensor:
+    _, heads, _, width = part.shape
+    added = tf.zeros([tf.shape(part)[0], heads, added_columns, width])
+    return tf.cond(added_columns > 0, lambda: tf.concat([part, added], axis=2), lambda: part)
+
+
 def build_merge(_weights: model.Weights, hparams: model.HParams) -> Merge:
-    key, other, rows = placeholder(tf.int64), placeholder(tf.int64), placeholder(tf.int32, None)
-    used, columns = placeholder(tf.int32, 2), placeholder(tf.int32, 2)
+    """Adds the operations of Merge to the graph."""
+    key, other_key = placeholder(tf.int64), placeholder(tf.int64)
+    rows = placeholder(tf.int32, None)
+    cache_lengths, kept_columns = placeholder(tf.int32, 2), placeholder(tf.int32, 2)
 
-    def part(cache: tf.Tensor, i: int) -> tf.Tensor:
-        cache = cache[:, :, used[i] - columns[i] : used[i]]
-        left = tf.reduce_max(columns) - columns[i]
-        return tf.pad(cache, [[0, 0], [0, 0], [left, 0], [0, 0]])
+    def last_columns(part: tf.Tensor, i: int) -> tf.Tensor:
+        part = part[:, :, cache_lengths[i] - kept_columns[i] : cache_lengths[i]]
+        left = tf.reduce_max(kept_columns) - kept_columns[i]
+        return tf.pad(part, [[0, 0], [0, 0], [left, 0], [0, 0]])
 
-    pairs = zip(take(key, hparams), take(other, hparams), strict=True)
+    pairs = zip(take_cache(key, hparams), take_cache(other_key, hparams), strict=True)
     merged = [
-        tf.gather(tf.concat([part(one, 0), part(another, 1)], axis=0), rows)
-        for one, another in pairs
+        tf.gather(tf.concat([last_columns(first, 0), last_columns(second, 1)], axis=0), rows)
+        for first, second in pairs
     ]
-    return Merge(key, other, used, columns, rows, stage(key, merged))
+    return Merge(key, other_key, cache_lengths, kept_columns, rows, store_cache(key, merged))
 
 
-def grow_cache(cache: tf.Tensor, columns: tf.Tensor) -> tf.Tensor:
-    _, heads, _, width = cache.shape
-    added = tf.zeros([tf.shape(cache)[0], heads, columns, width])
-    return tf.cond(columns > 0, lambda: tf.concat([cache, added], axis=2), lambda: cache)
+def _build_cache_ops(_weights: model.Weights, hparams: model.HParams) -> CacheOps:
+    key, rows, capacity = placeholder(tf.int64), placeholder(tf.int32), placeholder(tf.int32)
+
+    def empty(rows: Any, capacity: Any) -> list[tf.Tensor]:
+        # Parts of one tensor: TensorFlow would replace equal tensors by one, and all would write
+        # to that.
+        shape = [2 * hparams.n_layer, rows, hparams.n_head, capacity, head_width(hparams)]
+        return tf.unstack(tf.zeros(shape), 2 * hparams.n_layer)
+
+    # MapUnstage waits until there is something under the key, so something is put there first.
+    with tf.control_dependencies([store_cache(key, empty(0, 0))]):
+        taken = take_cache(key, hparams)
+    return CacheOps(
+        key=key,
+        allocate=Allocate(rows, capacity, store_cache(key, empty(rows, capacity))),
+        free=tf.group(*taken),
+        n_caches=tf.raw_ops.MapSize(dtypes=_types(taken), shared_name=_STAGING_AREA),
+    )
+
+
+def _types(cache: Sequence[Any]) -> list[tf.DType]:
+    return [tf.float32] * len(cache)

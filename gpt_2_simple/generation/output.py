@@ -1,22 +1,58 @@
-"""Texts in, a file that lands whole or the terminal out."""
+"""Texts in; a file that appears whole, or printed lines, out."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from ..common.files import check_folder, is_special
 from ..common.report import say
 
+# Adds a string to a file, or prints it.
+Append = Callable[[str], None]
+
+
+class Writer(Protocol):
+    """Writes generated texts in some format."""
+
+    def write(self, prefix: str, text: str) -> None:
+        """Writes a text that was generated from `prefix`."""
+
+
+class TextWriter:
+    """Writes plain texts, each followed by a newline and a delimiter."""
+
+    def __init__(self, append: Append, delimiter: str) -> None:
+        self.append, self.delimiter = append, delimiter
+
+    def write(self, prefix: str, text: str) -> None:
+        """Writes the text; `prefix` is not used."""
+        self.append(f"{text}\n{self.delimiter}")
+
+
+class JsonLinesWriter:
+    """Writes a line of JSON for each text: {"prefix": ..., "text": ...}."""
+
+    def __init__(self, append: Append) -> None:
+        self.append = append
+
+    def write(self, prefix: str, text: str) -> None:
+        """Writes the line."""
+        line = json.dumps({"prefix": prefix, "text": text}, ensure_ascii=False) + "\n"
+        # UTF-8 cannot hold lone surrogates; JSON writes them as Python's backslashreplace does.
+        self.append(line.encode("utf-8", "backslashreplace").decode("utf-8"))
+
 
 @contextlib.contextmanager
-def file_writer(path: str) -> Iterator[Callable[[str], None]]:
-    """A function that adds text to a file, which gets its name when the block ends.
+def open_output(path: str) -> Iterator[Append]:
+    """Yields a function that adds a string to a file, which gets its name when the block ends.
 
-    Until then the text is in `<path>.<letters>.part`. A block that ends by an error keeps what
-    there is, or, if there is nothing, the file that was there before.
+    Until then the text is in `<path>.<letters>.part`. If an error ends the block, the file keeps
+    what was added before; if nothing was, it stays as it was before the block.
 
     Raises:
         FileNotFoundError: there is no folder for it.
@@ -31,22 +67,22 @@ def file_writer(path: str) -> Iterator[Callable[[str], None]]:
         return
     path = os.path.realpath(path)
     part = f"{path}.{secrets.token_hex(4)}.part"
-    keep = False
+    is_kept = False
     try:
         with open(part, "x", encoding="utf-8", errors="surrogatepass", newline="\n") as file:
 
-            def write(text: str) -> None:
-                nonlocal keep
-                keep = True
+            def append(text: str) -> None:
+                nonlocal is_kept
+                is_kept = True
                 file.write(text)
                 file.flush()
 
-            yield write
-            keep = True
+            yield append
+            is_kept = True
             file.flush()
             os.fsync(file.fileno())
     finally:
-        if keep:
+        if is_kept:
             os.replace(part, path)
         else:
             os.remove(part)

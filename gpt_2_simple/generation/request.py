@@ -1,142 +1,154 @@
-"""What a caller asks to be generated, checked: prefixes, settings, where texts end."""
+"""Settings and a vocabulary in, a complete request out: token ids, stop criteria, seed, batches."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Sequence
+import secrets
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..common.checks import check_whole
+from ..common.hparams import HParams
 from ..encoder import Encoder
-from .settings import Beams, SamplingParams
+from .settings import Beams, GenerationSettings, SamplingParams
 from .stopping import StopCriteria
 
-ONE_BEAM = Beams()
+# Rows to generate at the same time where the caller leaves it open: on a CPU, more are hardly
+# faster.
+MAX_ROWS = 32
+
+# Bytes of keys and values that these rows may take together when their contexts are full.
+MAX_CACHE_BYTES = 2 * 2**30
+
+
+class Prompt(NamedTuple):
+    """What a text starts with.
+
+    Attributes:
+        text: the prefix; '' for none.
+        tokens: its token ids, or `<|endoftext|>` if there is no prefix.
+    """
+
+    text: str
+    tokens: list[int]
 
 
 class GenerationRequest(NamedTuple):
     """What to generate.
 
     Attributes:
-        prefixes: what texts start with; '' for nothing.
-        nsamples: texts for each prefix.
-        batch_size: texts generated at once; None for as many as is sensible.
-        length: tokens to generate for each.
-        settings: how tokens are drawn.
-        seed: the same gives the same texts; None draws one.
-        end: where texts end.
-        beams: above one: the likeliest texts are searched, none is drawn.
+        prompts: what texts start with.
+        nsamples: texts for each prompt.
+        max_rows: rows to generate at the same time; a beam is a row.
+        length: new tokens for each text, at most.
+        sampling: how tokens are chosen.
+        beams: beam search if there are several, else the texts are drawn.
+        seed: the same seed gives the same texts.
+        stop: what ends a text.
+        include_prefix: whether a text starts with its prefix.
+        encoder: the vocabulary.
     """
 
-    prefixes: tuple[str, ...]
+    prompts: list[Prompt]
     nsamples: int
-    batch_size: int | None
+    max_rows: int
     length: int
-    settings: SamplingParams
-    seed: int | None
-    end: StopCriteria
-    beams: Beams = ONE_BEAM
+    sampling: SamplingParams
+    beams: Beams
+    seed: int
+    stop: StopCriteria
+    include_prefix: bool
+    encoder: Encoder
 
     @property
-    def total(self) -> int:
+    def n_texts(self) -> int:
         """How many texts there will be."""
-        return len(self.prefixes) * self.nsamples
+        return len(self.prompts) * self.nsamples
+
+    def prompt_of(self, index: int) -> Prompt:
+        """The prompt of a text, by the text's number from 0."""
+        return self.prompts[index // self.nsamples]
 
 
-def as_strings(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
-    """An argument that is a string or several.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    values = (value,) if isinstance(value, str) else value
-    if isinstance(values, Iterable):
-        values = tuple(values)
-        if all(isinstance(one, str) for one in values):
-            return values
-    raise ValueError(f"{name}={value!r} must be a string or a list of strings")
-
-
-def make_request(
-    prefix: str | Sequence[str] | None,
-    nsamples: int,
-    batch_size: int | None,
-    length: int,
-    settings: SamplingParams,
-    seed: int | None,
-    end: StopCriteria,
-    beams: Beams = ONE_BEAM,
+def build_request(
+    settings: GenerationSettings, encoder: Encoder, hparams: HParams
 ) -> GenerationRequest:
-    """Checks what generate() was given.
+    """Makes the request.
+
+    Args:
+        settings: what the caller of generate() wants.
+        encoder: the model's vocabulary.
+        hparams: the model's sizes.
 
     Raises:
-        ValueError: a number out of range, no prefix in the list, an empty stop, or texts that do
-            not fill their batches.
+        ValueError: stop_token is not one token, or there is nothing to start from.
     """
-    check_whole("nsamples", nsamples, 1)
-    check_whole("length", length, 1)
-    if batch_size is not None:
-        check_whole("batch_size", batch_size, 1)
-        if nsamples % batch_size and (prefix is None or isinstance(prefix, str)):
-            raise ValueError(f"nsamples={nsamples} must be a multiple of batch_size={batch_size}")
-    if seed is not None:
-        check_whole("seed", seed, 0)
-    if any(not stop for stop in end.stop):
-        raise ValueError(f"stop={list(end.stop)!r} holds an empty string; leave it out")
-    prefixes = ("",) if prefix is None else as_strings("prefix", prefix)
-    if not prefixes:
-        raise ValueError("prefix=[] must hold at least one prefix; '' or None is one without text")
-    if 1 < beams.count < nsamples:
-        raise ValueError(
-            f"nsamples={nsamples} must not be above num_beams={beams.count}: a search finds so many"
-        )
-    return GenerationRequest(prefixes, nsamples, batch_size, length, settings, seed, end, beams)
-
-
-def with_tokens(
-    request: GenerationRequest,
-    enc: Encoder,
-    stop_token: str | int | None,
-    bad_words: Sequence[str] | None,
-) -> GenerationRequest:
-    """The request with what only the vocabulary can tell.
-
-    Raises:
-        ValueError: no such token, no token that `min_length` could hold back, or an empty bad word.
-    """
-    if request.settings.min_length and stop_token is None:
-        raise ValueError(
-            f"min_length={request.settings.min_length} needs a stop_token to hold back"
-        )
-    if isinstance(stop_token, str):
-        ids = encode(enc, stop_token)
-        if len(ids) != 1:
-            raise ValueError(f"stop_token={stop_token!r} is no token; give its id, or use stop=")
-        (stop_token,) = ids
-    bad_words = as_strings("bad_words", bad_words or ())
-    if "" in bad_words:
-        raise ValueError(f"bad_words={list(bad_words)!r} holds an empty string; leave it out")
-    # A word has other tokens within a line than at its start.
-    words = {tuple(enc.encode(form)) for word in bad_words for form in (word, f" {word}")}
-    settings = dataclasses.replace(
-        request.settings, stop_token=stop_token, bad_words=tuple(sorted(words))
+    stop_token = _stop_token(settings.stop_token, encoder)
+    sampling = SamplingParams(
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        repetition_penalty=settings.repetition_penalty,
+        no_repeat_ngram_size=settings.no_repeat_ngram_size,
+        min_length=settings.min_length,
+        bad_words=_bad_words(settings.bad_words or (), encoder),
+        stop_token=stop_token,
     )
-    return request._replace(settings=settings, end=request.end._replace(stop_token=stop_token))
+    stop = tuple(settings.stop or ())
+    return GenerationRequest(
+        prompts=[build_prompt(prefix, encoder) for prefix in settings.prefixes],
+        nsamples=settings.nsamples,
+        max_rows=settings.batch_size or max_rows(hparams, settings.n_texts),
+        length=settings.n_new_tokens,
+        sampling=sampling,
+        beams=Beams(settings.num_beams, settings.length_penalty),
+        seed=secrets.randbits(31) if settings.seed is None else settings.seed,
+        stop=StopCriteria(settings.truncate, stop, stop_token, settings.include_stop),
+        include_prefix=settings.include_prefix,
+        encoder=encoder,
+    )
 
 
-def encode(enc: Encoder, text: str) -> list[int]:
-    """The tokens of a text as a dataset has them: `<|endoftext|>` is one, if there is such."""
-    return enc.encode(text, allow_special=enc.end_of_text is not None)
-
-
-def start_ids(enc: Encoder, prefix: str) -> list[int]:
-    """The tokens that a text starts from: the prefix's, or the end of the text before.
+def build_prompt(prefix: str, encoder: Encoder) -> Prompt:
+    """The prompt for a prefix, '' for none.
 
     Raises:
         ValueError: there is no prefix, and no `<|endoftext|>` in the vocabulary.
     """
     if prefix:
-        return encode(enc, prefix)
-    if enc.end_of_text is None:
+        return Prompt(prefix, encode_text(prefix, encoder))
+    if encoder.end_of_text is None:
         raise ValueError("this vocabulary has no <|endoftext|> to start from; give a prefix")
-    return [enc.end_of_text]
+    return Prompt(prefix, [encoder.end_of_text])
+
+
+def encode_text(text: str, encoder: Encoder, special_tokens: bool = True) -> list[int]:
+    """The token ids of a user's text.
+
+    Args:
+        text: the text.
+        encoder: the vocabulary.
+        special_tokens: whether `<|endoftext|>` is one token, as in datasets; False encodes its
+            characters.
+    """
+    return encoder.encode(text, allow_special=special_tokens and encoder.end_of_text is not None)
+
+
+def max_rows(hparams: HParams, n_texts: int) -> int:
+    """How many rows to generate at the same time where the caller leaves it open."""
+    cache_bytes = 4 * 2 * hparams.n_layer * hparams.n_ctx * hparams.n_embd
+    return max(1, min(n_texts, MAX_ROWS, MAX_CACHE_BYTES // cache_bytes))
+
+
+def _stop_token(stop_token: str | int | None, encoder: Encoder) -> int | None:
+    if not isinstance(stop_token, str):
+        return stop_token
+    ids = encode_text(stop_token, encoder)
+    if len(ids) != 1:
+        raise ValueError(f"stop_token={stop_token!r} is no token; give its id, or use stop=")
+    return ids[0]
+
+
+def _bad_words(words: Sequence[str], encoder: Encoder) -> tuple[tuple[int, ...], ...]:
+    # After a space a word has other tokens than at the start of a text.
+    forms = {form for word in words for form in (word, f" {word}")}
+    ids = {tuple(encode_text(form, encoder, special_tokens=False)) for form in forms}
+    return tuple(sorted(ids))

@@ -10,17 +10,22 @@ import tensorflow as tf
 
 from .kv_cache import placeholder
 
+# What is wrong with a row's logits: nothing, they are not finite, or every token is forbidden.
 HEALTHY, BROKEN, NOTHING_LEFT = 0, 1, 2
 
 # top_p alone first looks for its nucleus among this many of the likeliest tokens, then among all.
-NUCLEUS = 1024
+NUCLEUS_CANDIDATES = 1024
 
-# Drawing from the whole vocabulary first draws a stretch of so many tokens.
-STRETCH = 256
+# To draw from the whole vocabulary, first a bucket of this many tokens is drawn, then one of them.
+BUCKET_SIZE = 256
 
 
 class SamplingPlaceholders(NamedTuple):
-    """SamplingParams, as placeholders: scalars, but for bad_words [words, longest], -1 on the left."""
+    """SamplingParams as placeholders.
+
+    All are scalars except bad_words [words, length of the longest], padded with -1 on the left.
+    `stop_token` is -1 for none.
+    """
 
     temperature: Any
     top_k: Any
@@ -30,10 +35,49 @@ class SamplingPlaceholders(NamedTuple):
     min_length: Any
     bad_words: Any
     stop_token: Any
-    controlled: Any
+    changes_logits: Any
+
+
+class TextTokens(NamedTuple):
+    """The texts so far, for the penalties.
+
+    Attributes:
+        tokens: [rows, time], -1 where there is none.
+        text_length: the column at which the texts end.
+        n_generated: new tokens that each text has.
+    """
+
+    tokens: Any
+    text_length: Any
+    n_generated: Any
+
+
+class ProcessedLogits(NamedTuple):
+    """Logits after the penalties.
+
+    Attributes:
+        logits: [rows, n_vocab]; -inf for tokens that must not come.
+        is_broken: whether the model's own logits were not finite [rows].
+    """
+
+    logits: Any
+    is_broken: Any
+
+
+class NextToken(NamedTuple):
+    """The tokens that were chosen.
+
+    Attributes:
+        tokens: [rows].
+        status: HEALTHY, BROKEN or NOTHING_LEFT [rows].
+    """
+
+    tokens: Any
+    status: Any
 
 
 def sampling_placeholders() -> SamplingPlaceholders:
+    """Adds the placeholders to the graph."""
     return SamplingPlaceholders(
         temperature=placeholder(tf.float32),
         top_k=placeholder(tf.int32),
@@ -43,11 +87,17 @@ def sampling_placeholders() -> SamplingPlaceholders:
         min_length=placeholder(tf.int32),
         bad_words=placeholder(tf.int32, None, None),
         stop_token=placeholder(tf.int32),
-        controlled=placeholder(tf.bool),
+        changes_logits=placeholder(tf.bool),
     )
 
 
 def check_status(status: np.ndarray) -> None:
+    """Raises an error if a row's status is not HEALTHY.
+
+    Raises:
+        RuntimeError: logits that are not finite.
+        ValueError: no token was left to choose.
+    """
     if BROKEN in status:
         raise RuntimeError(
             "the model's weights are broken: they give logits that are not finite numbers; "
@@ -60,171 +110,184 @@ def check_status(status: np.ndarray) -> None:
 
 
 def next_token(
-    logits: tf.Tensor,
-    uniform: tf.Tensor,
-    history: tf.Tensor,
-    end: tf.Tensor,
-    count: tf.Tensor,
-    controls: SamplingPlaceholders,
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Logits [rows, n_vocab] -> tokens [rows] and what is wrong with the logits [rows]."""
-    logits, broken = process_logits(logits, history, end, count, controls)
-    token = choose_token(logits, uniform, controls)
-    chosen = tf.math.is_finite(tf.gather(logits, token, batch_dims=1))
-    fault = tf.where(broken, BROKEN, tf.where(chosen, HEALTHY, NOTHING_LEFT))
-    return token, fault
-
-
-def process_logits(
-    logits: tf.Tensor,
-    history: tf.Tensor,
-    end: tf.Tensor,
-    count: tf.Tensor,
-    controls: SamplingPlaceholders,
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Logits [rows, n_vocab] after the penalties, if any, and which made no sense [rows]."""
-    broken = ~tf.math.is_finite(tf.reduce_sum(logits, axis=1))
-    logits = tf.cond(
-        controls.controlled,
-        lambda: _apply_processors(logits, history, end, count, controls),
-        lambda: logits,
-    )
-    return logits, broken
-
-
-def _apply_processors(
-    logits: tf.Tensor,
-    history: tf.Tensor,
-    end: tf.Tensor,
-    count: tf.Tensor,
-    controls: SamplingPlaceholders,
-) -> tf.Tensor:
-    """Logits after the penalties.
+    logits: tf.Tensor, uniform: tf.Tensor, text: TextTokens, params: SamplingPlaceholders
+) -> NextToken:
+    """Chooses the next tokens.
 
     Args:
         logits: [rows, n_vocab].
-        history: the text's tokens [rows, time], -1 where there is none.
-        end: the column where the text ends.
-        count: new tokens so far.
-        controls: what to do.
+        uniform: a random number in [0, 1) for each row [rows].
+        text: the texts so far.
+        params: how to choose.
     """
-    rows, size = tf.unstack(tf.shape(logits))
-
-    def count_tokens(tokens: tf.Tensor, counts: tf.Tensor) -> tf.Tensor:
-        row = tf.broadcast_to(tf.range(rows)[:, tf.newaxis], tf.shape(tokens))
-        where = tf.stack([row, tf.maximum(tokens, 0)], axis=2)
-        return tf.scatter_nd(where, tf.cast(counts & (tokens >= 0), tf.int32), [rows, size])
-
-    history = history[:, :end]
-    penalty = controls.repetition_penalty
-    penalised = tf.where(logits < 0, logits * penalty, logits / penalty)
-    logits = tf.where(count_tokens(history, history >= 0) > 0, penalised, logits)
-    banned = count_tokens(*_repeats(history, controls.no_repeat_ngram_size))
-    banned += count_tokens(*_completions(history, controls.bad_words))
-    stop = tf.equal(tf.range(size), controls.stop_token) & (count < controls.min_length)
-    return tf.where((banned > 0) | stop, -math.inf, logits)
+    logits, is_broken = process_logits(logits, text, params)
+    tokens = choose_token(logits, uniform, params)
+    is_allowed = tf.math.is_finite(tf.gather(logits, tokens, batch_dims=1))
+    status = tf.where(is_broken, BROKEN, tf.where(is_allowed, HEALTHY, NOTHING_LEFT))
+    return NextToken(tokens, status)
 
 
-def _repeats(history: tf.Tensor, n: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Tokens [rows, windows] that followed an n-gram's start before, and where the text ends so."""
-    end = tf.shape(history)[1]
-    before = tf.maximum(n - 1, 0)
-    windows = tf.where(n > 0, tf.maximum(end - before, 0), 0)
-    tail = history[:, end - tf.minimum(before, end) :]
-    seen = tf.gather(history, tf.range(windows)[:, tf.newaxis] + tf.range(before), axis=1)
-    same = tf.equal(seen, tail[:, tf.newaxis]) & (seen >= 0)
-    return history[:, before : before + windows], tf.reduce_all(same, axis=2)
+def process_logits(
+    logits: tf.Tensor, text: TextTokens, params: SamplingPlaceholders
+) -> ProcessedLogits:
+    """Applies the penalties to logits [rows, n_vocab], if there are any."""
+    is_broken = ~tf.math.is_finite(tf.reduce_sum(logits, axis=1))
+    logits = tf.cond(
+        params.changes_logits, lambda: _apply_penalties(logits, text, params), lambda: logits
+    )
+    return ProcessedLogits(logits, is_broken)
 
 
-def _completions(history: tf.Tensor, words: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Last tokens of the words [rows, words], and where the text ends with the others."""
-    rows, end = tf.unstack(tf.shape(history))
-    start, last = words[:, :-1], words[:, -1]
-    tail = history[:, end - tf.shape(start)[1] :][:, tf.newaxis]
-    same = tf.reduce_all(tf.equal(tail, start) | (start < 0), axis=2)
-    return tf.tile(last[tf.newaxis], [rows, 1]), same
-
-
-def choose_token(
-    logits: tf.Tensor, uniform: tf.Tensor, controls: SamplingPlaceholders
+def _apply_penalties(
+    logits: tf.Tensor, text: TextTokens, params: SamplingPlaceholders
 ) -> tf.Tensor:
-    """Next tokens [rows], from logits [rows, n_vocab] and one number in [0, 1) a row."""
-    size = tf.shape(logits)[1]
-    nucleus = (controls.top_p > 0) & (controls.top_p < 1)
-    top_p = tf.cast(controls.top_p, tf.float64)
+    rows, n_vocab = tf.unstack(tf.shape(logits))
 
-    def masses(logits: tf.Tensor, best: tf.Tensor) -> tf.Tensor:
-        return tf.exp((logits - best) / controls.temperature)
+    def count_tokens(tokens: tf.Tensor, is_counted: tf.Tensor) -> tf.Tensor:
+        row = tf.broadcast_to(tf.range(rows)[:, tf.newaxis], tf.shape(tokens))
+        indices = tf.stack([row, tf.maximum(tokens, 0)], axis=2)
+        counts = tf.cast(is_counted & (tokens >= 0), tf.int32)
+        return tf.scatter_nd(indices, counts, [rows, n_vocab])
 
-    def best() -> tf.Tensor:
-        return tf.reduce_max(logits, axis=1, keepdims=True)
+    tokens = text.tokens[:, : text.text_length]
+    penalty = params.repetition_penalty
+    penalized = tf.where(logits < 0, logits * penalty, logits / penalty)
+    logits = tf.where(count_tokens(tokens, tokens >= 0) > 0, penalized, logits)
+    forbidden = count_tokens(*_repeated_ngram_ends(tokens, params.no_repeat_ngram_size))
+    forbidden += count_tokens(*_bad_word_ends(tokens, params.bad_words))
+    is_early_stop = tf.equal(tf.range(n_vocab), params.stop_token) & (
+        text.n_generated < params.min_length
+    )
+    return tf.where((forbidden > 0) | is_early_stop, -math.inf, logits)
+
+
+def _repeated_ngram_ends(tokens: tf.Tensor, n: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Finds the tokens that would repeat an n-gram of the text.
+
+    Returns:
+        The last token of each n-gram [rows, n-grams], and whether the n-gram's other tokens equal
+        the last n - 1 tokens of the text [rows, n-grams].
+    """
+    length = tf.shape(tokens)[1]
+    before = tf.maximum(n - 1, 0)
+    n_ngrams = tf.where(n > 0, tf.maximum(length - before, 0), 0)
+    tail = tokens[:, length - tf.minimum(before, length) :]
+    starts = tf.gather(tokens, tf.range(n_ngrams)[:, tf.newaxis] + tf.range(before), axis=1)
+    is_same = tf.equal(starts, tail[:, tf.newaxis]) & (starts >= 0)
+    return tokens[:, before : before + n_ngrams], tf.reduce_all(is_same, axis=2)
+
+
+def _bad_word_ends(tokens: tf.Tensor, words: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Finds the tokens that would complete a bad word.
+
+    Returns:
+        The last token of each word [rows, words], and whether the text ends with the word's other
+        tokens [rows, words].
+    """
+    rows, length = tf.unstack(tf.shape(tokens))
+    starts, last = words[:, :-1], words[:, -1]
+    tail = tokens[:, length - tf.shape(starts)[1] :][:, tf.newaxis]
+    is_same = tf.reduce_all(tf.equal(tail, starts) | (starts < 0), axis=2)
+    return tf.tile(last[tf.newaxis], [rows, 1]), is_same
+
+
+def choose_token(logits: tf.Tensor, uniform: tf.Tensor, params: SamplingPlaceholders) -> tf.Tensor:
+    """Next tokens [rows], from logits [rows, n_vocab] and a random number in [0, 1) a row.
+
+    Top-p is nucleus sampling (Holtzman et al. 2019); after top-k, it takes its share of what top-k
+    has left.
+    """
+    n_vocab = tf.shape(logits)[1]
+    is_top_p_on = (params.top_p > 0) & (params.top_p < 1)
+    top_p = tf.cast(params.top_p, tf.float64)
+
+    def weights(logits: tf.Tensor, largest: tf.Tensor) -> tf.Tensor:
+        return tf.exp((logits - largest) / params.temperature)
+
+    def all_weights() -> tf.Tensor:
+        return weights(logits, tf.reduce_max(logits, axis=1, keepdims=True))
 
     def likeliest(k: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         values, tokens = tf.math.top_k(logits, k)
-        return tokens, _cumulate(masses(values, values[:, :1]))
+        return tokens, _cumulate(weights(values, values[:, :1]))
 
-    def top_k() -> tf.Tensor:
-        tokens, reached = likeliest(controls.top_k)
-        within = reached[:, -1] * tf.where(nucleus, top_p, 1.0)
-        return tf.gather(tokens, _draw(reached, uniform, within)[0], batch_dims=1)
+    def top_k_then_top_p() -> tf.Tensor:
+        tokens, cumulative = likeliest(params.top_k)
+        cutoff = cumulative[:, -1] * tf.where(is_top_p_on, top_p, 1.0)
+        return tf.gather(tokens, _draw(cumulative, uniform, cutoff).index, batch_dims=1)
 
     def top_p_alone() -> tf.Tensor:
-        within = top_p * tf.cast(tf.reduce_sum(masses(logits, best()), axis=1), tf.float64)
-        few = likeliest(tf.minimum(NUCLEUS, size))
-        enough = tf.reduce_all(few[1][:, -1] >= within)
-        tokens, reached = tf.cond(enough, lambda: few, lambda: likeliest(size))
-        return tf.gather(tokens, _draw(reached, uniform, within)[0], batch_dims=1)
+        cutoff = top_p * tf.cast(tf.reduce_sum(all_weights(), axis=1), tf.float64)
+        few = likeliest(tf.minimum(NUCLEUS_CANDIDATES, n_vocab))
+        are_enough = tf.reduce_all(few[1][:, -1] >= cutoff)
+        tokens, cumulative = tf.cond(are_enough, lambda: few, lambda: likeliest(n_vocab))
+        return tf.gather(tokens, _draw(cumulative, uniform, cutoff).index, batch_dims=1)
 
-    def everything() -> tf.Tensor:
-        return _draw_among_many(masses(logits, best()), uniform)
+    def from_all() -> tf.Tensor:
+        return _draw_in_two_stages(all_weights(), uniform)
 
     def sample() -> tf.Tensor:
-        truncated = (controls.top_k > 0) & (controls.top_k < size)
-        return tf.cond(truncated, top_k, lambda: tf.cond(nucleus, top_p_alone, everything))
+        is_top_k_on = (params.top_k > 0) & (params.top_k < n_vocab)
+        return tf.cond(
+            is_top_k_on, top_k_then_top_p, lambda: tf.cond(is_top_p_on, top_p_alone, from_all)
+        )
 
     def greedy() -> tf.Tensor:
         return tf.argmax(logits, axis=1, output_type=tf.int32)
 
-    return tf.cond(controls.temperature > 0, sample, greedy)
+    return tf.cond(params.temperature > 0, sample, greedy)
 
 
-def _cumulate(masses: tf.Tensor) -> tf.Tensor:
-    return tf.cumsum(tf.cast(masses, tf.float64), axis=1)
+class _Draw(NamedTuple):
+    """What was drawn.
 
-
-def _draw(
-    reached: tf.Tensor, uniform: tf.Tensor, within: tf.Tensor | None = None
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Draws an index by the inverse of a distribution function.
-
-    Args:
-        reached: cumulative masses [rows, n].
-        uniform: [rows] of numbers in [0, 1).
-        within: [rows]; the first index to reach it is the last that may come. None for all.
-
-    Returns:
-        Indices [rows], and what is left of `uniform`: again uniform in [0, 1), and independent.
+    Attributes:
+        index: [rows].
+        uniform: [rows], what is left of the random number: uniform in [0, 1) too, and independent
+            of `index`.
     """
 
-    def count(below: tf.Tensor) -> tf.Tensor:
-        indices = tf.reduce_sum(tf.cast(below, tf.int32), axis=1)
-        return tf.minimum(indices, tf.shape(reached)[1] - 1)
-
-    total = reached[:, -1]
-    if within is not None:
-        total = tf.gather(reached, count(reached < within[:, tf.newaxis]), batch_dims=1)
-    wanted = uniform * total
-    index = count(reached <= wanted[:, tf.newaxis])
-    start = tf.gather(tf.pad(reached, [[0, 0], [1, 0]]), index, batch_dims=1)
-    end = tf.gather(reached, index, batch_dims=1)
-    return index, tf.minimum((wanted - start) / (end - start), 1.0 - 2.0**-53)
+    index: Any
+    uniform: Any
 
 
-def _draw_among_many(masses: tf.Tensor, uniform: tf.Tensor) -> tf.Tensor:
-    """Draws an index [rows] with probabilities like masses [rows, n]: first a stretch, then one."""
-    size = tf.shape(masses)[1]
-    masses = tf.pad(masses, [[0, 0], [0, -size % STRETCH]])
-    masses = tf.reshape(masses, [tf.shape(masses)[0], -1, STRETCH])
-    stretch, uniform = _draw(_cumulate(tf.reduce_sum(masses, axis=2)), uniform)
-    index, _ = _draw(_cumulate(tf.gather(masses, stretch, batch_dims=1)), uniform)
-    return tf.minimum(stretch * STRETCH + index, size - 1)
+def _cumulate(weights: tf.Tensor) -> tf.Tensor:
+    return tf.cumsum(tf.cast(weights, tf.float64), axis=1)
+
+
+def _draw(cumulative: tf.Tensor, uniform: tf.Tensor, cutoff: tf.Tensor | None = None) -> _Draw:
+    """Draws an index for each row by inverse transform sampling.
+
+    Args:
+        cumulative: cumulative weights [rows, n].
+        uniform: random numbers in [0, 1) [rows].
+        cutoff: the first index whose cumulative weight reaches this is the last that may be drawn
+            [rows]; None for all.
+    """
+
+    def first_not_below(is_below: tf.Tensor) -> tf.Tensor:
+        n_below = tf.reduce_sum(tf.cast(is_below, tf.int32), axis=1)
+        return tf.minimum(n_below, tf.shape(cumulative)[1] - 1)
+
+    total = cumulative[:, -1]
+    if cutoff is not None:
+        last = first_not_below(cumulative < cutoff[:, tf.newaxis])
+        total = tf.gather(cumulative, last, batch_dims=1)
+    target = uniform * total
+    index = first_not_below(cumulative <= target[:, tf.newaxis])
+    start = tf.gather(tf.pad(cumulative, [[0, 0], [1, 0]]), index, batch_dims=1)
+    end = tf.gather(cumulative, index, batch_dims=1)
+    return _Draw(index, tf.minimum((target - start) / (end - start), 1.0 - 2.0**-53))
+
+
+def _draw_in_two_stages(weights: tf.Tensor, uniform: tf.Tensor) -> tf.Tensor:
+    """Draws an index [rows] in proportion to weights [rows, n]: first a bucket, then within it.
+
+    It saves the cumulative sum over the whole vocabulary.
+    """
+    size = tf.shape(weights)[1]
+    weights = tf.pad(weights, [[0, 0], [0, -size % BUCKET_SIZE]])
+    weights = tf.reshape(weights, [tf.shape(weights)[0], -1, BUCKET_SIZE])
+    bucket, uniform = _draw(_cumulate(tf.reduce_sum(weights, axis=2)), uniform)
+    index, _ = _draw(_cumulate(tf.gather(weights, bucket, batch_dims=1)), uniform)
+    return tf.minimum(bucket * BUCKET_SIZE + index, size - 1)

@@ -10,31 +10,117 @@ import tensorflow as tf
 
 from .. import model, session
 from ..common.checks import check_whole
-from ..encoder import Encoder
-from ..storage.load import THE_LOADED, ensure_loaded
+from ..storage.load import ensure_loaded
 from .kv_cache import build_once, placeholder
-from .request import as_strings, encode, start_ids
+from .request import build_prompt, encode_text
 from .sampling import BROKEN, HEALTHY, check_status
-from .sequences import TOKENS_AT_ONCE, checked_tokens
+from .sequences import MAX_TOKENS_PER_RUN, check_tokens
+from .settings import as_strings
 
-# Scoring makes so many rows of logits at a time.
-LOGITS_ROWS = 256
+# Rows of logits that exist at the same time: 256 of 50,257 float32 are 51 MB.
+MAX_LOGITS_ROWS = 256
 
 
 class ScoreOps(NamedTuple):
-    """What the model says of `tokens` [rows, time].
+    """What the model predicts.
 
     Attributes:
-        tokens: what it reads.
-        targets: [rows, time], what comes after each of them.
-        scores: log-probabilities of the targets [rows, time].
-        next: log-probabilities of what comes after the last column [rows, n_vocab].
+        tokens: what it reads [rows, time].
+        targets: the token after each of them [rows, time].
+        target_scores: log-probabilities of the targets [rows, time].
+        next_scores: log-probabilities of all tokens after the last column [rows, n_vocab].
     """
 
     tokens: Any
     targets: Any
-    scores: Any
-    next: Any
+    target_scores: Any
+    next_scores: Any
+
+
+class TextScore(NamedTuple):
+    """How likely a model finds a text.
+
+    Attributes:
+        text: the text.
+        tokens: its token ids.
+        log_probabilities: the natural logarithm of each token's probability, given the tokens
+            before it; float32 [tokens]. The first token comes after `<|endoftext|>`; if the
+            vocabulary lacks that, its value is 0 and does not count.
+        perplexity: the exponential of their negative mean.
+    """
+
+    text: str
+    tokens: list[int]
+    log_probabilities: np.ndarray
+    perplexity: float
+
+
+def score(
+    sess: tf.compat.v1.Session, texts: str | Sequence[str], stride: int | None = None
+) -> list[TextScore]:
+    """Computes how likely a model finds texts.
+
+    Args:
+        sess: a session with a model.
+        texts: a text, or several.
+        stride: tokens by which the window moves along a text longer than the context; None for
+            half of the context. With a smaller stride each token has more tokens before it, and
+            scoring takes longer.
+
+    Returns:
+        For each text its tokens, their log-probabilities and its perplexity.
+
+    Raises:
+        RuntimeError: the session holds no model, or is closed; or the weights are not finite
+            numbers.
+        ValueError: a text is empty, or the stride is out of range.
+    """
+    encoder = ensure_loaded(sess).encoder
+    texts = as_strings("texts", texts)
+    rows = [encode_text(text, encoder) for text in texts]
+    if not all(rows):
+        raise ValueError("an empty text has no score; leave it out")
+    start = [] if encoder.end_of_text is None else [encoder.end_of_text]
+    scores = score_tokens(sess, [start + row for row in rows], stride)
+    return [_text_score(*found) for found in zip(texts, rows, scores, strict=True)]
+
+
+def _text_score(text: str, tokens: list[int], scores: np.ndarray) -> TextScore:
+    mean = float(scores.mean()) if len(scores) else 0.0
+    if len(scores) < len(tokens):  # nothing comes before the first token
+        scores = np.concatenate([np.zeros(1, np.float32), scores])
+    return TextScore(text, tokens, scores, float(np.exp(-mean)))
+
+
+def next_token_probs(
+    sess: tf.compat.v1.Session, prefix: str = "", k: int = 10
+) -> list[tuple[str, float]]:
+    """Computes which tokens a model finds likeliest after a text.
+
+    Args:
+        sess: a session with a model.
+        prefix: the text; its last n_ctx tokens are read.
+        k: how many tokens to return.
+
+    Returns:
+        The likeliest next tokens, as text, and their probabilities, the likeliest first.
+
+    Raises:
+        RuntimeError: the session holds no model, or is closed; or the weights are not finite
+            numbers.
+        ValueError: k is out of range, or the prefix is no string.
+    """
+    encoder = ensure_loaded(sess).encoder
+    if not isinstance(prefix, str):
+        raise ValueError(f"prefix={prefix!r} must be a string")
+    tokens, probabilities = likeliest_next_tokens(sess, build_prompt(prefix, encoder).tokens, k)
+    return [
+        (encoder.decode([token], surrogates=False), float(probability))
+        for token, probability in zip(tokens, probabilities, strict=True)
+    ]
+
+
+# --- token ids ------------------------------------------------------------------------------------
 
 
 def score_tokens(
@@ -46,56 +132,65 @@ def score_tokens(
         sess: a session that holds a model.
         rows: token ids; the rows may differ in length and be longer than the context.
         stride: how far the window moves along rows longer than n_ctx; None for n_ctx // 2. Tokens
-            then have at least n_ctx - stride tokens before them. Smaller is slower and better.
+            then have at least n_ctx - stride tokens before them. Smaller is slower and more
+            accurate.
 
     Returns:
         A float32 array for each row, shorter than it by one: nothing comes before the first token.
 
     Raises:
-        ValueError: an argument out of range.
-        RuntimeError: the session is closed or holds no model; weights that are not numbers.
+        ValueError: an argument is out of range.
+        RuntimeError: the session is closed or holds no model; or the weights are not finite
+            numbers.
     """
-    score = build_once(sess, _build_score)
+    ops = build_once(sess, _build_score)
     hparams = session.graph_state(sess).hparams
     stride = max(1, hparams.n_ctx // 2) if stride is None else stride
     check_whole("stride", stride, 1)
     if stride > hparams.n_ctx:
         raise ValueError(f"stride={stride} must not be above n_ctx={hparams.n_ctx}")
-    texts = [checked_tokens(row, hparams.n_vocab) for row in rows]
-    scores = [np.zeros(len(text) - 1, np.float32) for text in texts]
-    windows = _windows([len(text) - 1 for text in texts], hparams.n_ctx, stride)
+    rows = [check_tokens(row, hparams.n_vocab) for row in rows]
+    scores = [np.zeros(len(row) - 1, np.float32) for row in rows]
+    windows = _windows([len(row) - 1 for row in rows], hparams.n_ctx, stride)
     while windows:
-        count = max(1, TOKENS_AT_ONCE // windows[0].length)
-        group, windows = windows[:count], windows[count:]
-        pairs = np.zeros([2, len(group), group[0].length], np.int32)
-        for i, (length, row, start, _) in enumerate(group):
-            text = texts[row][start : start + length + 1]
-            pairs[:, i, :length] = text[:-1], text[1:]
-        found = sess.run(score.scores, {score.tokens: pairs[0], score.targets: pairs[1]})
-        for (length, row, start, known), values in zip(group, found, strict=True):
-            scores[row][start + known : start + length] = values[known:length]
+        count = max(1, MAX_TOKENS_PER_RUN // windows[0].length)
+        batch, windows = windows[:count], windows[count:]
+        pairs = np.zeros([2, len(batch), batch[0].length], np.int32)
+        for i, (length, row, start, _) in enumerate(batch):
+            tokens = rows[row][start : start + length + 1]
+            pairs[:, i, :length] = tokens[:-1], tokens[1:]
+        found = sess.run(ops.target_scores, {ops.tokens: pairs[0], ops.targets: pairs[1]})
+        for (length, row, start, skipped), values in zip(batch, found, strict=True):
+            scores[row][start + skipped : start + length] = values[skipped:length]
     check_status(np.where([np.isfinite(values).all() for values in scores], HEALTHY, BROKEN))
     return scores
 
 
 class _Window(NamedTuple):
-    """A part of a row, of which another window tells the first `known` tokens better."""
+    """A part of a row that is scored in one run.
+
+    Attributes:
+        length: how many tokens it scores.
+        row: the row's number.
+        start: where it starts in the row.
+        skipped: scores at its start that the window before has, with more tokens before them.
+    """
 
     length: int
     row: int
     start: int
-    known: int
+    skipped: int
 
 
 def _windows(lengths: list[int], n_ctx: int, stride: int) -> list[_Window]:
-    """Covers rows of these lengths; the longest windows first, as likes pad each other least."""
-    found = []
+    """Covers rows of these lengths; the longest windows come first, so that padding is short."""
+    windows = []
     for row, length in enumerate(lengths):
         starts = range(0, max(1, length - n_ctx + stride), stride) if length else ()
         for start in starts:
-            known = n_ctx - stride if start else 0
-            found.append(_Window(min(n_ctx, length - start), row, start, known))
-    return sorted(found, reverse=True)
+            skipped = n_ctx - stride if start else 0
+            windows.append(_Window(min(n_ctx, length - start), row, start, skipped))
+    return sorted(windows, reverse=True)
 
 
 def likeliest_next_tokens(
@@ -105,132 +200,64 @@ def likeliest_next_tokens(
 
     Args:
         sess: a session that holds a model.
-        tokens: the text so far, of which the last n_ctx are read.
+        tokens: the text so far; its last n_ctx tokens are read.
         k: how many; at most the whole vocabulary.
 
     Returns:
         Token ids int32 [k], the likeliest first, and their probabilities float32 [k].
 
     Raises:
-        ValueError: an argument out of range.
-        RuntimeError: the session is closed or holds no model; weights that are not numbers.
+        ValueError: an argument is out of range.
+        RuntimeError: the session is closed or holds no model; or the weights are not finite
+            numbers.
     """
-    score = build_once(sess, _build_score)
+    ops = build_once(sess, _build_score)
     hparams = session.graph_state(sess).hparams
     check_whole("k", k, 1)
-    text = checked_tokens(tokens, hparams.n_vocab)[-hparams.n_ctx :]
-    (found,) = sess.run(score.next, {score.tokens: [text]})
-    check_status(np.where(np.isfinite(found).all(), HEALTHY, BROKEN))
-    best = np.argsort(-found, kind="stable")[:k].astype(np.int32)
-    return best, np.exp(found[best])
+    read = check_tokens(tokens, hparams.n_vocab)[-hparams.n_ctx :]
+    (scores,) = sess.run(ops.next_scores, {ops.tokens: [read]})
+    check_status(np.where(np.isfinite(scores).all(), HEALTHY, BROKEN))
+    best = np.argsort(-scores, kind="stable")[:k].astype(np.int32)
+    return best, np.exp(scores[best])
 
 
 def _build_score(weights: model.Weights, hparams: model.HParams) -> ScoreOps:
     tokens, targets = (placeholder(tf.int32, None, None) for _ in range(2))
-    time_ = tf.shape(tokens)[1]
-    mask = model.causal_mask(time_, time_)
-    x = tf.gather(weights.wte, tokens) + weights.wpe[:time_]
+    time = tf.shape(tokens)[1]
+    mask = model.causal_mask(time, time)
+    x = tf.gather(weights.wte, tokens) + weights.wpe[:time]
     for block in weights.blocks:
         x, _ = model.transformer_block(x, block, hparams.n_head, None, lambda *_: mask)
     h = model.layer_norm(x, weights.ln_f)  # [rows, time, embd]
-    flat, wanted = tf.reshape(h, [-1, hparams.n_embd]), tf.reshape(targets, [-1])
+    rows = tf.reshape(h, [-1, hparams.n_embd])
+    scores = target_scores(weights, rows, tf.reshape(targets, [-1]))
+    next_scores = tf.nn.log_softmax(model.project(weights, h[:, -1]))
+    return ScoreOps(tokens, targets, tf.reshape(scores, tf.shape(targets)), next_scores)
+
+
+def target_scores(weights: model.Weights, h: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+    """Log-probabilities of given next tokens; never more than MAX_LOGITS_ROWS rows of logits exist.
+
+    Args:
+        weights: tensors.
+        h: hidden states [rows, embd].
+        targets: the tokens after them [rows].
+
+    Returns:
+        float32 [rows].
+    """
 
     def body(start: tf.Tensor, out: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
-        end = start + LOGITS_ROWS
-        scores = tf.nn.log_softmax(model.project(weights, flat[start:end]))
-        found = tf.gather(scores, wanted[start:end], batch_dims=1)
-        return end, out.write(start // LOGITS_ROWS, found)
+        end = start + MAX_LOGITS_ROWS
+        scores = tf.nn.log_softmax(model.project(weights, h[start:end]))
+        found = tf.gather(scores, targets[start:end], batch_dims=1)
+        return end, out.write(start // MAX_LOGITS_ROWS, found)
 
     out = tf.TensorArray(tf.float32, 0, True, infer_shape=False, element_shape=[None])
     _, out = tf.while_loop(
-        lambda start, _: start < tf.shape(flat)[0], body, [tf.constant(0), out],
+        lambda start, _: start < tf.shape(h)[0],
+        body,
+        [tf.constant(0), out],
         parallel_iterations=1,
-    )  # fmt: skip
-    scores = tf.reshape(out.concat(), tf.shape(targets))
-    return ScoreOps(tokens, targets, scores, tf.nn.log_softmax(model.project(weights, h[:, -1])))
-
-
-class TextScore(NamedTuple):
-    """What a model thinks of a text.
-
-    Attributes:
-        text: the text.
-        tokens: its token ids.
-        log_probabilities: natural logarithms of each token's probability given those before,
-            float32 [tokens]. The first token comes after `<|endoftext|>`, where the vocabulary
-            has that, and else counts for nothing: 0.
-        perplexity: the exponential of their negative mean.
-    """
-
-    text: str
-    tokens: list[int]
-    log_probabilities: np.ndarray
-    perplexity: float
-
-
-def score_texts(
-    sess: tf.compat.v1.Session, enc: Encoder, texts: Sequence[str], stride: int | None
-) -> list[TextScore]:
-    """Scores each text; see gpt_2.score.
-
-    Raises:
-        ValueError: an empty text.
-    """
-    rows = [encode(enc, text) for text in texts]
-    if not all(rows):
-        raise ValueError("an empty text has no score; leave it out")
-    start = [] if enc.end_of_text is None else [enc.end_of_text]
-    found = score_tokens(sess, [start + row for row in rows], stride)
-    scores = []
-    for text, row, values in zip(texts, rows, found, strict=True):
-        known = values if start else np.concatenate([np.zeros(1, np.float32), values])
-        mean = float(values.mean()) if len(values) else 0.0
-        scores.append(TextScore(text, row, known, float(np.exp(-mean))))
-    return scores
-
-
-def score(
-    sess: tf.compat.v1.Session, texts: str | Sequence[str], stride: int | None = None
-) -> list[TextScore]:
-    """Tells how likely a model finds texts.
-
-    Args:
-        sess: a session with a model.
-        texts: a text, or several.
-        stride: tokens by which the window moves along a text longer than the context; None means
-            half of it. Smaller is slower, and gives each token more to go by.
-
-    Returns:
-        For each text its tokens, their log-probabilities and its perplexity.
-
-    Raises:
-        RuntimeError: the session holds no model, or is closed.
-        ValueError: an empty text, or a stride out of range.
-    """
-    state = ensure_loaded(sess, THE_LOADED, "checkpoint", None, "models")
-    return score_texts(sess, state.encoder, as_strings("texts", texts), stride)
-
-
-def next_token_probs(
-    sess: tf.compat.v1.Session, prefix: str = "", k: int = 10
-) -> list[tuple[str, float]]:
-    """Tells what a model would go on with.
-
-    Args:
-        sess: a session with a model.
-        prefix: the text so far, of which the last n_ctx tokens are read.
-        k: how many tokens to tell.
-
-    Returns:
-        The likeliest next tokens, as text, and their probabilities, the likeliest first.
-
-    Raises:
-        RuntimeError: the session holds no model, or is closed.
-        ValueError: k is out of range, or the prefix is no string.
-    """
-    enc = ensure_loaded(sess, THE_LOADED, "checkpoint", None, "models").encoder
-    if not isinstance(prefix, str):
-        raise ValueError(f"prefix={prefix!r} must be a string")
-    found, shares = likeliest_next_tokens(sess, start_ids(enc, prefix), k)
-    pairs = zip(found, shares, strict=True)
-    return [(enc.decode([token], surrogates=False), float(share)) for token, share in pairs]
+    )
+    return out.concat()

@@ -7,10 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar
 
 from ..common.settings import Field, Setting, Settings, convert, fields_of
-
-# The default of run_name. It equals "run1", as in gpt-2-simple 0.8.1, but it is another object: so
-# a caller who names run1 gets run1, and a caller who names no run gets what the session holds.
-LOADED_RUN = str(b"run1", "ascii")
+from ..storage.settings import LOADED_RUN
 
 # The largest int32: TensorFlow's placeholders for whole numbers hold no more.
 MAX_INT32 = 2**31 - 1
@@ -112,9 +109,10 @@ class GenerationSettings(Settings):
         int | None,
         Setting(
             group=FILES,
-            help="Texts to generate at the same time. None, which the command line calls 'auto', "
-            "chooses a number that fits in memory",
+            help="Texts to generate at the same time. None chooses a number that fits in memory. "
+            "On the command line, 'auto' does",
             at_least=1,
+            none_word="auto",
         ),
     ] = 1
     length: Annotated[

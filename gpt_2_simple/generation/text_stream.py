@@ -1,215 +1,210 @@
-"""Requests in, finished texts out, in order or as they come."""
+"""A request in; finished texts out, or the pieces of a text while it is generated."""
 
 from __future__ import annotations
 
 import contextlib
-import secrets
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
 
-from .. import model, session
 from ..common.report import progress
-from ..encoder import Encoder, IncrementalDecoder
+from ..encoder import IncrementalDecoder
 from . import beam_search, sequences
-from .request import GenerationRequest, start_ids
-from .stopping import StopCriteria
-
-# Rows generated at once where the caller leaves it open: more are hardly quicker on a CPU.
-MOST_ROWS = 32
-
-# Bytes of keys and values that these rows may take together, with their contexts full.
-CACHE_BYTES = 2 * 2**30
+from .request import GenerationRequest, Prompt
+from .stopping import ends_with
 
 
-class _Text:
-    """One text as it grows.
+class GeneratedText(NamedTuple):
+    """A finished text.
 
     Attributes:
-        new: what was generated so far after the prefix, up to its end.
+        prefix: the prefix that it was generated from; '' for none.
+        text: the whole text, with its prefix if that was wanted.
+    """
+
+    prefix: str
+    text: str
+
+
+class GrowingText:
+    """A text that gets its tokens one chunk after the other.
+
+    Attributes:
+        prompt: what it starts with.
+        new_text: what was generated after the prefix, up to the text's end.
         ended: whether there will be no more.
     """
 
-    def __init__(self, enc: Encoder, prefix: str, end: StopCriteria):
-        self.prefix, self.end = prefix, end
-        self.decoder = IncrementalDecoder(enc)
-        self.new = ""
-        self.told = 0
-        self.started = self.ended = False
+    def __init__(self, request: GenerationRequest, prompt: Prompt) -> None:
+        self.prompt = prompt
+        self.new_text = ""
+        self.ended = False
+        self._prefix = prompt.text if request.include_prefix else ""
+        self._stop = request.stop
+        self._decoder = IncrementalDecoder(request.encoder)
+        self._n_taken: int | None = None  # characters; None before the prefix was taken
 
-    def feed(self, ids: np.ndarray | Sequence[int]) -> None:
-        """Takes the next tokens; -1 stands for none."""
-        if self.ended:
-            return
-        ids = np.asarray(ids, np.int32)
-        ids = ids[ids >= 0]
-        stops = len(ids) and ids[-1] == self.end.stop_token
-        self._add(self.decoder.feed(ids[:-1] if stops and not self.end.include_stop else ids))
-        if stops:
-            self.finish()
+    def append(self, tokens: Sequence[int]) -> None:
+        """Adds the next tokens, unless the text has ended."""
+        if not self.ended:
+            self._add(self._decoder.feed(self._stop.drop_stop_token(tokens)))
+            if ends_with(tokens, self._stop.stop_token):
+                self.finish()
 
     def finish(self) -> None:
         """Ends the text; half a character at its end becomes U+FFFD."""
         if not self.ended:
-            self._add(self.decoder.flush())
+            self._add(self._decoder.flush())
             self.ended = True
 
     def _add(self, more: str) -> None:
-        # A stop may have begun in what was there before.
-        start = max(0, len(self.new) - self.end.longest + 1)
-        self.new += more
-        place = self.end.find(self.new, start)
-        if place is not None:
-            self.new, self.ended = self.new[:place], True
+        n_searched = len(self.new_text)
+        self.new_text += more
+        end = self._stop.find_end(self.new_text, n_searched)
+        if end is not None:
+            self.new_text, self.ended = self.new_text[:end], True
 
-    def tell(self) -> str:
-        """What can be shown that was not yet: no more of it can turn out to be a stop's start."""
-        safe = len(self.new)
-        if not self.ended:
-            for stop in self.end.strings:
-                held = (n for n in range(len(stop) - 1, 0, -1) if self.new.endswith(stop[:n]))
-                safe = min(safe, len(self.new) - next(held, 0))
-        piece, self.told = self.new[self.told : safe], max(self.told, safe)
-        if self.started or not (piece or self.ended):
-            return piece
-        self.started = True
-        return self._start() + piece
+    def take_ready(self) -> str:
+        """What can be shown and was not taken yet; the prefix comes first.
 
-    def _start(self) -> str:
-        return self.prefix if self.end.include_prefix else ""
+        The start of a stop string is not ready before it is known not to be one.
+        """
+        text = self.new_text
+        n_ready = len(text) if self.ended else self._stop.count_ready(text)
+        if self._n_taken is None:
+            if not (n_ready or self.ended):
+                return ""
+            self._n_taken = n_ready
+            return self._prefix + text[:n_ready]
+        ready = text[self._n_taken : n_ready]
+        self._n_taken = max(self._n_taken, n_ready)
+        return ready
 
-    @property
-    def whole(self) -> str:
-        """The text as the caller gets it."""
-        if self.prefix and self.end.include_prefix:
-            return self.prefix + self.new
-        return self.new.lstrip("\n")
-
-
-def rows_at_once(hparams: model.HParams, request: GenerationRequest) -> int:
-    """The batch size: the caller's, or what fits CACHE_BYTES with full contexts."""
-    if request.batch_size is not None:
-        return request.batch_size
-    cache = 4 * 2 * hparams.n_layer * hparams.n_ctx * hparams.n_embd
-    return max(1, min(request.total, MOST_ROWS, CACHE_BYTES // cache))
+    def result(self) -> GeneratedText:
+        """The text so far, as the caller gets it."""
+        text = self._prefix + self.new_text if self._prefix else self.new_text.lstrip("\n")
+        return GeneratedText(self.prompt.text, text)
 
 
 def generate_texts(
-    sess: tf.compat.v1.Session, state: session.GraphState, request: GenerationRequest
-) -> Iterator[str]:
+    sess: tf.compat.v1.Session, request: GenerationRequest
+) -> Iterator[GeneratedText]:
     """Generates a request's texts, a batch at a time.
 
     Yields:
-        Each finished text, for each prefix in turn. After Ctrl-C, those that are finished and what
-        there is of the others in the batch.
+        Each finished text, for each prompt in turn. After Ctrl-C: the finished texts, and the
+        others of the batch as far as they have come.
 
     Raises:
-        KeyboardInterrupt: once all of that was given.
+        KeyboardInterrupt: after Ctrl-C, once all of these were given.
     """
-    if request.beams.count > 1:
-        yield from _search_texts(sess, state, request)
-        return
-    seed = secrets.randbits(31) if request.seed is None else request.seed
-    prefixes = [prefix for prefix in request.prefixes for _ in range(request.nsamples)]
-    step = rows_at_once(state.hparams, request)
-    with progress(total=len(prefixes) * request.length, desc="Generating", unit="tok") as bar:
-        for first in range(0, len(prefixes), step):
-            rows = range(first, min(first + step, len(prefixes)))
-            texts = [_Text(state.encoder, prefixes[row], request.end) for row in rows]
-            interrupted = False
+    searches = request.beams.count > 1
+    generate_batch = _search_batch if searches else _sample_batch
+    n_sequences = len(request.prompts) if searches else request.n_texts
+    step = max(1, request.max_rows // request.beams.count)
+    total, title = n_sequences * request.length, "Searching" if searches else "Generating"
+    with progress(total=total, desc=title, unit="tok") as bar:
+        for first in range(0, n_sequences, step):
+            batch = range(first, min(first + step, n_sequences))
+            texts: list[GrowingText] = []
+            is_interrupted = False
             try:
-                for count in _write(sess, state.encoder, request, texts, rows, seed):
-                    bar.update(count)
+                for n_tokens in generate_batch(sess, request, batch, texts):
+                    bar.update(n_tokens)
             except KeyboardInterrupt:
-                interrupted = True
-            bar.set_postfix(texts=rows.stop, refresh=False)
-            yield from (text.whole for text in texts)
-            if interrupted:
-                raise KeyboardInterrupt
-
-
-def _search_texts(
-    sess: tf.compat.v1.Session, state: session.GraphState, request: GenerationRequest
-) -> Iterator[str]:
-    """As generate_texts, by beam search: for each prefix the `nsamples` best texts."""
-
-    def ends(new: list[int]) -> bool:
-        return request.end.find(state.encoder.decode(new), 0) is not None
-
-    step = max(1, rows_at_once(state.hparams, request) // request.beams.count)
-    with progress(
-        total=len(request.prefixes) * request.length, desc="Searching", unit="tok"
-    ) as bar:
-        for first in range(0, len(request.prefixes), step):
-            prefixes = request.prefixes[first : first + step]
-            starts = [start_ids(state.encoder, prefix) for prefix in prefixes]
-            interrupted = False
-            with beam_search.BeamSearch(
-                sess, starts, request.length, request.beams, request.settings,
-                ends if request.end.strings else None,
-            ) as search:  # fmt: skip
-                try:
-                    while not search.done:
-                        bar.update(search.step())
-                except KeyboardInterrupt:
-                    interrupted = True
-                found = search.best()
-            for prefix, texts in zip(prefixes, found, strict=True):
-                for _, ids in texts[: request.nsamples]:
-                    text = _Text(state.encoder, prefix, request.end)
-                    text.feed(ids)
-                    text.finish()
-                    yield text.whole
-            if interrupted:
+                is_interrupted = True
+            bar.set_postfix(texts=batch.stop, refresh=False)
+            for text in texts:
+                yield text.result()
+            if is_interrupted:
                 raise KeyboardInterrupt
 
 
 def stream_text(
-    sess: tf.compat.v1.Session, state: session.GraphState, request: GenerationRequest
+    sess: tf.compat.v1.Session, request: GenerationRequest, index: int
 ) -> Iterator[str]:
-    """Generates a request's texts one after the other, each in pieces as they come.
+    """Generates one text of a request, by its number from 0.
 
     Yields:
-        Pieces: never half a character, never the start of a stop. An empty piece ends a text.
+        Pieces that are not empty: never half a character, never the start of a stop string.
     """
-    seed = secrets.randbits(31) if request.seed is None else request.seed
-    prefixes = [prefix for prefix in request.prefixes for _ in range(request.nsamples)]
-    for row, prefix in enumerate(prefixes):
-        text = _Text(state.encoder, prefix, request.end)
-        for _ in _write(sess, state.encoder, request, [text], range(row, row + 1), seed):
-            piece = text.tell()
-            if piece:
-                yield piece
-        yield ""
+    texts: list[GrowingText] = []
+    for _ in _sample_batch(sess, request, range(index, index + 1), texts):
+        yield from _pieces(texts)
+    yield from _pieces(texts)
 
 
-def _write(
+def _pieces(texts: list[GrowingText]) -> Iterator[str]:
+    return filter(None, (text.take_ready() for text in texts))
+
+
+def _sample_batch(
     sess: tf.compat.v1.Session,
-    enc: Encoder,
     request: GenerationRequest,
-    texts: Sequence[_Text],
-    rows: range,
-    seed: int,
+    indices: range,
+    texts: list[GrowingText],
 ) -> Iterator[int]:
-    """Lets `texts` grow to their ends; yields how many tokens were added each time."""
-    starts = [start_ids(enc, text.prefix) for text in texts]
-    tokens = sequences.generate_tokens(
-        sess, starts, request.length, request.settings, seed, list(rows)
+    """Adds the texts with these numbers to `texts` and lets them grow to their ends.
+
+    Yields:
+        How many tokens were added, after each chunk.
+    """
+    texts += [GrowingText(request, request.prompt_of(index)) for index in indices]
+    chunks = sequences.generate_tokens(
+        sess,
+        [text.prompt.tokens for text in texts],
+        request.length,
+        request.sampling,
+        request.seed,
+        list(indices),
     )
-    with contextlib.closing(tokens):
+    ended = None
+    try:
+        with contextlib.closing(chunks), contextlib.suppress(StopIteration):
+            while not all(text.ended for text in texts):
+                chunk = chunks.send(ended)
+                for text, tokens in zip(texts, chunk, strict=True):
+                    text.append(tokens[tokens >= 0])
+                yield int(np.count_nonzero(chunk >= 0))
+                ended = np.array([text.ended for text in texts])
+    finally:
+        for text in texts:
+            text.finish()
+
+
+def _search_batch(
+    sess: tf.compat.v1.Session,
+    request: GenerationRequest,
+    indices: range,
+    texts: list[GrowingText],
+) -> Iterator[int]:
+    """Adds to `texts` the best texts for the prompts with these numbers.
+
+    Yields:
+        How many tokens were added, after each step.
+    """
+
+    def ends(new_tokens: list[int]) -> bool:
+        return request.stop.find_end(request.encoder.decode(new_tokens)) is not None
+
+    prompts = [request.prompts[index] for index in indices]
+    with beam_search.BeamSearch(
+        sess,
+        [prompt.tokens for prompt in prompts],
+        request.length,
+        request.beams,
+        request.sampling,
+        ends if request.stop.strings else None,
+    ) as search:
         try:
-            piece = next(tokens)
-            while True:
-                for text, ids in zip(texts, piece, strict=True):
-                    text.feed(ids)
-                yield int(np.count_nonzero(piece >= 0))
-                if all(text.ended for text in texts):
-                    return
-                piece = tokens.send(np.array([text.ended for text in texts]))
-        except StopIteration:
-            pass
+            while not search.done:
+                yield search.step()
         finally:
-            for text in texts:
-                text.finish()
-    yield 0
+            for prompt, hypotheses in zip(prompts, search.best(), strict=True):
+                for hypothesis in hypotheses[: request.nsamples]:
+                    text = GrowingText(request, prompt)
+                    text.append(hypothesis.tokens)
+                    text.finish()
+                    texts.append(text)

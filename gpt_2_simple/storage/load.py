@@ -12,10 +12,7 @@ from ..common.report import is_silent, say, verbosity
 from ..common.settings import session_function
 from . import checkpoint as checkpoints
 from . import runs
-from .settings import LoadSettings
-
-# The default of generate()'s run_name: "run1", as ever, but not the same as if the caller said so.
-THE_LOADED = str(b"run1", "ascii")
+from .settings import LOADED_RUN, LoadSettings
 
 # Attempts to load from a run that another process is training.
 LOADS = 10
@@ -88,14 +85,14 @@ def restore_weights(sess: tf.compat.v1.Session, state: session.GraphState, prefi
 
 def ensure_loaded(
     sess: tf.compat.v1.Session,
-    run_name: str,
-    checkpoint_dir: str,
-    model_name: str | None,
-    model_dir: str,
+    run_name: str = LOADED_RUN,
+    checkpoint_dir: str = "checkpoint",
+    model_name: str | None = None,
+    model_dir: str = "models",
 ) -> session.GraphState:
     """The session's model, after loading what the caller names if that is something else."""
     state = session.graph_state(sess)
-    named = model_name is not None or run_name is not THE_LOADED or checkpoint_dir != "checkpoint"
+    named = model_name is not None or run_name is not LOADED_RUN or checkpoint_dir != "checkpoint"
     if state.loaded_folder is None and not named:
         raise RuntimeError(
             "this session has no model yet: call gpt2.load_gpt2(sess) for a run of yours, "

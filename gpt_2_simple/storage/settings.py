@@ -13,6 +13,11 @@ from ..common.settings import Setting, Settings
 
 MODEL, SIZE, MODEL_OR_RUN = "model", "size", "model or run"
 
+# The default of generate()'s run_name. It equals "run1", as in gpt-2-simple 0.8.1, but it is
+# another object: a caller who names run1 gets run1, and a caller who names no run gets what the
+# session holds.
+LOADED_RUN = str(b"run1", "ascii")
+
 _MODEL_DIR_HELP = "Folder that holds the models"
 _NAMED_SIZE = "the named size's"
 

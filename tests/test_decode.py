@@ -1,0 +1,78 @@
+"""The prefill and the decode loop against a NumPy GPT-2 that computes every position afresh."""
+
+import numpy as np
+import oracle
+import pytest
+from small_model import PREFIXES, WEIGHTS, expected, loader, started, write
+
+from gpt_2_simple import model
+from gpt_2_simple.generation import kv_cache, sequences
+from gpt_2_simple.sample import SamplingParams, next_token_probs, score_tokens
+
+
+@pytest.mark.parametrize("chunk", [1, 7, None])
+@pytest.mark.parametrize("prefixes", [[[7]], [[1, 2, 3, 4, 5]], PREFIXES, [[9], [9], [3, 3], [9]]])
+def test_greedy_equals_the_full_forward_pass(small_sess, prefixes, chunk):
+    length = 60  # the window slides several times, at another moment for each row
+    found = write(small_sess, prefixes, length, chunk=chunk)
+    assert found.dtype == np.int32
+    assert found.tolist() == [expected(prefix, length) for prefix in prefixes]
+
+
+@pytest.mark.parametrize(
+    "hparams",
+    [
+        model.HParams(n_vocab=50, n_ctx=8, n_embd=6, n_head=1, n_layer=1),
+        model.HParams(n_vocab=259, n_ctx=100, n_embd=24, n_head=3, n_layer=3),
+        model.HParams(n_vocab=5, n_ctx=1, n_embd=10, n_head=5, n_layer=1),
+    ],
+)
+def test_decode_of_other_model_sizes(hparams, monkeypatch):
+    monkeypatch.setattr(sequences, "MIN_CACHE_GROWTH", 3)
+    monkeypatch.setattr(sequences, "MAX_TOKENS_PER_RUN", 5)
+    weights = oracle.random_weights(hparams, seed=1)
+    with started(weights, hparams) as sess:
+        for prefixes in [[[3]], [[1, 2, 3, 4, 0, 1, 2][: hparams.n_ctx], [2]]]:
+            found = write(sess, prefixes, 30)
+            for prefix, tokens in zip(prefixes, found, strict=True):
+                text, start = list(prefix), 0
+                for token in tokens:
+                    if len(text) - start > hparams.n_ctx:
+                        start = len(text) - max(1, hparams.n_ctx // 2)
+                    logits = oracle.logits(weights, hparams, text[start:])[-1]
+                    assert logits[token] > logits.max() - 1e-4
+                    text.append(int(token))
+
+
+def test_window_slides_many_times(small_sess):
+    tokens = write(small_sess, [[5, 6]], 500)
+    assert tokens[0].tolist() == expected([5, 6], 500)
+
+
+@pytest.fixture(scope="module")
+def broken():
+    """A session, and what puts one NaN into one of its variables."""
+    with started() as sess:
+        load = loader(sess)
+
+        def spoil(name):
+            spoilt = WEIGHTS[name].copy()
+            spoilt.flat[-1] = np.nan
+            load({**WEIGHTS, name: spoilt})
+
+        yield sess, spoil
+
+
+@pytest.mark.parametrize("name", ["model/wte", "model/h1/mlp/c_fc/w", "model/ln_f/b"])
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}, {}])
+def test_nan_weights_are_an_error(broken, name, settings):
+    sess, spoil = broken
+    spoil(name)
+    for prefixes in [[[1]], PREFIXES]:
+        with pytest.raises(RuntimeError, match="weights are broken"):
+            write(sess, prefixes, 5, SamplingParams(**settings))
+    assert sess.run(kv_cache.cache_ops(sess).n_caches) == 0
+    with pytest.raises(RuntimeError, match="weights are broken"):
+        next_token_probs(sess, [1, 2])
+    with pytest.raises(RuntimeError, match="weights are broken"):
+        score_tokens(sess, [[1, 2]])

@@ -1,0 +1,142 @@
+"""Drawn tokens against their distribution; penalties against changed logits."""
+
+import numpy as np
+import oracle
+import pytest
+from small_model import HPARAMS, PREFIXES, WEIGHTS, expected, log_softmax, started, write
+
+from gpt_2_simple.generation import sampling
+from gpt_2_simple.sample import SamplingParams
+
+SETTINGS = {
+    "all": ({"temperature": 1.0}, lambda p: p),
+    "cold": ({"temperature": 0.5}, lambda p: p**2),
+    "top_k": ({"temperature": 1.0, "top_k": 5}, lambda p: top(p, 5)),
+    "top_k 1": ({"temperature": 2.0, "top_k": 1}, lambda p: top(p, 1)),
+    "top_k of more than there are": ({"temperature": 1.0, "top_k": 99}, lambda p: p),
+    "top_p": ({"temperature": 1.0, "top_p": 0.6}, lambda p: nucleus(p, 0.6)),
+    "top_p off": ({"temperature": 1.0, "top_p": 1.0}, lambda p: p),
+    "tiny top_p": ({"temperature": 1.0, "top_p": 1e-9}, lambda p: top(p, 1)),
+    "both": ({"temperature": 1.0, "top_k": 9, "top_p": 0.5}, lambda p: nucleus(top(p, 9), 0.5)),
+    "cold nucleus": ({"temperature": 0.7, "top_p": 0.8}, lambda p: nucleus(p ** (1 / 0.7), 0.8)),
+}
+
+
+def top(p, k):
+    p = p * (p >= np.sort(p)[-k])
+    return p / p.sum()
+
+
+def nucleus(p, mass):
+    order = np.argsort(-p)
+    reached = np.cumsum(p[order] / p.sum())
+    kept = order[: int((reached < mass).sum()) + 1]
+    return np.where(np.isin(np.arange(len(p)), kept), p, 0)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_frequencies_match_the_distribution(small_sess, name):
+    check_frequencies(small_sess, name)
+
+
+def test_top_p_nucleus_larger_than_the_candidates(monkeypatch):
+    monkeypatch.setattr(sampling, "NUCLEUS_CANDIDATES", 2)
+    with started() as sess:
+        for name in ["top_p", "tiny top_p", "cold nucleus"]:
+            check_frequencies(sess, name)
+
+
+def test_drawing_from_buckets(monkeypatch):
+    monkeypatch.setattr(sampling, "BUCKET_SIZE", 7)
+    with started() as sess:
+        for name in ["all", "cold"]:
+            check_frequencies(sess, name)
+
+
+def check_frequencies(sess, name):
+    """Pearson's chi-square test, with a fixed seed, at about four standard deviations."""
+    settings, change = SETTINGS[name]
+    logits = oracle.logits(WEIGHTS, HPARAMS, [1, 2, 3])[-1]
+    wanted = change(np.exp(log_softmax(logits)))
+    wanted /= wanted.sum()
+    n = 4000
+    found = write(sess, [[1, 2, 3]] * n, 1, SamplingParams(**settings), seed=11)[:, 0]
+    counts = np.bincount(found, minlength=HPARAMS.n_vocab)
+    assert counts[wanted == 0].sum() == 0
+    likely = wanted * n >= 5
+    statistic = ((counts - wanted * n)[likely] ** 2 / (wanted * n)[likely]).sum()
+    freedom = max(1, likely.sum() - 1)
+    assert statistic < freedom + 4 * np.sqrt(2 * freedom)
+
+
+def ngrams(n):
+    def change(logits, text, _):
+        for start in range(len(text) - n + 1):
+            if n == 1 or (len(text) >= n - 1 and text[start : start + n - 1] == text[1 - n :]):
+                logits[text[start + n - 1]] = -np.inf
+        return logits
+
+    return change
+
+
+def penalized(by):
+    def change(logits, text, _):
+        seen = sorted(set(text))
+        logits[seen] = np.where(logits[seen] < 0, logits[seen] * by, logits[seen] / by)
+        return logits
+
+    return change
+
+
+def without(words):
+    def change(logits, text, _):
+        for *start, last in words:
+            if not start or text[-len(start) :] == start:
+                logits[last] = -np.inf
+        return logits
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("settings", "change"),
+    [
+        ({"repetition_penalty": 1.3}, penalized(1.3)),
+        ({"repetition_penalty": 0.8}, penalized(0.8)),
+        ({"no_repeat_ngram_size": 1}, ngrams(1)),
+        ({"no_repeat_ngram_size": 2}, ngrams(2)),
+        ({"no_repeat_ngram_size": 3}, ngrams(3)),
+    ],
+)
+@pytest.mark.parametrize("prefixes", [PREFIXES, [[4, 4, 4]]])
+def test_repetition_penalty_and_no_repeat_ngram_size(small_sess, settings, change, prefixes):
+    found = write(small_sess, prefixes, 35, SamplingParams(temperature=0, **settings), chunk=8)
+    assert found.tolist() == [expected(prefix, 35, change) for prefix in prefixes]
+
+
+def test_bad_words(small_sess):
+    plain = [expected(prefix, 30) for prefix in PREFIXES]
+    words = [plain[0][3:4], plain[1][5:7], plain[2][0:3], [60] * 9]
+    found = write(small_sess, PREFIXES, 30, SamplingParams(temperature=0, bad_words=words), chunk=8)
+    assert found.tolist() == [expected(prefix, 30, without(words)) for prefix in PREFIXES]
+    assert found.tolist() != plain
+
+
+def test_min_length_holds_the_stop_token_back(small_sess):
+    def held_back(prefix, stop):
+        def change(logits, _, written):
+            logits[stop] = logits[stop] if written >= 4 else -np.inf
+            return logits
+
+        return expected(prefix, 5, change)
+
+    # A token that would come before the fourth, and that comes as soon as it may.
+    cases = (([start], stop) for start in range(61) for stop in set(expected([start], 4)))
+    prefix, stop = next(case for case in cases if held_back(*case)[4] == case[1])
+    settings = SamplingParams(temperature=0, stop_token=stop, min_length=4)
+    assert write(small_sess, [prefix], 40, settings, chunk=3)[0].tolist() == held_back(prefix, stop)
+
+
+def test_no_allowed_token_is_an_error(small_sess):
+    with pytest.raises(ValueError, match="leave no token"):
+        write(small_sess, PREFIXES, 100, SamplingParams(no_repeat_ngram_size=1))
