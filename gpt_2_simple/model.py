@@ -14,23 +14,19 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from .common.hparams import HParams
+from .common.hparams import PRECISIONS, HParams
 from .common.hparams import default_hparams as default_hparams  # public here, as in OpenAI's code
 
-# With a static sequence length, queries attend in chunks of this many rows, each to the keys it may
-# see: less than the whole square of scores is then computed and stored.
+# If the sequence length is static, attention is computed for this many queries at a time, and only
+# over the keys that they may see. That computes and stores about half of the scores.
 QUERY_CHUNK = 256
 
-# Added to a score that a query must not see: exp() of it is 0.
+# Added to the score of a key that a query must not see: exp() of the sum is 0.
 MASKED_SCORE = -30000.0
 
 LAYER_NORM_EPSILON = 1e-5
 
 CHECKPOINTS = "checkpoints"
-
-# Of activations and matmuls in training, where weights and optimizer state are always float32; of
-# the blocks' matrices in generating.
-PRECISIONS = {"float32": tf.float32, "bfloat16": tf.bfloat16, "float16": tf.float16}
 
 
 def check_precision(precision: str) -> None:
@@ -39,14 +35,14 @@ def check_precision(precision: str) -> None:
         raise ValueError(f"precision={precision!r} must be one of {list(PRECISIONS)}")
 
 
-class Affine(NamedTuple):
-    """A projection: w [nx, nf] (its variable is [1, nx, nf]) and b [nf]."""
+class Linear(NamedTuple):
+    """A linear layer's matrix w [nx, nf] (the variable is [1, nx, nf]) and bias b [nf]."""
 
     w: Any
     b: Any
 
 
-class Norm(NamedTuple):
+class LayerNorm(NamedTuple):
     """A layer norm's gain g and bias b, each [n_embd]."""
 
     g: Any
@@ -56,12 +52,12 @@ class Norm(NamedTuple):
 class Block(NamedTuple):
     """One transformer block's parameters."""
 
-    ln_1: Norm
-    c_attn: Affine
-    c_proj: Affine
-    ln_2: Norm
-    mlp_c_fc: Affine
-    mlp_c_proj: Affine
+    ln_1: LayerNorm
+    c_attn: Linear
+    c_proj: Linear
+    ln_2: LayerNorm
+    mlp_c_fc: Linear
+    mlp_c_proj: Linear
 
 
 class Weights(NamedTuple):
@@ -70,7 +66,7 @@ class Weights(NamedTuple):
     wte: Any
     wpe: Any
     blocks: tuple[Block, ...]
-    ln_f: Norm
+    ln_f: LayerNorm
 
 
 def variables(
@@ -87,8 +83,8 @@ def variables(
         scope: prefix of the variables' names.
         gpus: devices over which the blocks are spread; empty leaves placement to TensorFlow.
         reuse: as in tf.compat.v1.variable_scope.
-        dtype: of the blocks' matrices, which are nearly all of a large model; the others are
-            float32.
+        dtype: of the blocks' matrices, which are nearly all of a large model; the other variables
+            are float32.
 
     Returns:
         Weights of resource variables in the default graph.
@@ -100,50 +96,54 @@ def variables(
     if hparams.n_vocab < 1:
         raise ValueError("n_vocab=0: set it to the size of the vocabulary")
     width = hparams.n_embd
-
-    def variable(
-        name: str,
-        shape: list[int],
-        init: tf.compat.v1.Initializer,
-        dtype: tf.DType = tf.float32,
-    ) -> tf.Variable:
-        return tf.compat.v1.get_variable(name, shape, dtype, init, use_resource=True)
-
-    def normal(stddev: float) -> tf.compat.v1.Initializer:
-        return tf.compat.v1.random_normal_initializer(stddev=stddev)
-
-    zeros = tf.compat.v1.zeros_initializer()
-
-    def affine(name: str, nx: int, nf: int) -> Affine:
-        with tf.compat.v1.variable_scope(name):
-            w = variable("w", [1, nx, nf], normal(0.02), dtype)
-            return Affine(w, variable("b", [nf], zeros))
-
-    def norm(name: str) -> Norm:
-        with tf.compat.v1.variable_scope(name):
-            ones = tf.compat.v1.ones_initializer()
-            return Norm(variable("g", [width], ones), variable("b", [width], zeros))
-
-    def block() -> Block:
-        ln_1 = norm("ln_1")
-        with tf.compat.v1.variable_scope("attn"):
-            c_attn, c_proj = affine("c_attn", width, 3 * width), affine("c_proj", width, width)
-        ln_2 = norm("ln_2")
-        with tf.compat.v1.variable_scope("mlp"):
-            fc, proj = affine("c_fc", width, 4 * width), affine("c_proj", 4 * width, width)
-        return Block(ln_1, c_attn, c_proj, ln_2, fc, proj)
-
     with tf.compat.v1.variable_scope(scope, reuse=reuse):
-        wpe = variable("wpe", [hparams.n_ctx, width], normal(0.01))
-        wte = variable("wte", [hparams.n_vocab, width], normal(0.02))
+        wpe = _variable("wpe", [hparams.n_ctx, width], _normal(0.01))
+        wte = _variable("wte", [hparams.n_vocab, width], _normal(0.02))
         blocks = []
         for layer in range(hparams.n_layer):
             with (
                 tf.device(block_device(layer, hparams.n_layer, gpus)),
                 tf.compat.v1.variable_scope(f"h{layer}"),
             ):
-                blocks.append(block())
-        return Weights(wte, wpe, tuple(blocks), norm("ln_f"))
+                blocks.append(_block_variables(width, dtype))
+        return Weights(wte, wpe, tuple(blocks), _layer_norm_variables("ln_f", width))
+
+
+def _variable(
+    name: str,
+    shape: list[int],
+    initializer: tf.compat.v1.Initializer,
+    dtype: tf.DType = tf.float32,
+) -> tf.Variable:
+    return tf.compat.v1.get_variable(name, shape, dtype, initializer, use_resource=True)
+
+
+def _normal(stddev: float) -> tf.compat.v1.Initializer:
+    return tf.compat.v1.random_normal_initializer(stddev=stddev)
+
+
+def _block_variables(width: int, dtype: tf.DType) -> Block:
+    ln_1 = _layer_norm_variables("ln_1", width)
+    with tf.compat.v1.variable_scope("attn"):
+        c_attn = _linear_variables("c_attn", width, 3 * width, dtype)
+        c_proj = _linear_variables("c_proj", width, width, dtype)
+    ln_2 = _layer_norm_variables("ln_2", width)
+    with tf.compat.v1.variable_scope("mlp"):
+        mlp_c_fc = _linear_variables("c_fc", width, 4 * width, dtype)
+        mlp_c_proj = _linear_variables("c_proj", 4 * width, width, dtype)
+    return Block(ln_1, c_attn, c_proj, ln_2, mlp_c_fc, mlp_c_proj)
+
+
+def _linear_variables(name: str, nx: int, nf: int, dtype: tf.DType) -> Linear:
+    with tf.compat.v1.variable_scope(name):
+        w = _variable("w", [1, nx, nf], _normal(0.02), dtype)
+        return Linear(w, _variable("b", [nf], tf.compat.v1.zeros_initializer()))
+
+
+def _layer_norm_variables(name: str, width: int) -> LayerNorm:
+    with tf.compat.v1.variable_scope(name):
+        g = _variable("g", [width], tf.compat.v1.ones_initializer())
+        return LayerNorm(g, _variable("b", [width], tf.compat.v1.zeros_initializer()))
 
 
 def block_device(layer: int, n_layer: int, gpus: Sequence[str]) -> str | None:
@@ -152,62 +152,66 @@ def block_device(layer: int, n_layer: int, gpus: Sequence[str]) -> str | None:
 
 
 def read(weights: Weights) -> Weights:
-    """Reads every variable once; projections lose their leading 1."""
+    """Reads every variable once, as a tensor; matrices lose their leading axis of 1."""
 
     def matrix(variable: Any) -> tf.Tensor:
         return tf.reshape(variable.read_value(), variable.shape[-2:])
 
-    def vector(variable: Any) -> tf.Tensor:
-        return variable.read_value()
-
-    def block(variables_: Block) -> Block:
-        return Block(*[
-            Norm(*map(vector, part)) if isinstance(part, Norm)
-            else Affine(matrix(part.w), vector(part.b))
-            for part in variables_
-        ])  # fmt: skip
+    def layer(variables_: Linear | LayerNorm) -> Linear | LayerNorm:
+        if isinstance(variables_, Linear):
+            return Linear(matrix(variables_.w), variables_.b.read_value())
+        return LayerNorm(variables_.g.read_value(), variables_.b.read_value())
 
     return Weights(
         wte=matrix(weights.wte),
         wpe=matrix(weights.wpe),
-        blocks=tuple(map(block, weights.blocks)),
-        ln_f=Norm(*map(vector, weights.ln_f)),
+        blocks=tuple(Block(*map(layer, block)) for block in weights.blocks),
+        ln_f=layer(weights.ln_f),
     )
 
 
 def flatten(weights: Weights) -> list[Any]:
-    """All of them in one list: wte, wpe, the blocks' in order, ln_f's."""
-    blocks = [leaf for block in weights.blocks for part in block for leaf in part]
-    return [weights.wte, weights.wpe, *blocks, *weights.ln_f]
+    """Lists the parameters: wte, wpe, those of the blocks from the first to the last, ln_f's."""
+    return [weights.wte, weights.wpe, *flatten_blocks(weights.blocks), *weights.ln_f]
+
+
+def flatten_blocks(blocks: Sequence[Block]) -> list[Any]:
+    """Lists the parameters of `blocks`."""
+    return [parameter for block in blocks for layer in block for parameter in layer]
 
 
 def dimensions(x: tf.Tensor) -> list[Any]:
-    """Shape of x as a list: Python ints where they are known, scalar tensors elsewhere."""
+    """The shape of x as a list: an int for each known size, a scalar tensor for each other."""
     dynamic = tf.shape(x)
     return [dynamic[i] if size is None else size for i, size in enumerate(x.shape.as_list())]
 
 
-class Dropout(NamedTuple):
+class Dropout:
     """Dropout (Srivastava et al. 2014) that a recomputation repeats exactly.
 
-    Attributes:
-        rate: the share of elements set to 0, above 0 and below 1.
-        seed: int32 [2]; each place draws from a seed of its own beside it.
+    One instance serves one forward pass: each call has a mask of its own.
     """
 
-    rate: float
-    seed: tf.Tensor
+    def __init__(self, rate: float, seed: tf.Tensor):
+        """Draws masks from a seed.
 
-    def __call__(self, x: tf.Tensor, place: int) -> tf.Tensor:
-        """Drops elements of x; `place` tells the calls of one forward pass apart."""
-        seed = self.seed + tf.constant([place, 0])
+        Args:
+            rate: the share of elements set to 0, above 0 and below 1.
+            seed: int32 [2]; the number of the call is added to its first element.
+        """
+        self.rate, self.seed = rate, seed
+        self._call_numbers = itertools.count()
+
+    def __call__(self, x: tf.Tensor) -> tf.Tensor:
+        """Sets elements of x to 0, and scales the others by 1 / (1 - rate)."""
+        seed = self.seed + tf.constant([next(self._call_numbers), 0])
         return tf.nn.experimental.stateless_dropout(x, rate=self.rate, seed=seed)
 
 
-def in_type_of(x: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
-    """`weight`, cast to x's type if it has another.
+def cast_like(x: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
+    """Casts `weight` to x's type.
 
-    The cast waits for x: else all weights would be cast at once, when a step begins.
+    The cast waits for x. Without that, all weights would be cast at once when a step begins.
     """
     if weight.dtype == x.dtype:
         return weight
@@ -215,52 +219,58 @@ def in_type_of(x: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
         return tf.cast(weight, x.dtype)
 
 
-def layer_norm(x: tf.Tensor, norm: Norm) -> tf.Tensor:
-    """Layer normalisation (Ba et al. 2016) over the last axis, with gain and bias, in float32."""
-    wide = tf.cast(x, norm.g.dtype)
-    mean = tf.reduce_mean(wide, axis=-1, keepdims=True)
-    centred = wide - mean
+def layer_norm(x: tf.Tensor, parameters: LayerNorm) -> tf.Tensor:
+    """Layer normalisation (Ba et al. 2016) over the last axis, computed in float32."""
+    g, b = parameters
+    x32 = tf.cast(x, g.dtype)
+    centred = x32 - tf.reduce_mean(x32, axis=-1, keepdims=True)
     variance = tf.reduce_mean(tf.square(centred), axis=-1, keepdims=True)
-    scaled = centred * tf.math.rsqrt(variance + LAYER_NORM_EPSILON) * norm.g + norm.b
-    return tf.cast(scaled, x.dtype)
+    return tf.cast(centred * tf.math.rsqrt(variance + LAYER_NORM_EPSILON) * g + b, x.dtype)
+
+
+# The tanh form of GELU is 0.5 x (1 + tanh(GELU_SCALE (x + GELU_CUBIC x^3))).
+GELU_SCALE = math.sqrt(2.0 / math.pi)
+GELU_CUBIC = 0.044715
 
 
 def gelu(x: tf.Tensor) -> tf.Tensor:
     """The tanh form of GELU (Hendrycks & Gimpel 2016); stores only x for its gradient."""
-    # 0.5 * (1 + tanh(u)) is sigmoid(2u), one pass over memory less.
-    return with_gradient("Gpt2SimpleGelu", x * tf.sigmoid(_gelu_slope(x)), x)
+    # 0.5 * (1 + tanh(u)) is sigmoid(2u), which passes over memory once less.
+    return with_gradient("Gpt2SimpleGelu", x * tf.sigmoid(_twice_tanh_argument(x)), x)
 
 
-def _gelu_slope(x: tf.Tensor) -> tf.Tensor:
-    scale = 2.0 * math.sqrt(2.0 / math.pi)
-    return x * (scale + 0.044715 * scale * tf.square(x))
+def _twice_tanh_argument(x: tf.Tensor) -> tf.Tensor:
+    scale = 2.0 * GELU_SCALE
+    return x * (scale + GELU_CUBIC * scale * tf.square(x))
 
 
 @tf.RegisterGradient("Gpt2SimpleGelu")
 def _gelu_gradient(op: tf.Operation, dy: tf.Tensor, *_: Any) -> list[Any]:
+    """d/dx (x sigmoid(z)) = sigmoid(z) (1 + x dz/dx (1 - sigmoid(z)))."""
     x = op.inputs[1]
-    scale = 2.0 * math.sqrt(2.0 / math.pi)
-    gate = tf.sigmoid(_gelu_slope(x))
-    slope = x * (scale + 3 * 0.044715 * scale * tf.square(x))
-    return [None, dy * gate * (1.0 + slope * (1.0 - gate))]
+    gate = tf.sigmoid(_twice_tanh_argument(x))
+    scale = 2.0 * GELU_SCALE
+    x_dz = x * (scale + 3 * GELU_CUBIC * scale * tf.square(x))
+    return [None, dy * gate * (1.0 + x_dz * (1.0 - gate))]
 
 
 def with_gradient(name: str, value: tf.Tensor, *stored: tf.Tensor) -> tf.Tensor:
-    """Gives `value`, differentiated by the gradient registered as `name`, a function of `stored`.
+    """Returns `value`; its gradient is the function registered as `name`, of `stored`.
 
-    The gradient finds `stored` through the operation's own inputs, not through a closure as with
-    tf.custom_gradient: a copy of the operation (memory_saving_gradients) then uses its own.
+    The gradient function takes `stored` from the operation's inputs. That of tf.custom_gradient
+    holds them by a closure instead: a copy of the operation (see memory_saving_gradients) would
+    use the original's tensors.
     """
     graph = tf.compat.v1.get_default_graph()
     with graph.gradient_override_map({"IdentityN": name}):
         return tf.identity_n([value, *stored])[0]
 
 
-def affine(x: tf.Tensor, layer: Affine) -> tf.Tensor:
+def linear(x: tf.Tensor, layer: Linear) -> tf.Tensor:
     """Projects x [..., nx] to x @ w + b [..., nf], in x's type."""
     *start, nx = dimensions(x)
     nf = layer.w.shape[-1]
-    y = tf.matmul(tf.reshape(x, [-1, nx]), in_type_of(x, layer.w)) + in_type_of(x, layer.b)
+    y = tf.matmul(tf.reshape(x, [-1, nx]), cast_like(x, layer.w)) + cast_like(x, layer.b)
     return tf.reshape(y, [*start, nf])
 
 
@@ -276,60 +286,62 @@ def merge_heads(x: tf.Tensor) -> tf.Tensor:
     return tf.reshape(tf.transpose(x, [0, 2, 1, 3]), [batch, time, heads * width])
 
 
-def causal_mask(queries: Any, keys: Any) -> tf.Tensor:
-    """Float32 [queries, keys] of 0 where a query may look, MASKED_SCORE where not.
+def causal_mask(n_queries: Any, n_keys: Any) -> tf.Tensor:
+    """Float32 [n_queries, n_keys]: 0 where a query sees a key, MASKED_SCORE where it does not.
 
-    The last query sees the last key, the one before it all but that one, and so on.
+    The last query sees all keys, the one before it all but the last key, and so on.
     """
-    query = tf.range(queries)[:, tf.newaxis] + (keys - queries)
-    hidden = tf.range(keys)[tf.newaxis, :] > query
+    last_seen = tf.range(n_queries)[:, tf.newaxis] + (n_keys - n_queries)
+    hidden = tf.range(n_keys)[tf.newaxis, :] > last_seen
     return tf.cast(hidden, tf.float32) * MASKED_SCORE
 
 
-Mask = Callable[[Any, Any], tf.Tensor]
+# (n_queries, n_keys) -> what is added to the scores [n_queries, n_keys].
+MakeMask = Callable[[Any, Any], tf.Tensor]
 
 
-def attend(
-    q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, mask: Mask, drop: Callable[..., Any] | None = None
+def causal_attention(
+    q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, make_mask: MakeMask, dropout: Dropout | None = None
 ) -> tf.Tensor:
-    """Causal attention: q [batch, head, queries, width], k and v [batch, head, keys, width].
+    """Attention in which no query sees a later key.
 
     Args:
-        q: queries, already scaled by 1 / sqrt(width).
-        k: keys.
-        v: values.
-        mask: (queries, keys) -> what is added to the scores.
-        drop: dropout of the attention weights, if any.
+        q: queries [batch, head, queries, width], already scaled by 1 / sqrt(width).
+        k: keys [batch, head, keys, width].
+        v: values, shaped as the keys.
+        make_mask: gives the mask of some queries and keys.
+        dropout: of the attention weights.
 
     Returns:
         [batch, head, queries, width]
     """
-    queries, keys = q.shape[2], k.shape[2]
-    if queries is None or queries != keys or queries <= QUERY_CHUNK:
-        return attend_rows(q, k, v, mask(dimensions(q)[2], dimensions(k)[2]), drop)
+    n_queries, n_keys = q.shape[2], k.shape[2]
+    if n_queries is None or n_queries != n_keys or n_queries <= QUERY_CHUNK:
+        mask = make_mask(dimensions(q)[2], dimensions(k)[2])
+        return attention(q, k, v, mask, dropout)
     # Split and concat: the gradient of a slice would fill a whole tensor with zeros first.
-    sizes = [min(QUERY_CHUNK, queries - start) for start in range(0, queries, QUERY_CHUNK)]
-    q_parts, k_parts, v_parts = (tf.split(x, sizes, axis=2) for x in (q, k, v))
-    rows = []
-    for i, q_part in enumerate(q_parts):
-        seen_k, seen_v = (tf.concat(x[: i + 1], axis=2) for x in (k_parts, v_parts))
-        part = mask(sizes[i], sum(sizes[: i + 1]))
-        rows.append(attend_rows(q_part, seen_k, seen_v, part, drop))
-    return tf.concat(rows, axis=2)
+    sizes = [min(QUERY_CHUNK, n_queries - start) for start in range(0, n_queries, QUERY_CHUNK)]
+    q_chunks, k_chunks, v_chunks = (tf.split(x, sizes, axis=2) for x in (q, k, v))
+    outputs = []
+    for i, q_chunk in enumerate(q_chunks):
+        seen_k, seen_v = (tf.concat(x[: i + 1], axis=2) for x in (k_chunks, v_chunks))
+        mask = make_mask(sizes[i], sum(sizes[: i + 1]))
+        outputs.append(attention(q_chunk, seen_k, seen_v, mask, dropout))
+    return tf.concat(outputs, axis=2)
 
 
-def attend_rows(
+def attention(
     q: tf.Tensor,
     k: tf.Tensor,
     v: tf.Tensor,
     mask: tf.Tensor,
-    drop: Callable[..., Any] | None = None,
+    dropout: Dropout | None = None,
 ) -> tf.Tensor:
     """softmax(q k^T + mask) v, the softmax in float32; stores it in q's type for its gradient."""
     scores = tf.cast(tf.matmul(q, k, transpose_b=True), mask.dtype) + mask
     weights = tf.cast(tf.nn.softmax(scores), q.dtype)  # [batch, head, query, key]
-    if drop is not None:
-        return tf.matmul(drop(weights), v)
+    if dropout is not None:
+        return tf.matmul(dropout(weights), v)
     out = tf.matmul(weights, v)
     return with_gradient("Gpt2SimpleAttention", out, q, k, v, weights)
 
@@ -354,43 +366,43 @@ def transformer_block(
     block: Block,
     n_head: int,
     past: Any,
-    mask: Mask,
-    drop: Callable[[tf.Tensor], tf.Tensor] | None = None,
+    make_mask: MakeMask,
+    dropout: Dropout | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """One block.
+    """One block: attention, then a two-layer perceptron, each added to x.
 
     Args:
         x: [batch, time, embd].
         block: its parameters, as tensors.
         n_head: attention heads.
         past: keys and values of earlier positions [batch, 2, head, past time, width], or None.
-        mask: (queries, keys) -> what is added to the scores.
-        drop: dropout of attention weights and of what is added to x, if any.
+        make_mask: gives the attention's mask.
+        dropout: of the attention weights and of what is added to x.
 
     Returns:
-        The block's output [batch, time, embd] and this call's own keys and values
+        The block's output [batch, time, embd], and the keys and values of x's positions
         [batch, 2, head, time, width].
     """
-    qkv = affine(layer_norm(x, block.ln_1), block.c_attn)  # [batch, time, 3 * embd]
+    qkv = linear(layer_norm(x, block.ln_1), block.c_attn)  # [batch, time, 3 * embd]
     q, k, v = (split_heads(part, n_head) for part in tf.split(qkv, 3, axis=2))
     present = tf.stack([k, v], axis=1)
     if past is not None:
         past_k, past_v = tf.unstack(past, num=2, axis=1)
         k, v = tf.concat([past_k, k], axis=2), tf.concat([past_v, v], axis=2)
-    attended = attend(q * (1.0 / math.sqrt(q.shape[-1])), k, v, mask, drop)
-    added = affine(merge_heads(attended), block.c_proj)
-    x = x + (drop(added) if drop else added)
-    hidden = gelu(affine(layer_norm(x, block.ln_2), block.mlp_c_fc))  # [batch, time, 4 * embd]
-    added = affine(hidden, block.mlp_c_proj)
-    return x + (drop(added) if drop else added), present
+    attended = causal_attention(q * (1.0 / math.sqrt(q.shape[-1])), k, v, make_mask, dropout)
+    added = linear(merge_heads(attended), block.c_proj)
+    x = x + (dropout(added) if dropout else added)
+    hidden = gelu(linear(layer_norm(x, block.ln_2), block.mlp_c_fc))  # [batch, time, 4 * embd]
+    added = linear(hidden, block.mlp_c_proj)
+    return x + (dropout(added) if dropout else added), present
 
 
-class Hidden(NamedTuple):
-    """What the blocks leave behind.
+class HiddenStates(NamedTuple):
+    """The result of the blocks.
 
     Attributes:
         h: after the last layer norm, [batch, time, embd].
-        presents: one a block, [batch, 2, head, time, width].
+        presents: each block's keys and values, [batch, 2, head, time, width].
     """
 
     h: tf.Tensor
@@ -405,7 +417,7 @@ def hidden_states(
     gpus: Sequence[str] = (),
     dtype: tf.DType = tf.float32,
     dropout: Dropout | None = None,
-) -> Hidden:
+) -> HiddenStates:
     """Embeds the tokens and runs the blocks.
 
     Args:
@@ -418,35 +430,45 @@ def hidden_states(
         dropout: of embeddings, attention and residuals, for training.
 
     Returns:
-        Hidden; each block's output is also added to the graph collection 'checkpoints'.
+        HiddenStates; each block's output is also added to the graph collection 'checkpoints'.
     """
     time = dimensions(X)[1]
     past_length = 0 if past is None else dimensions(past)[4]
     pasts = [None] * hparams.n_layer if past is None else tf.unstack(past, hparams.n_layer, axis=1)
-    masks: dict[tuple[str, str], tf.Tensor] = {}
-    places = itertools.count()
-
-    def mask(queries: Any, keys: Any) -> tf.Tensor:
-        key = (str(queries), str(keys)) if isinstance(queries, int) else ("", "")
-        if key not in masks:
-            masks[key] = causal_mask(queries, keys)
-        return masks[key]
-
-    drop = None if dropout is None else (lambda x: dropout(x, next(places)))
+    make_mask = _each_mask_once()
     x = tf.gather(weights.wte, X) + weights.wpe[past_length : past_length + time]
-    x = tf.cast(x, dtype)
-    x = drop(x) if drop else x
+    x = tf.cast(x, dtype)  # [batch, time, embd]
+    x = dropout(x) if dropout else x
     presents = []
     for layer, block in enumerate(weights.blocks):
         device = block_device(layer, hparams.n_layer, gpus)
         with tf.device(device), tf.compat.v1.name_scope(f"h{layer}"):
-            x, present = transformer_block(x, block, hparams.n_head, pasts[layer], mask, drop)
+            x, present = transformer_block(
+                x, block, hparams.n_head, pasts[layer], make_mask, dropout
+            )
         tf.compat.v1.add_to_collection(CHECKPOINTS, x)
         presents.append(present)
-    return Hidden(layer_norm(x, weights.ln_f), presents)
+    return HiddenStates(layer_norm(x, weights.ln_f), presents)
 
 
-def project(weights: Weights, h: tf.Tensor) -> tf.Tensor:
+def _each_mask_once() -> MakeMask:
+    """causal_mask for one forward pass: all blocks share its masks.
+
+    Where the number of queries is not static there is one mask only, since attention is not
+    computed in chunks then.
+    """
+    masks: dict[tuple[str, str] | None, tf.Tensor] = {}
+
+    def make_mask(n_queries: Any, n_keys: Any) -> tf.Tensor:
+        key = (str(n_queries), str(n_keys)) if isinstance(n_queries, int) else None
+        if key not in masks:
+            masks[key] = causal_mask(n_queries, n_keys)
+        return masks[key]
+
+    return make_mask
+
+
+def unembed(weights: Weights, h: tf.Tensor) -> tf.Tensor:
     """Hidden states [..., embd] -> logits [..., n_vocab], by the token embedding."""
     *start, width = dimensions(h)
     logits = tf.matmul(tf.reshape(h, [-1, width]), weights.wte, transpose_b=True)
@@ -482,7 +504,7 @@ def model(
     weights = read(variables(hparams, scope, gpus, reuse))
     with tf.compat.v1.name_scope(scope):
         hidden = hidden_states(weights, hparams, X, past, gpus)
-        logits = project(weights, hidden.h)
+        logits = unembed(weights, hidden.h)
         return {"logits": logits, "present": tf.stack(hidden.presents, axis=1)}
 
 

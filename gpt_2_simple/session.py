@@ -168,7 +168,7 @@ def build_model(
             names = [variable.op.name for variable in tf.compat.v1.global_variables()]
             held = precision or "float32"
             weights = model.variables(
-                hparams, gpus=gpus, reuse="model/wte" in names, dtype=model.PRECISIONS[held]
+                hparams, gpus=gpus, reuse="model/wte" in names, dtype=tf.as_dtype(held)
             )
             state.built_model = BuiltModel(dataclasses.replace(hparams), weights, held, gpus)
         check_model(sess, hparams, precision)

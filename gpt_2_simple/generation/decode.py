@@ -336,7 +336,7 @@ class _CachedForward:
             q, k, v = tf.split(qkv, 3, axis=1)
             cache[2 * layer], k = self._write(cache[2 * layer], indices, k)
             cache[2 * layer + 1], v = self._write(cache[2 * layer + 1], indices, v)
-            attention = _attention_of_one_query if self.n_tokens == 1 else model.attend_rows
+            attention = _attention_of_one_query if self.n_tokens == 1 else model.attention
             q = self._split_heads(q * self.width**-0.5)
             return self._merge_heads(attention(q, k, v, mask))
 
@@ -383,7 +383,7 @@ def _transformer_block(
 ) -> tf.Tensor:
     """One transformer block; x [rows, embd], attend: q, k and v in [rows, 3 * embd] -> as x."""
 
-    def linear(x: tf.Tensor, layer: model.Affine, *terms: tf.Tensor) -> tf.Tensor:
+    def linear(x: tf.Tensor, layer: model.Linear, *terms: tf.Tensor) -> tf.Tensor:
         if layer.w.dtype != x.dtype:
             product = tf.matmul(tf.cast(x, layer.w.dtype), layer.w)
             return sum(terms, tf.cast(product, x.dtype) + layer.b)
@@ -396,7 +396,7 @@ def _transformer_block(
 
 
 def _attention_of_one_query(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-    """As model.attend_rows, for one query a row; oneDNN's kernels take longer to start."""
+    """As model.attention, for one query a row; oneDNN's kernels take longer to start."""
     scores = tf.raw_ops.BatchMatMulV3(x=q, y=k, adj_y=True, Tout=q.dtype) + mask
     weights = tf.exp(scores - tf.reduce_max(scores, axis=2, keepdims=True))
     total = tf.reduce_sum(weights, axis=2, keepdims=True)

@@ -231,7 +231,7 @@ def _build_score(weights: model.Weights, hparams: model.HParams) -> ScoreOps:
     h = model.layer_norm(x, weights.ln_f)  # [rows, time, embd]
     rows = tf.reshape(h, [-1, hparams.n_embd])
     scores = target_scores(weights, rows, tf.reshape(targets, [-1]))
-    next_scores = tf.nn.log_softmax(model.project(weights, h[:, -1]))
+    next_scores = tf.nn.log_softmax(model.unembed(weights, h[:, -1]))
     return ScoreOps(tokens, targets, tf.reshape(scores, tf.shape(targets)), next_scores)
 
 
@@ -249,7 +249,7 @@ def target_scores(weights: model.Weights, h: tf.Tensor, targets: tf.Tensor) -> t
 
     def body(start: tf.Tensor, out: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
         end = start + MAX_LOGITS_ROWS
-        scores = tf.nn.log_softmax(model.project(weights, h[start:end]))
+        scores = tf.nn.log_softmax(model.unembed(weights, h[start:end]))
         found = tf.gather(scores, targets[start:end], batch_dims=1)
         return end, out.write(start // MAX_LOGITS_ROWS, found)
 
