@@ -1,0 +1,59 @@
+"""Requests made from settings: token ids, rows at the same time, and what is refused."""
+
+import pytest
+
+from gpt_2_simple import model
+from gpt_2_simple.data import vocabulary
+from gpt_2_simple.generation import request
+from gpt_2_simple.generation.settings import GenerationSettings
+
+ENCODER = vocabulary.byte_vocabulary()
+HPARAMS = model.HParams(257, 32, 16, 2, 2)
+
+
+def build(**settings):
+    return request.build_request(GenerationSettings(**settings), ENCODER, HPARAMS)
+
+
+def test_max_rows_fit_in_the_cache_limit():
+    assert build(nsamples=5, batch_size=None).max_rows == 5
+    assert build(nsamples=5000, batch_size=None).max_rows == request.MAX_ROWS
+    assert request.max_rows(model.HParams(50257, 1024, 1600, 25, 48), 5000) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prefix": []}, r"prefix=\[\]"),
+        ({"prefix": [b"x"]}, "string"),
+        ({"stop": ("",)}, "empty string"),
+        ({"stop_token": "nothing such"}, "is no token"),
+        ({"nsamples": 10, "batch_size": 3}, "multiple of batch_size=3"),
+    ],
+)
+def test_impossible_requests_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(**settings)
+
+
+def test_bad_words_are_forbidden_with_and_without_a_space_before():
+    space = ENCODER.encode(" ")[0]
+    expected = sorted([(110, 111), (space, 110, 111)])
+    assert build(bad_words=["no"]).sampling.bad_words == tuple(expected)
+    with pytest.raises(ValueError, match="empty string"):
+        build(bad_words=[""])
+
+
+def test_endoftext_is_one_token_except_in_bad_words():
+    end = ENCODER.end_of_text
+    made = build(
+        prefix=["a<|endoftext|>", ""], stop_token="<|endoftext|>", bad_words="<|endoftext|>"
+    )
+    assert [prompt.tokens for prompt in made.prompts] == [[97, end], [end]]
+    assert made.sampling.stop_token == made.stop.stop_token == end
+    assert {len(word) for word in made.sampling.bad_words} == {13, 14}
+
+
+def test_seed_is_kept_or_drawn():
+    assert build(seed=5).seed == 5
+    assert build().seed != build().seed
