@@ -51,11 +51,11 @@ def write_vocabulary(folder: Path) -> None:
 def write_run(size: str) -> None:
     """checkpoint/run1/ with a model of random weights."""
     import_ours()
-    from gpt_2_simple.storage import checkpoint
+    from gpt_2_simple.storage import create
 
     run = Path("checkpoint/run1")
     write_vocabulary(run)
-    checkpoint.write_model(str(run), published_hparams(size), seed=0)
+    create.write_model(str(run), published_hparams(size), seed=0)
 
 
 def import_ours():

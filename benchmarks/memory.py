@@ -72,12 +72,12 @@ def prepare(folder: Path, size: str) -> None:
     from generate import write_vocabulary
 
     from gpt_2_simple.common.published import published_hparams
-    from gpt_2_simple.storage import checkpoint
+    from gpt_2_simple.storage import create
 
     model = folder / "models" / size
     if not (model / "checkpoint").exists():
         write_vocabulary(model)
-        checkpoint.write_model(str(model), published_hparams(size), seed=0)
+        create.write_model(str(model), published_hparams(size), seed=0)
     tokens = np.random.default_rng(0).integers(0, 50257, 20000).astype(np.uint16)
     np.savez(folder / "tokens.npz", tokens)
 

@@ -1000,21 +1000,6 @@ def test_two_at_once_share_one_download(fetch, server, content, monkeypatch):
     assert sorted(server.names()) == sorted(download.MODEL_FILES)
 
 
-def test_a_lock_that_its_owner_has_just_removed_is_no_lock(tmp_path, monkeypatch):
-    path, tries, try_lock = tmp_path / "lock", [], download._try_lock
-
-    def lose_the_race(file):
-        tries.append(file)
-        if len(tries) == 1:  # between our opening of the file and our locking it
-            path.unlink()
-        return try_lock(file)
-
-    monkeypatch.setattr(download, "_try_lock", lose_the_race)
-    with download._lock(path) as file:
-        assert len(tries) == 2
-        assert os.path.samestat(os.fstat(file.fileno()), path.stat())
-
-
 KILLED = """
 import sys
 from gpt_2_simple.storage import download

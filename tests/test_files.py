@@ -1,4 +1,4 @@
-"""Files land whole or not at all."""
+"""Files are written whole or not at all."""
 
 import errno
 import os
@@ -15,19 +15,20 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_appears_when_the_block_ends(tmp_path):
+def test_write_whole_shows_the_file_when_the_block_ends(tmp_path):
     path = tmp_path / "a.txt"
-    with files.write_whole(path, mark=".new-") as file:
+    with files.write_whole(path) as file:
         file.write(b"half")
         assert not path.exists()
         (temporary,) = names(tmp_path)
-        assert temporary.startswith(".new-a.txt.")
+        assert temporary.startswith(".a.txt.")
+        assert files.is_temporary(temporary)
         file.write(b" and half")
     assert path.read_bytes() == b"half and half"
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_a_link_stays_and_a_pipe_is_written_to(tmp_path):
+def test_write_whole_keeps_links_and_writes_to_pipes(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"old")
     os.symlink("a.txt", tmp_path / "link")
     files.write_text(tmp_path / "link", "new")
@@ -43,11 +44,11 @@ def test_a_link_stays_and_a_pipe_is_written_to(tmp_path):
     assert names(tmp_path) == ["a.txt", "link", "pipe"]
 
 
-def test_what_a_killed_process_left_is_removed_in_time(tmp_path):
+def test_stale_temporary_files_are_removed(tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / f".{name}.0123abcd.tmp").write_bytes(b"half")
     (tmp_path / ".a.txt.ffff0000.tmp").write_bytes(b"somebody is writing this")
-    long_ago = time.time() - files.STALE - 60
+    long_ago = time.time() - files.STALE_SECONDS - 60
     for name in (".a.txt.0123abcd.tmp", ".b.txt.0123abcd.tmp"):
         os.utime(tmp_path / name, (long_ago, long_ago))
     files.write_text(tmp_path / "a.txt", "whole")
@@ -56,7 +57,7 @@ def test_what_a_killed_process_left_is_removed_in_time(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, GeneratorExit])
 @pytest.mark.parametrize("before", [None, b"old"])
-def test_whatever_goes_wrong_leaves_what_was_there(tmp_path, error, before):
+def test_failed_block_leaves_the_old_file(tmp_path, error, before):
     path = tmp_path / "a.txt"
     if before is not None:
         path.write_bytes(before)
@@ -68,7 +69,7 @@ def test_whatever_goes_wrong_leaves_what_was_there(tmp_path, error, before):
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, call):
+def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch, call):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -81,7 +82,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, call):
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_bytes_are_on_the_disk_before_they_get_the_name(tmp_path, monkeypatch):
+def test_write_whole_flushes_before_it_renames(tmp_path, monkeypatch):
     done = []
     fsync, replace = os.fsync, os.replace
 
@@ -99,7 +100,7 @@ def test_bytes_are_on_the_disk_before_they_get_the_name(tmp_path, monkeypatch):
     assert done == [("fsync", 5), ("replace", 5)]
 
 
-def test_text_is_utf_8_with_its_own_line_ends(tmp_path):
+def test_write_text_is_utf_8_and_keeps_line_ends(tmp_path):
     files.write_text(tmp_path / "a.txt", "\u00e9\r\n\n")
     assert (tmp_path / "a.txt").read_bytes() == b"\xc3\xa9\r\n\n"
     with pytest.raises(UnicodeEncodeError):
@@ -107,7 +108,7 @@ def test_text_is_utf_8_with_its_own_line_ends(tmp_path):
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_a_relative_path_means_the_folder_of_the_start(tmp_path, monkeypatch):
+def test_relative_path_survives_a_change_of_folder(tmp_path, monkeypatch):
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path)
     with files.write_whole("a.txt") as file:
@@ -118,7 +119,7 @@ def test_a_relative_path_means_the_folder_of_the_start(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are something else there")
-def test_rights_are_those_of_any_new_file(tmp_path):
+def test_new_file_has_the_usual_permissions(tmp_path):
     before = os.umask(0o027)
     try:
         files.write_text(tmp_path / "a.txt", "x")
@@ -127,12 +128,12 @@ def test_rights_are_those_of_any_new_file(tmp_path):
     assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == 0o640
 
 
-def test_a_folder_that_is_missing_is_told(tmp_path):
+def test_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing"):
         files.write_text(tmp_path / "missing" / "a.txt", "x")
 
 
-def test_two_writers_do_not_meet(tmp_path):
+def test_two_writers_of_one_file_do_not_mix(tmp_path):
     path = tmp_path / "a.txt"
     with files.write_whole(path) as first, files.write_whole(path) as second:
         first.write(b"first")

@@ -13,7 +13,7 @@ import tensorflow as tf
 import gpt_2_simple as gpt2
 from gpt_2_simple.common import folders, locks
 from gpt_2_simple.data import dataset
-from gpt_2_simple.storage import checkpoint
+from gpt_2_simple.storage import create
 
 RUN = {"model_name": "tiny", "sample_every": 0, "learning_rate": 0.01, "batch_size": 4}
 
@@ -618,7 +618,7 @@ def test_checkpoint_replaced_while_loading_is_loaded_again(workplace, sess, monk
     with pytest.raises(FileNotFoundError, match="model-3 was replaced while it was read"):
         gpt2.load_gpt2(sess)
     seen.clear()
-    with locks.lock("checkpoint/run1"):  # as a process that trains holds it
+    with locks.lock_run("checkpoint/run1"):  # as a process that trains holds it
         gpt2.load_gpt2(sess)
     assert len(seen) == 2
 

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator
 from typing import BinaryIO
 
-# A temporary file that nobody wrote to for so many seconds was left by a process that is no more.
-STALE = 86400
+# A temporary file that nobody wrote to for so many seconds belongs to a process that died.
+STALE_SECONDS = 86400
 
 
 @contextlib.contextmanager
-def write_whole(path: str | os.PathLike[str], mark: str = ".") -> Iterator[BinaryIO]:
-    """Opens a temporary file beside `path` that takes its place if the block ends well.
+def write_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Opens a temporary file beside `path`, which replaces `path` if the block ends well.
 
-    Whatever ends the block otherwise leaves `path` as it was, and nothing else behind. A link
-    stays, and what it leads to is replaced. What is no file, such as a pipe, is written to.
+    If the block fails, `path` stays as it was, and the temporary file is removed. If `path` is a
+    link, the file that it leads to is replaced. If it is a device or a named pipe, the block writes
+    to that.
 
     Args:
         path: the file to make or to replace; its folder must exist.
-        mark: what the temporary file's name starts with; a killed process leaves it, and this
-            tells it from what users keep there.
 
     Raises:
         OSError: the folder is missing or cannot be written, or the disk is full.
@@ -33,8 +33,8 @@ def write_whole(path: str | os.PathLike[str], mark: str = ".") -> Iterator[Binar
             yield file
         return
     folder, name = os.path.split(os.path.realpath(path))
-    _remove_stale(folder, f"{mark}{name}.")
-    temporary = os.path.join(folder, f"{mark}{name}.{secrets.token_hex(4)}.tmp")
+    _remove_stale(folder, name)
+    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.tmp")
     file = open(temporary, "xb")
     try:
         with file:
@@ -48,28 +48,34 @@ def write_whole(path: str | os.PathLike[str], mark: str = ".") -> Iterator[Binar
         raise
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text file whole, in UTF-8, and keeps its line ends; see write_whole()."""
+    with write_whole(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file has the name of a temporary file of write_whole()."""
+    return re.fullmatch(r"\..+\.[0-9a-f]{8}\.tmp", name) is not None
+
+
 def is_special(path: str | os.PathLike[str]) -> bool:
-    """Whether there is something that is neither file nor folder: a device, or a named pipe."""
+    """Whether `path` is neither a file nor a folder, but a device or a named pipe."""
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
-def _remove_stale(folder: str, start: str) -> None:
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith(start) and entry.name.endswith(".tmp"):
-                with contextlib.suppress(OSError):
-                    if entry.stat().st_mtime < time.time() - STALE:
-                        os.remove(entry.path)
-
-
 def check_folder(name: str, path: str | os.PathLike[str]) -> None:
-    """Raises FileNotFoundError if the file that argument `name` asks for has no folder to go to."""
+    """Raises FileNotFoundError if the folder of the file `path`, argument `name`, is missing."""
     folder = os.path.dirname(os.path.abspath(path))
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{name}={os.fspath(path)!r}: there is no folder {folder!r}")
 
 
-def write_text(path: str | os.PathLike[str], text: str, mark: str = ".") -> None:
-    """Writes a text file whole, in UTF-8 and with line ends as they are; see write_whole()."""
-    with write_whole(path, mark) as file:
-        file.write(text.encode("utf-8"))
+def _remove_stale(folder: str, name: str) -> None:
+    """Removes the temporary files that dead processes left of the file `name`."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if is_temporary(entry.name) and entry.name.startswith(f".{name}."):
+                with contextlib.suppress(OSError):
+                    if entry.stat().st_mtime < time.time() - STALE_SECONDS:
+                        os.remove(entry.path)

@@ -13,7 +13,7 @@ def model_folder(model_dir: str, model_name: str) -> str:
     """The folder of a model.
 
     Raises:
-        FileNotFoundError: there is none; says which there are and how to get one.
+        FileNotFoundError: there is no such model; lists the models and says how to get one.
     """
     folder = os.path.join(model_dir, model_name)
     if not os.path.isfile(os.path.join(folder, "hparams.json")):
@@ -29,7 +29,7 @@ def run_folder(checkpoint_dir: str, run_name: str) -> str:
     """The folder of a run.
 
     Raises:
-        FileNotFoundError: there is none; says which runs there are.
+        FileNotFoundError: there is no such run; lists the runs.
     """
     folder = os.path.join(checkpoint_dir, run_name)
     if not os.path.isfile(os.path.join(folder, "hparams.json")):
@@ -60,8 +60,8 @@ def read_hparams(folder: str) -> HParams:
     """A folder's hyper-parameters.
 
     Raises:
-        FileNotFoundError: no hparams.json there.
-        ValueError: it does not parse, or a key is missing, unknown or of a wrong value.
+        FileNotFoundError: the folder has no hparams.json.
+        ValueError: it is not JSON, or a key is missing or unknown, or a value is wrong.
     """
     path = os.path.join(folder, "hparams.json")
     with open(path, encoding="utf-8-sig") as file:

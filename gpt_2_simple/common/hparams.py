@@ -1,4 +1,4 @@
-"""GPT-2's hyper-parameters."""
+"""Named sizes in, GPT-2's checked hyper-parameters out."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class HParams:
     n_layer: int = 12
 
     def override_from_dict(self, param_dict: Mapping[str, int]) -> None:
-        """Replaces the named values; those that `param_dict` does not name stay.
+        """Replaces the named values and keeps the others.
 
         Raises:
-            ValueError: an unknown name, or a value that is not a positive integer, or heads that
-                do not divide the width. Nothing is changed then.
+            ValueError: a name is unknown, a value is not a whole number above 0, or n_head does
+                not divide n_embd. Nothing is changed then.
         """
         names = [field.name for field in dataclasses.fields(self)]
         unknown = sorted(set(param_dict) - set(names))
@@ -43,7 +43,7 @@ class HParams:
             setattr(self, name, value)
 
     def check(self) -> None:
-        """Raises ValueError for sizes no GPT-2 can have; n_vocab may still be 0 (not known yet)."""
+        """Raises ValueError for sizes that no GPT-2 can have; n_vocab may be 0: not known yet."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name == "n_vocab" else 1
@@ -54,5 +54,5 @@ class HParams:
 
 
 def default_hparams() -> HParams:
-    """The 124M model's hyper-parameters, but for n_vocab=0: the vocabulary decides that."""
+    """The 124M model's hyper-parameters, except that n_vocab is 0: the vocabulary decides it."""
     return HParams()

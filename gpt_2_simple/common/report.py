@@ -6,13 +6,14 @@ import contextlib
 import contextvars
 import os
 import sys
+import types
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from tqdm.auto import tqdm
 
-# With a separator at its end: a folder beside it may have a longer name.
+# It ends with a separator: the name of another folder may start with the package's.
 _PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 
 _verbose: contextvars.ContextVar[int] = contextvars.ContextVar("gpt_2_simple_verbose", default=1)
@@ -40,7 +41,7 @@ def in_notebook() -> bool:
 
 
 def is_interactive() -> bool:
-    """Whether someone watches: standard error is a terminal, or this runs in a notebook."""
+    """Whether a user watches: standard error is a terminal, or this runs in a notebook."""
     return in_notebook() or bool(getattr(sys.stderr, "isatty", lambda: False)())
 
 
@@ -59,18 +60,19 @@ def complain(*parts: object) -> None:
 
 
 def warn(message: str) -> None:
-    """Warns of something at the line, outside of this package, that led to it."""
-    level, frame = 1, sys._getframe()
+    """Warns the user; the warning points to the last line outside of this package."""
+    level = 1
+    frame: types.FrameType | None = sys._getframe()
     while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def progress(*, total: float | None, desc: str, unit: str, **options: Any) -> tqdm:
-    """Makes a progress bar that draws itself only where someone watches.
+    """Makes a progress bar, which is drawn only where a user watches.
 
     Args:
-        total: how many units there are, None if unknown.
+        total: how many units there are; None if that is not known.
         desc: what is being done.
         unit: what is counted: 'B' (with unit_scale=True), 'step', 'tok'.
         **options: passed to tqdm.

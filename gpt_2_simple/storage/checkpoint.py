@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import re
 import shutil
@@ -19,37 +18,35 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
 from .. import model
 from ..common import files
+from ..common.errors import first_line
 from . import checkpoint_index
 
 VOCABULARY_FILES = ("encoder.json", "vocab.bpe")
+# Base names: a model's checkpoint, and a run's best weights. The weights of step N are model-N.
 MODEL_CHECKPOINT = "model.ckpt"
-RUN_CHECKPOINT = "model"
-COUNTER = "counter"
 BEST = "best"
+COUNTER = "counter"
+LIST_FILE = "checkpoint"
 
-# Folders inside a model's or run's: what is being written, what only has to be moved, and what is
-# on its way out.
+# Folders inside a model's or run's: a save that is being written, one whose files only have to be
+# moved to their places, and files to remove.
 UNFINISHED = ".saving-"
 FINISHED = ".saved-"
-REMOVED = ".removing-"
+TRASH = ".removing-"
 
 
-# --- folders ------------------------------------------------------------------------------------
-
-
-# --- checkpoints --------------------------------------------------------------------------------
+# --- find and check -----------------------------------------------------------------------------
 
 
 def latest_checkpoint(folder: str) -> str | None:
     """The newest whole checkpoint of a folder.
 
-    The one that the file `checkpoint` names, or, should that be missing or cut short, the one of
-    the highest step that is whole.
+    The file `checkpoint` names it. If that checkpoint is missing or cut short, the newest one of
+    the others that is whole is taken.
 
     Returns:
         A prefix such as 'checkpoint/run1/model-100', None if there is none.
@@ -60,17 +57,17 @@ def latest_checkpoint(folder: str) -> str | None:
 
 
 def has_any(folder: str) -> bool:
-    """Whether there is any sign of a checkpoint in a folder, whole or not."""
+    """Whether a folder has checkpoints, whole or damaged, or had some."""
     return bool(named_checkpoints(folder) or _checkpoints_on_disk(folder))
 
 
 def named_checkpoints(folder: str) -> list[str]:
-    """The base names that the file `checkpoint` lists, oldest first, its latest last.
+    """The base names that the file `checkpoint` lists, oldest first, the latest last.
 
-    Paths are reduced to base names: a run that was copied from another machine keeps working.
+    Folders in it are left out: a run that was copied from another machine keeps working.
     """
     try:
-        with open(os.path.join(folder, "checkpoint"), encoding="utf-8", errors="replace") as file:
+        with open(os.path.join(folder, LIST_FILE), encoding="utf-8", errors="replace") as file:
             text = file.read()
     except (FileNotFoundError, IsADirectoryError):
         return []
@@ -100,7 +97,7 @@ def _checkpoints_on_disk(folder: str) -> list[str]:
 def is_whole(prefix: str) -> bool:
     """Whether a checkpoint's index can be read and its data files are as long as the index says."""
     try:
-        sizes = checkpoint_index.data_sizes(checkpoint_index.read_bundle_index(f"{prefix}.index"))
+        sizes = checkpoint_index.data_sizes(checkpoint_index.read_index(f"{prefix}.index"))
         shards = max(sizes, default=0) + 1
         return all(
             os.path.getsize(f"{prefix}.data-{shard:05d}-of-{shards:05d}") >= size
@@ -175,7 +172,7 @@ def check_shapes(prefix: str, variables: Mapping[str, tf.Variable], hparams: Any
     Raises:
         ValueError: a variable is missing from it, or has another shape; names the first.
     """
-    entries = checkpoint_index.read_bundle_index(f"{prefix}.index")
+    entries = checkpoint_index.read_index(f"{prefix}.index")
     for name, variable in variables.items():
         expected = tuple(variable.shape.as_list())
         found = entries[name].shape if name in entries else None
@@ -191,8 +188,8 @@ def restore(sess: tf.compat.v1.Session, ops: RestoreOps, prefix: str) -> None:
     """Fills the variables of `ops` from a checkpoint.
 
     Raises:
-        FileNotFoundError: it went away, or another took its place, while it was read.
-        ValueError: the file's contents fail their checksums.
+        FileNotFoundError: the checkpoint was removed or replaced while it was read.
+        ValueError: its checksums do not match.
     """
     index = f"{prefix}.index"
     try:
@@ -212,7 +209,7 @@ def restore(sess: tf.compat.v1.Session, ops: RestoreOps, prefix: str) -> None:
 
 @contextlib.contextmanager
 def _without_brackets(prefix: str) -> Iterator[str]:
-    """A path to a checkpoint that TensorFlow, which would expand '[...]', reads as it is."""
+    """A path to the checkpoint without '[': TensorFlow takes '[...]' for a pattern."""
     if "[" not in prefix:
         yield prefix
         return
@@ -267,19 +264,20 @@ def save_model(
     saves: Mapping[str, SaveOps],
     texts: Mapping[str, str] | None = None,
 ) -> str:
-    """Writes a model's `<base>.data-..., .index and .meta` and more, all of it or nothing.
+    """Writes a model's `<base>.data-...`, `.index` and `.meta`, and other files: all or nothing.
 
-    All is written into a folder of its own, `.saving-...`, and flushed to disk. It counts from when
-    that is renamed to `.saved-<base>`; then its files are moved to their places. What a killed
-    process leaves of either folder is dealt with by recover().
+    All files are written into a folder of their own, `.saving-...`, and flushed to disk. The save
+    counts from the moment when that folder is renamed to `.saved-<base>`. Then the files are moved
+    to their places. If a process is killed meanwhile, finish_saves() completes or undoes its save.
 
     Args:
         sess: holds the variables.
-        folder: a model or run folder.
-        base: the model's checkpoint in it.
+        folder: a model or run folder; nobody else may save there now.
+        base: the base name of the model's checkpoint.
         hparams: the model's sizes.
-        saves: operations by the checkpoint that they are to write: that of `base`, and maybe more.
-        texts: files that belong to it, and what is in them.
+        saves: operations by the base name of the checkpoint that they write: `base`, and others
+            that belong to it.
+        texts: contents of files that belong to it, by their names.
 
     Returns:
         The checkpoint's prefix, `<folder>/<base>`.
@@ -288,73 +286,83 @@ def save_model(
         OSError: the disk is full, or the folder cannot be written.
     """
     prefix = os.path.join(folder, base)
+    contents = {name: text.encode("utf-8") for name, text in (texts or {}).items()}
     with _file_errors(prefix):
-        recover(folder)
+        finish_saves(folder)
+        contents[f"{base}.meta"] = _meta_graph(dataclasses.astuple(hparams))
         unfinished = tempfile.mkdtemp(prefix=UNFINISHED, dir=folder)
         try:
-            # Side by side: one's data are flushed while another's are still being written.
-            with ThreadPoolExecutor(len(saves)) as pool:
-                writes = [
-                    pool.submit(_write, sess, save, os.path.join(unfinished, name))
-                    for name, save in saves.items()
-                ]
-            for write in writes:
-                write.result()
-            contents = {name: text.encode("utf-8") for name, text in (texts or {}).items()}
-            contents[f"{base}.meta"] = _meta_graph(dataclasses.astuple(hparams))
-            for name, content in contents.items():
-                path = os.path.join(unfinished, name)
-                with open(path, "wb") as file:
-                    file.write(content)
-                sync(path)
-            sync(unfinished)
+            _write_all(sess, unfinished, saves, contents)
             os.rename(unfinished, os.path.join(folder, FINISHED + base))
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
         sync(folder)
-        _publish(folder, base)
+        _move_into_place(folder, base)
     return prefix
 
 
-def _write(sess: tf.compat.v1.Session, save: SaveOps, prefix: str) -> None:
+def _write_all(
+    sess: tf.compat.v1.Session,
+    folder: str,
+    saves: Mapping[str, SaveOps],
+    contents: Mapping[str, bytes],
+) -> None:
+    """Writes checkpoints and other files into an empty folder, and flushes all to disk."""
+    # In parallel: the data of one are flushed while those of another are still being written.
+    with ThreadPoolExecutor(len(saves)) as pool:
+        writes = [
+            pool.submit(_write_checkpoint, sess, ops, os.path.join(folder, base))
+            for base, ops in saves.items()
+        ]
+    for write in writes:
+        write.result()
+    for name, content in contents.items():
+        path = os.path.join(folder, name)
+        with open(path, "wb") as file:
+            file.write(content)
+        sync(path)
+    sync(folder)
+
+
+def _write_checkpoint(sess: tf.compat.v1.Session, ops: SaveOps, prefix: str) -> None:
     """Writes one checkpoint, and flushes it to disk."""
-    sess.run(save.done, {save.prefix: prefix})
+    sess.run(ops.done, {ops.prefix: prefix})
     folder, base = os.path.split(prefix)
     for name in os.listdir(folder):
         if name.startswith(f"{base}."):
             sync(os.path.join(folder, name))
 
 
-def _publish(folder: str, base: str) -> None:
+def _move_into_place(folder: str, base: str) -> None:
     """Moves the files of a finished save to their places.
 
-    The model's index comes after all that belongs to it, since a checkpoint that has an index is
-    whole; then the file that names it.
+    A checkpoint that has an index is whole, so the index is moved after all that belongs to it. The
+    file `checkpoint`, which lists it, comes last.
     """
     finished = os.path.join(folder, FINISHED + base)
-    order = [f"{base}.index", COUNTER, "checkpoint"]
-    names = sorted(os.listdir(finished), key=lambda name: name in order and order.index(name) + 1)
-    if order[0] in names:
+    last = [f"{base}.index", COUNTER, LIST_FILE]
+    names = sorted(os.listdir(finished), key=lambda name: name in last and last.index(name) + 1)
+    if last[0] in names:
+        # If this replaces an older checkpoint, its old index must never stand beside new data.
         with contextlib.suppress(FileNotFoundError):
-            # A save over an older checkpoint of this name: never its index with our data.
-            os.remove(os.path.join(folder, order[0]))
+            os.remove(os.path.join(folder, last[0]))
     for name in names:
         os.replace(os.path.join(finished, name), os.path.join(folder, name))
     sync(folder)
     os.rmdir(finished)
 
 
-def recover(folder: str) -> None:
-    """Completes the saves that a killed process had written whole, and removes unfinished ones.
+def finish_saves(folder: str) -> None:
+    """Completes each save that a killed process had written whole, and removes other leftovers.
 
-    So it does with what take_away() took. Nobody else may be saving in this folder meanwhile.
+    The caller must hold the folder's lock, if it is a run's: nobody else may be saving there.
     """
     for name in os.listdir(folder):
         path = os.path.join(folder, name)
         if name.startswith(FINISHED):
-            _publish(folder, name.removeprefix(FINISHED))
-        elif name.startswith((UNFINISHED, REMOVED)):
+            _move_into_place(folder, name.removeprefix(FINISHED))
+        elif name.startswith((UNFINISHED, TRASH)) or files.is_temporary(name):
             if os.path.isdir(path):
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -362,38 +370,30 @@ def recover(folder: str) -> None:
                     os.remove(path)
 
 
-def take_away(folder: str, names: Sequence[str]) -> str:
-    """Moves files of a folder, in this order, into one that remove() or recover() removes.
+def move_to_trash(folder: str, names: Sequence[str]) -> str:
+    """Moves files of a folder, in this order, into a trash folder.
 
-    That takes no time, where the removal of large files does.
+    Moving them is instant; removing large files is not. remove_trash() does that later, or
+    finish_saves() if this process is killed.
 
     Returns:
-        The folder they are in now.
+        The trash folder.
     """
-    removed = tempfile.mkdtemp(prefix=REMOVED, dir=folder)
+    trash = tempfile.mkdtemp(prefix=TRASH, dir=folder)
     for name in names:
         with contextlib.suppress(FileNotFoundError):
-            os.replace(os.path.join(folder, name), os.path.join(removed, name))
-    return removed
+            os.replace(os.path.join(folder, name), os.path.join(trash, name))
+    return trash
 
 
-def remove(removed: str) -> None:
-    """Removes a folder that take_away() made."""
-    shutil.rmtree(removed, ignore_errors=True)
-
-
-def _reason(error: Exception) -> str:
-    """What an error says, without the graph that TensorFlow says it of."""
-    if not isinstance(error, tf.errors.OpError):
-        return str(error)
-    noise = (" ", "\t", "Graph execution error", "Detected at", "Node:", "Hint:")
-    lines = [line for line in error.message.splitlines() if line and not line.startswith(noise)]
-    return lines[-1].rpartition("; ")[2] if lines else error.message
+def remove_trash(trash: str) -> None:
+    """Removes a folder from move_to_trash()."""
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _file_errors(prefix: str) -> Iterator[None]:
-    """TensorFlow's and Python's errors about files, as one OSError that says what to do."""
+    """Turns TensorFlow's and Python's errors about files into one OSError that says the remedy."""
     try:
         yield
     except (tf.errors.OpError, OSError) as error:
@@ -403,8 +403,13 @@ def _file_errors(prefix: str) -> Iterator[None]:
         ) from error
 
 
+def _reason(error: Exception) -> str:
+    """What a file's error says; TensorFlow's messages name a temporary file before the reason."""
+    return first_line(error).rpartition("; ")[2]
+
+
 def sync(path: str) -> None:
-    """Flushes a file's, or a folder's entries', data to the disk."""
+    """Flushes a file's data, or a folder's entries, to the disk."""
     if os.path.isdir(path) and os.name == "nt":
         return  # Windows cannot flush a folder.
     descriptor = os.open(path, os.O_RDONLY)
@@ -414,53 +419,13 @@ def sync(path: str) -> None:
         os.close(descriptor)
 
 
-def write_file(path: str, text: str) -> None:
-    """Writes a text file whole; recover() removes what a killed process leaves of it."""
-    files.write_text(path, text, UNFINISHED)
-
-
-def state_text(names: Sequence[str]) -> str:
-    """What the file `checkpoint` says: the base names of a folder's checkpoints, oldest first."""
+def list_text(names: Sequence[str]) -> str:
+    """The text of the file `checkpoint`: base names of a folder's checkpoints, oldest first."""
     lines = [f'model_checkpoint_path: "{names[-1]}"']
     lines += [f'all_model_checkpoint_paths: "{name}"' for name in names]
     return "\n".join(lines) + "\n"
 
 
-def write_state(folder: str, names: Sequence[str]) -> None:
-    """Writes the file `checkpoint`, see state_text()."""
-    write_file(os.path.join(folder, "checkpoint"), state_text(names))
-
-
-# --- new models ---------------------------------------------------------------------------------
-
-
-def initial_value(name: str, shape: Sequence[int], n_layer: int, rng: np.random.Generator) -> Any:
-    """GPT-2's initialisation: normal of 0.02 (positions 0.01), zero biases, unit gains.
-
-    The projections that end in the residual stream are scaled by 1 / sqrt(2 * n_layer), as
-    Radford et al. 2019 describe.
-    """
-    if name.endswith("/g"):
-        return np.ones(shape, np.float32)
-    if name.endswith("/b"):
-        return np.zeros(shape, np.float32)
-    stddev = np.float32(0.01 if name.endswith("wpe") else 0.02)
-    if name.endswith("c_proj/w"):
-        stddev /= np.sqrt(2 * n_layer, dtype=np.float32)
-    return stddev * rng.standard_normal(shape, np.float32)
-
-
-def write_model(folder: str, hparams: model.HParams, seed: int | None) -> None:
-    """Writes a randomly initialised model's checkpoint and hparams.json into an existing folder."""
-    rng = np.random.default_rng(seed)
-    with tf.Graph().as_default() as graph, tf.compat.v1.Session(graph=graph) as sess:
-        variables = model.flatten(model.variables(hparams))
-        save = build_save(*variables)
-        for variable in variables:
-            shape = variable.shape.as_list()
-            value = initial_value(variable.op.name, shape, hparams.n_layer, rng)
-            sess.run(variable.initializer, {variable.initializer.inputs[1]: value})
-        save_model(sess, folder, MODEL_CHECKPOINT, hparams, {MODEL_CHECKPOINT: save})
-    sizes = json.dumps(dataclasses.asdict(hparams), indent=2)
-    write_file(os.path.join(folder, "hparams.json"), sizes + "\n")
-    write_state(folder, [MODEL_CHECKPOINT])
+def write_list(folder: str, names: Sequence[str]) -> None:
+    """Writes the file `checkpoint`, see list_text()."""
+    files.write_text(os.path.join(folder, LIST_FILE), list_text(names))

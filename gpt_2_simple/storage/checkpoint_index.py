@@ -31,7 +31,6 @@ class Entry(NamedTuple):
         shard: which data file holds it, counted from 0.
         offset: its first byte in that file.
         size: how many bytes it takes.
-        crc32c: the masked CRC-32C of those bytes.
     """
 
     dtype: int
@@ -39,10 +38,9 @@ class Entry(NamedTuple):
     shard: int
     offset: int
     size: int
-    crc32c: int
 
 
-def read_bundle_index(path: str | os.PathLike[str]) -> dict[str, Entry]:
+def read_index(path: str | os.PathLike[str]) -> dict[str, Entry]:
     """Reads the index of a TensorFlow checkpoint, checking each block's CRC.
 
     Args:
@@ -70,13 +68,13 @@ def read_bundle_index(path: str | os.PathLike[str]) -> dict[str, Entry]:
 
 
 def data_sizes(entries: dict[str, Entry]) -> dict[int, int]:
-    """Says how long each data file of a checkpoint must at least be.
+    """How long each data file of a checkpoint must at least be.
 
     Args:
-        entries: what `read_bundle_index` returned.
+        entries: from read_index().
 
     Returns:
-        The byte at which the last tensor ends, by shard.
+        For each shard the byte at which its last tensor ends.
     """
     sizes: dict[int, int] = {}
     for entry in entries.values():
@@ -120,13 +118,25 @@ def message_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 def _read_entry(message: bytes) -> Entry:
     fields = dict(message_fields(message))
     dimensions = [
-        dict(message_fields(value))
-        for number, value in message_fields(fields.get(2, b""))
+        dict(message_fields(_bytes(value)))
+        for number, value in message_fields(_bytes(fields.get(2, b"")))
         if number == 2
     ]
-    shape = tuple(dimension.get(1, 0) for dimension in dimensions)
-    dtype, shard, offset, size, crc32c = (fields.get(number, 0) for number in (1, 3, 4, 5, 6))
-    return Entry(dtype, shape, shard, offset, size, crc32c)
+    shape = tuple(_int(dimension.get(1, 0)) for dimension in dimensions)
+    dtype, shard, offset, size = (_int(fields.get(number, 0)) for number in (1, 3, 4, 5))
+    return Entry(dtype, shape, shard, offset, size)
+
+
+def _int(value: int | bytes) -> int:
+    if not isinstance(value, int):
+        raise ValueError("a string stands in place of a number")
+    return value
+
+
+def _bytes(value: int | bytes) -> bytes:
+    if not isinstance(value, bytes):
+        raise ValueError("a number stands in place of a string")
+    return value
 
 
 def _read_table(data: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -1,28 +1,29 @@
-"""A run's checkpoints: which there are, how a new one lands, which go."""
+"""A run's variables in, its checkpoints out: how one is saved, and which are removed."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import tensorflow as tf
 
 from .. import session
 from ..common.report import say
 from . import checkpoint, checkpoint_index
-from .runs import LOSS_SCALE, MODEL, OPTIMIZER, RunState, path_beside, step_of
+from .runs import LOSS_SCALE, MODEL, OPTIMIZER, STATE, RunState, path_beside, step_of
 
 
 class CheckpointManager:
-    """A run's checkpoints: which there are, how a new one lands, which go.
+    """The checkpoints of a run that is being trained.
 
-    Only checkpoints that the file `checkpoint` lists are ever removed, and only those of the run
-    that is being resumed: a fresh start in a folder leaves what is there.
+    It removes only checkpoints that the file `checkpoint` lists, and only if the run is continued:
+    a fresh start in a folder keeps what is there.
+
+    Attributes:
+        latest: the prefix of the latest checkpoint, None before the first.
+        failed: whether the last save failed.
     """
 
     def __init__(
@@ -41,49 +42,44 @@ class CheckpointManager:
             state: what its graph remembers.
             folder: the run's.
             max_checkpoints: how many to keep, 0 for all.
-            optimizer: the variables of its state.
-            latest: the checkpoint that the run goes on from, None for a new run.
+            optimizer: the optimizer's variables.
+            latest: the checkpoint from which the run is continued, None for a new run.
         """
         self.sess, self.state, self.folder = sess, state, folder
-        self.max_checkpoints = max_checkpoints
-        self.latest = latest
-        self.failed = False
+        self.max_checkpoints, self.latest, self.failed = max_checkpoints, latest, False
         self._removal: threading.Thread | None = None
-        self.names = checkpoint.named_checkpoints(folder) if latest else []
-        self.optimizer = {variable.op.name: variable for variable in optimizer}
+        self._names = checkpoint.named_checkpoints(folder) if latest else []
+        self._optimizer = {variable.op.name: variable for variable in optimizer}
         weights = session.named_variables(state).values()
-        self._save_model = state.build_once(checkpoint.build_save, *weights)
+        self._save_weights = state.build_once(checkpoint.build_save, *weights)
         self._save_optimizer = state.build_once(checkpoint.build_save, *optimizer)
         state.build_once(checkpoint.build_restore, *optimizer)
         self._finite = state.build_once(_build_finite, *weights)
 
     def restore_optimizer(self) -> bool:
-        """Fills the optimizer's state from what was saved along with the latest checkpoint.
+        """Fills the optimizer's variables from what was saved with the latest checkpoint.
 
-        A loss scale that one of them lacks, since the precision changed, is left as it is.
+        The loss scale, which only float16 has, keeps its value if the checkpoint has none.
 
         Returns:
-            Whether it was there and fits. If not, says why; the state may then be anything.
+            Whether that succeeded. If not, prints why; the variables then hold anything.
         """
+        if self.latest is None:
+            return False
         path = path_beside(self.latest, OPTIMIZER)
         if not checkpoint.is_whole(path):
             say(f"{self.latest} has no optimizer state beside it: the optimizer starts anew")
             return False
-        saved = checkpoint_index.read_bundle_index(f"{path}.index")
-        there = {
-            name: (entry.shape, entry.dtype)
-            for name, entry in _comparable(saved, self.optimizer).items()
-        }
-        optimizer = _comparable(self.optimizer, saved)
-        wanted = {
-            name: (tuple(variable.shape.as_list()), variable.dtype.base_dtype.as_datatype_enum)
-            for name, variable in optimizer.items()
-        }
-        if there != wanted:
+        saved = checkpoint_index.read_index(f"{path}.index")
+        shared = [variable for name, variable in self._optimizer.items() if name in saved]
+        unshared = saved.keys() ^ self._optimizer.keys()
+        if not all(name.startswith(LOSS_SCALE) for name in unshared) or not all(
+            _fits(saved[variable.op.name], variable) for variable in shared
+        ):
             say(f"{path} is of another optimizer, or other variables: the optimizer starts anew")
             return False
         try:
-            ops = self.state.build_once(checkpoint.build_restore, *optimizer.values())
+            ops = self.state.build_once(checkpoint.build_restore, *shared)
             checkpoint.restore(self.sess, ops, path)
         except ValueError as error:
             say(f"{error}; the optimizer starts anew")
@@ -91,11 +87,11 @@ class CheckpointManager:
         return True
 
     def are_weights_finite(self) -> bool:
-        """Whether no weight is infinite or no number."""
+        """Whether no weight is infinite or not a number."""
         return bool(self.sess.run(self._finite))
 
     def save(self, run: RunState) -> str:
-        """CheckpointManager a run, unless its latest checkpoint is of this step already.
+        """Saves a run, unless its latest checkpoint is of this step already.
 
         Returns:
             The checkpoint's prefix.
@@ -107,69 +103,67 @@ class CheckpointManager:
         if self.latest and step_of(self.latest) == run.step:
             return self.latest
         say("Saving", os.path.join(self.folder, base))
-        names = [name for name in self.names if name != base] + [base]
-        saves = {base: self._save_model, f"{OPTIMIZER}-{run.step}": self._save_optimizer}
+        names = [name for name in self._names if name != base] + [base]
+        saves = {base: self._save_weights, f"{OPTIMIZER}-{run.step}": self._save_optimizer}
         texts = {
-            f"state-{run.step}.json": json.dumps(dataclasses.asdict(run)) + "\n",
+            f"{STATE}-{run.step}.json": run.to_json(),
             checkpoint.COUNTER: f"{run.step}\n",
-            "checkpoint": checkpoint.state_text(names),
+            checkpoint.LIST_FILE: checkpoint.list_text(names),
         }
         self.latest = self._write(base, saves, texts)
-        self.names = names
+        self._names = names
         if self.max_checkpoints:
-            self.prune(self.names[-self.max_checkpoints :])
+            self._keep(names[-self.max_checkpoints :])
         self.state.loaded_folder = os.path.abspath(self.folder)
         return self.latest
 
     def save_best(self) -> None:
-        """CheckpointManager the weights alone, as the best so far."""
-        self._write(checkpoint.BEST, {checkpoint.BEST: self._save_model})
+        """Saves the weights alone, as the best so far."""
+        self._write(checkpoint.BEST, {checkpoint.BEST: self._save_weights}, {})
 
-    def _write(self, base: str, saves: Any, texts: Any = None) -> str:
+    def _write(
+        self, base: str, saves: Mapping[str, checkpoint.SaveOps], texts: Mapping[str, str]
+    ) -> str:
         self.failed = True
-        prefix = checkpoint.save_model(
-            self.sess, self.folder, base, self.state.hparams, saves, texts
-        )
+        hparams = self.state.hparams
+        prefix = checkpoint.save_model(self.sess, self.folder, base, hparams, saves, texts)
         self.failed = False
         return prefix
-
-    def prune(self, keep: Sequence[str]) -> None:
-        """Removes the run's checkpoints but those named; a kill leaves the rest listed.
-
-        Their files are out of the way at once; a thread removes them while training goes on.
-        """
-        if list(keep) == self.names:
-            return
-        self.close()
-        files = files_of(self.folder, [name for name in self.names if name not in keep])
-        removed = checkpoint.take_away(self.folder, files)
-        self.names = list(keep)
-        checkpoint.write_state(self.folder, self.names)
-        self._removal = threading.Thread(target=checkpoint.remove, args=[removed])
-        self._removal.start()
-
-    def close(self) -> None:
-        """Waits until what prune() took away is removed."""
-        if self._removal is not None:
-            self._removal.join()
-            self._removal = None
 
     def overwrite(self) -> None:
         """Removes the run's checkpoints but the latest, and its events."""
         if self.latest:
-            self.prune([os.path.basename(self.latest)])
+            self._keep([os.path.basename(self.latest)])
         for name in os.listdir(self.folder):
             if name.startswith("events.out.tfevents."):
                 os.remove(os.path.join(self.folder, name))
 
+    def _keep(self, names: Sequence[str]) -> None:
+        """Removes the run's checkpoints but those named.
 
-def _comparable(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """The values by name, without a loss scale that `others` lacks."""
-    return {
-        name: value
-        for name, value in values.items()
-        if name in others or not name.startswith(LOSS_SCALE)
-    }
+        Their files are moved out of the way first, and then the list of checkpoints is written: a
+        kill in between leaves only names too many. A thread removes the files during training.
+        """
+        if list(names) == self._names:
+            return
+        self.close()
+        old = _files_of(self.folder, [name for name in self._names if name not in names])
+        trash = checkpoint.move_to_trash(self.folder, old)
+        self._names = list(names)
+        checkpoint.write_list(self.folder, self._names)
+        self._removal = threading.Thread(target=checkpoint.remove_trash, args=[trash])
+        self._removal.start()
+
+    def close(self) -> None:
+        """Waits until the files of old checkpoints are removed."""
+        if self._removal is not None:
+            self._removal.join()
+            self._removal = None
+
+
+def _fits(entry: checkpoint_index.Entry, variable: tf.Variable) -> bool:
+    dtype = variable.dtype.base_dtype.as_datatype_enum
+    return (entry.shape, entry.dtype) == (tuple(variable.shape.as_list()), dtype)
 
 
 def _build_finite(*variables: tf.Variable) -> tf.Tensor:
@@ -181,12 +175,15 @@ def _build_finite(*variables: tf.Variable) -> tf.Tensor:
     return tf.reduce_all(tf.stack(finite))
 
 
-def files_of(folder: str, bases: Sequence[str]) -> list[str]:
-    """The files in a folder of checkpoints `model-N`, and what was saved along with them.
+def _files_of(folder: str, bases: Sequence[str]) -> list[str]:
+    """The files in a folder of checkpoints `model-N`, and those that were saved with them.
 
-    The models' indexes come first: once they are gone, what is left is no checkpoint.
+    The models' indexes come first: a checkpoint without its index is none.
     """
-    kinds = (MODEL, OPTIMIZER, "state")
-    parts = {re.sub(rf"^{MODEL}-", f"{kind}-", base) for base in bases for kind in kinds}
-    found = [name for name in os.listdir(folder) if name.rpartition(".")[0] in parts]
+    stems = {
+        re.sub(rf"^{MODEL}-", f"{kind}-", base)
+        for base in bases
+        for kind in (MODEL, OPTIMIZER, STATE)
+    }
+    found = [name for name in os.listdir(folder) if name.rpartition(".")[0] in stems]
     return sorted(found, key=lambda name: (name.removesuffix(".index") not in bases, name))

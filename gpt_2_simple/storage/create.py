@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
+from ..common.files import write_text
 from ..common.hparams import HParams
 from ..common.report import say
 from ..common.settings import settings_function
@@ -40,8 +44,6 @@ def create_gpt2(settings: CreateSettings) -> str:
         FileExistsError: there is a model of this name, and overwrite is False.
         ValueError: sizes that no GPT-2 can have, or a vocab_size without a dataset.
     """
-    from . import checkpoint  # imports TensorFlow
-
     hparams = _hparams(settings)
     folder = os.path.join(settings.model_dir, settings.model_name)
     if os.path.lexists(folder) and not settings.overwrite:
@@ -54,7 +56,7 @@ def create_gpt2(settings: CreateSettings) -> str:
     temporary = tempfile.mkdtemp(prefix=".creating-", dir=settings.model_dir)
     try:
         save_vocabulary(vocabulary, temporary)
-        checkpoint.write_model(temporary, hparams, settings.seed)
+        write_model(temporary, hparams, settings.seed)
         os.chmod(temporary, 0o755)
         _replace_folder(temporary, folder)
     finally:
@@ -95,3 +97,58 @@ def _replace_folder(new: str, folder: str) -> None:
         os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def initial_value(
+    name: str, shape: Sequence[int], n_layer: int, rng: np.random.Generator
+) -> np.ndarray:
+    """GPT-2's initial weights (Radford et al. 2019): normally distributed, biases 0, gains 1.
+
+    The standard deviation is 0.02, or 0.01 for positions. Projections that end in the residual
+    stream are divided by sqrt(2 * n_layer).
+
+    Args:
+        name: the variable's name in a checkpoint, such as 'model/h0/attn/c_proj/w'.
+        shape: its shape.
+        n_layer: transformer blocks in the model.
+        rng: draws the values.
+
+    Returns:
+        float32 of that shape.
+    """
+    if name.endswith("/g"):
+        return np.ones(shape, np.float32)
+    if name.endswith("/b"):
+        return np.zeros(shape, np.float32)
+    stddev = np.float32(0.01 if name.endswith("wpe") else 0.02)
+    if name.endswith("c_proj/w"):
+        stddev /= np.sqrt(2 * n_layer, dtype=np.float32)
+    return stddev * rng.standard_normal(shape, np.float32)
+
+
+def write_model(folder: str, hparams: HParams, seed: int | None) -> None:
+    """Writes a randomly initialised model's checkpoint and hparams.json into an existing folder.
+
+    Args:
+        folder: the folder.
+        hparams: the model's sizes.
+        seed: makes the weights repeatable; None draws others each time.
+    """
+    import tensorflow as tf
+
+    from .. import model
+    from . import checkpoint
+
+    rng = np.random.default_rng(seed)
+    with tf.Graph().as_default() as graph, tf.compat.v1.Session(graph=graph) as sess:
+        variables = model.flatten(model.variables(hparams))
+        save = checkpoint.build_save(*variables)
+        for variable in variables:
+            shape = variable.shape.as_list()
+            value = initial_value(variable.op.name, shape, hparams.n_layer, rng)
+            sess.run(variable.initializer, {variable.initializer.inputs[1]: value})
+        base = checkpoint.MODEL_CHECKPOINT
+        checkpoint.save_model(sess, folder, base, hparams, {base: save})
+    sizes = json.dumps(dataclasses.asdict(hparams), indent=2)
+    write_text(os.path.join(folder, "hparams.json"), sizes + "\n")
+    checkpoint.write_list(folder, [base])

@@ -19,13 +19,15 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import requests
 
 from ..common import report
+from ..common.files import write_text
+from ..common.locks import wait_for_lock
 from ..common.published import (
     BASE_URL_VARIABLE,
     DATA_FILE,
@@ -41,12 +43,7 @@ from ..common.settings import settings_function
 from . import checkpoint_index
 from .settings import DownloadSettings
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    import msvcrt
-
-    fcntl = None
+LOCK = ".download.lock"
 
 _TIMEOUT = (10.0, 30.0)  # seconds to connect, seconds between two reads
 _CHUNK_BYTES = 1 << 15  # what a cut connection may cost
@@ -112,7 +109,8 @@ def download_gpt2(settings: DownloadSettings) -> None:
         report.say(f"{folder} is already there, and whole")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone_in(folder), requests.Session() as session:
+    lock = wait_for_lock(folder / LOCK, f"Waiting for another download into {folder}")
+    with lock, requests.Session() as session:
         for name in MODEL_FILES:
             try:
                 _ensure_file(session, folder_url + name, folder / name)
@@ -179,7 +177,7 @@ def _defect(path: Path, name: str, published: bool) -> str | None:
         if name == DATA_FILE:
             return _data_defect(path)
         if name == INDEX_FILE:
-            return None if checkpoint_index.read_bundle_index(path) else "it lists no tensor"
+            return None if checkpoint_index.read_index(path) else "it lists no tensor"
         content = path.read_bytes()
         return _content_defect(name, content) or (published and _unpublished(name, content)) or None
     except NotImplementedError:
@@ -217,9 +215,9 @@ def _data_defect(path: Path) -> str | None:
 
 def _least_data_size(folder: Path) -> int:
     try:
-        return checkpoint_index.data_sizes(
-            checkpoint_index.read_bundle_index(folder / INDEX_FILE)
-        ).get(0, 0)
+        return checkpoint_index.data_sizes(checkpoint_index.read_index(folder / INDEX_FILE)).get(
+            0, 0
+        )
     except FileNotFoundError as error:
         raise ValueError("its index is missing") from error
 
@@ -308,12 +306,7 @@ class _Partial:
 
     def begin(self, version: _Version) -> None:
         self.discard()  # first, lest a crash leave the old bytes under the new note
-        draft = self.note.with_name(self.note.name + ".tmp")
-        with open(draft, "w", encoding="utf-8") as file:
-            json.dump(version._asdict(), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, self.note)
+        write_text(self.note, json.dumps(version._asdict()))
 
     def discard(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -534,51 +527,3 @@ def _back_off(name: str, tries: int, error: _FetchError) -> None:
         seconds = max(seconds, error.wait)
     report.say(f"Fetching {name}: {error}; trying again in {seconds:.1f} s")
     _sleep(seconds)
-
-
-# One process at a time
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other processes and threads out of `folder`; a process that dies lets go of it."""
-    path = folder / ".download.lock"
-    file = _lock(path)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows does not remove an open file
-            path.unlink()
-        file.close()
-
-
-def _lock(path: Path) -> IO[bytes]:
-    waiting = False
-    while True:
-        file = open(path, "ab")
-        if _try_lock(file) and _is_current(file, path):
-            return file
-        file.close()
-        if not waiting:
-            report.say(f"Waiting for another download into {path.parent}")
-            waiting = True
-        time.sleep(0.2)
-
-
-def _try_lock(file: IO[bytes]) -> bool:
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except OSError as error:
-        # Some network drives know no locks; a download there goes ahead without one.
-        return error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
-    return True
-
-
-def _is_current(file: IO[bytes], path: Path) -> bool:
-    """Whether `path` is still the file that was opened: who had the lock removes it at the end."""
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    return False

@@ -9,7 +9,9 @@ import re
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO
+from typing import IO, BinaryIO
+
+from ..common.files import write_whole
 
 MOUNT_POINT = "/content/drive"
 _DRIVE_NAMES = ("MyDrive", "My Drive")  # today's name first, then that of older mounts
@@ -92,7 +94,8 @@ def copy_checkpoint_to_gdrive(
         )
     if not copy_folder:
         target = os.path.join(drive, get_tarfile_name(source))
-        _write_whole(target, lambda file: _pack(source, f"{_TAR_ROOT}/{run_name}", file))
+        with _new_file(target) as file:
+            _pack(source, f"{_TAR_ROOT}/{run_name}", file)
         return target
     target = os.path.join(drive, *_inner_parts(source))
     with _new_folder(target) as new:
@@ -248,29 +251,21 @@ def _first_copy(drive: str, names: list[str], checkpoint_dir: str) -> str:
     )
 
 
-def _write_whole(target: str, write: Callable[[IO[bytes]], None]) -> None:
-    """Lets `write` fill a file that takes the name `target` only when it is complete."""
-    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-    part = _beside(target, "part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(part)
-        raise
-
-
 def _copy_file(source: str, target: str) -> None:
     if not os.path.isfile(source):
         folder = os.path.dirname(source) or "."
         there = _listed(_names(folder, os.DirEntry.is_file))
         raise FileNotFoundError(f"There is no file {source}. Files in {folder}: {there}")
-    with open(source, "rb") as original:
-        _write_whole(target, lambda file: shutil.copyfileobj(original, file, 1 << 20))
+    with open(source, "rb") as original, _new_file(target) as copy:
+        shutil.copyfileobj(original, copy, 1 << 20)
+
+
+@contextlib.contextmanager
+def _new_file(target: str) -> Iterator[BinaryIO]:
+    """As write_whole(), and makes the folder if it is missing."""
+    os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
+    with write_whole(target) as file:
+        yield file
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ from . import checkpoint as checkpoints
 from . import runs
 from .settings import LOADED_RUN, LoadSettings
 
-# Attempts to load from a run that another process is training.
-LOADS = 10
+# How often to try to load from a run that another process is training.
+MAX_TRIES = 10
 
 
 @session_function(LoadSettings)
@@ -27,10 +27,10 @@ def load_gpt2(sess: tf.compat.v1.Session, settings: LoadSettings) -> None:
         settings: each of them is an argument.
 
     Raises:
-        FileNotFoundError: no such run, model or checkpoint; lists those there are.
+        FileNotFoundError: there is no such run, model or checkpoint; lists those there are.
         RuntimeError: the session is closed, or is training.
-        ValueError: the session holds a model of other sizes or precision, or the files do not fit
-            together.
+        ValueError: a setting is out of range; or the session holds a model of other sizes or
+            precision; or the files do not fit together.
     """
     checkpoint = settings.checkpoint
     if isinstance(checkpoint, int):
@@ -40,16 +40,16 @@ def load_gpt2(sess: tf.compat.v1.Session, settings: LoadSettings) -> None:
             folder = model_folder(settings.model_dir, settings.model_name)
         else:
             folder = run_folder(settings.checkpoint_dir, settings.run_name)
-            runs.recover(folder)
+            runs.finish_saves_unless_trained(folder)
         kind = "pretrained model" if settings.model_name else "checkpoint"
-        for attempt in range(LOADS):
+        for attempt in range(MAX_TRIES):
             try:
                 prefix = checkpoints.restore_path(folder, checkpoint)
                 load_checkpoint(sess, folder, prefix, kind, settings.multi_gpu, settings.precision)
                 return
             except FileNotFoundError:
-                # It may be that another process, which trains this run, has just replaced it.
-                if attempt == LOADS - 1 or not runs.is_being_trained(folder):
+                # Another process that trains this run may have just replaced the checkpoint.
+                if attempt == MAX_TRIES - 1 or not runs.is_being_trained(folder):
                     raise
 
 
@@ -63,8 +63,8 @@ def load_checkpoint(
 ) -> session.GraphState:
     """Gives the session the model of `folder`, with the weights of the checkpoint `prefix`."""
     hparams = read_hparams(folder)
-    enc = encoder.get_encoder(folder)
-    encoder.check_vocabulary(enc, hparams.n_vocab, folder)
+    vocabulary = encoder.get_encoder(folder)
+    encoder.check_vocabulary(vocabulary, hparams.n_vocab, folder)
     session.check_idle(sess)
     gpus = session.get_available_gpus() if multi_gpu else []
     precision = precision and session.fit_precision(sess, precision)
@@ -73,7 +73,7 @@ def load_checkpoint(
     say(f"Loading {kind}", prefix)
     state.loaded_folder = state.base_model_folder = None  # these weights are about to be replaced
     restore_weights(sess, state, prefix)
-    state.loaded_folder, state.encoder = os.path.abspath(folder), enc
+    state.loaded_folder, state.encoder = os.path.abspath(folder), vocabulary
     return state
 
 
@@ -90,7 +90,7 @@ def ensure_loaded(
     model_name: str | None = None,
     model_dir: str = "models",
 ) -> session.GraphState:
-    """The session's model, after loading what the caller names if that is something else."""
+    """The session's model. If the caller names another run or model, that is loaded first."""
     state = session.graph_state(sess)
     named = model_name is not None or run_name is not LOADED_RUN or checkpoint_dir != "checkpoint"
     if state.loaded_folder is None and not named:

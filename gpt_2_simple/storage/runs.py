@@ -1,13 +1,13 @@
-"""A run's folder: who may write there, what it holds beside weights, and how each save lands.
+"""A run's folder in, what it holds beside weights out: its model, its RunState, its settings.
 
 - `checkpoint`: the names of the checkpoints, and which is the latest
-- `model-N.*`: the weights after step N, as gpt-2-simple has always kept them
-- `optimizer-N.*`: the optimizer's state then
-- `state-N.json`: RunState, where data and validation had got to then
-- `best.*`: the weights that validated best
+- `model-N.*`: the weights after step N, as in gpt-2-simple 0.8.1
+- `optimizer-N.*`: the optimizer's variables after step N
+- `state-N.json`: the RunState after step N
+- `best.*`: the weights with the lowest validation loss
 - `history.jsonl`, `events*`: what each step reached
-- `settings.json`: what finetune() was called with last
-- `counter`, `hparams.json`, `encoder.json`, `vocab.bpe`: as gpt-2-simple has always kept them
+- `settings.json`: the settings of the latest finetune()
+- `counter`, `hparams.json`, `encoder.json`, `vocab.bpe`: as in gpt-2-simple 0.8.1
 """
 
 from __future__ import annotations
@@ -18,44 +18,35 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
+from ..common.files import write_text, write_whole
 from ..common.folders import read_hparams
-from ..common.locks import LOCK, lock
+from ..common.locks import RUN_LOCK, lock_run
 from ..common.report import say
 from . import checkpoint
 
+# What the names of a step's files start with.
 MODEL = "model"
 OPTIMIZER = "optimizer"
+STATE = "state"
+
 # What the names of float16's own variables start with.
 LOSS_SCALE = "optimizer/loss_scale"
 SETTINGS = "settings.json"
 
-# Settings that may differ from call to call without a word.
-ANY_CALL = (
-    "steps",
-    "epochs",
-    "sample_every",
-    "sample_length",
-    "sample_num",
-    "save_every",
-    "print_every",
-    "max_checkpoints",
-    "seed",
-    "cache_dir",
-)
 
-
-# --- one process at a time ----------------------------------------------------------------------
+# --- locks --------------------------------------------------------------------------------------
 
 
 def is_being_trained(folder: str) -> bool:
     """Whether some process holds the lock of a run's folder."""
-    if not os.path.isfile(os.path.join(folder, LOCK)):
+    if not os.path.isfile(os.path.join(folder, RUN_LOCK)):
         return False
     try:
-        with lock(folder):
+        with lock_run(folder):
             return False
     except RuntimeError:
         return True
@@ -63,78 +54,75 @@ def is_being_trained(folder: str) -> bool:
         return False
 
 
-def recover(folder: str) -> None:
-    """Completes a save that a killed process left in a run, unless somebody is training it now."""
+def finish_saves_unless_trained(folder: str) -> None:
+    """Completes a save that a killed process left in a run, unless the run is being trained.
+
+    It takes the run's lock itself; checkpoint.finish_saves() is for those who hold it.
+    """
     try:
         names = os.listdir(folder)
     except OSError:
         return
     if any(name.startswith(checkpoint.FINISHED) for name in names):
-        with contextlib.suppress(OSError, RuntimeError), lock(folder):
-            checkpoint.recover(folder)
+        with contextlib.suppress(OSError, RuntimeError), lock_run(folder):
+            checkpoint.finish_saves(folder)
 
 
-# --- beginning ----------------------------------------------------------------------------------
+# --- a run's model ------------------------------------------------------------------------------
 
 
-def prepare(folder: str, model_: str) -> None:
-    """Puts the model's vocabulary and hyper-parameters into a run's folder, which must be locked.
-
-    Args:
-        folder: the run's.
-        model_: that of the model which the run starts from.
+def prepare(folder: str, base_model_folder: str) -> None:
+    """Makes a folder, whose lock the caller holds, ready to train a model in it.
 
     Raises:
-        ValueError: the run was made from a model of other sizes, or with another vocabulary.
+        ValueError: the folder holds a run of another model; see check_same_model().
     """
-    checkpoint.recover(folder)
-    ours = os.path.join(folder, "hparams.json")
-    if os.path.isfile(ours) and checkpoint.latest_checkpoint(folder):
-        of_run, of_model = read_hparams(folder), read_hparams(model_)
-        if of_run != of_model:
-            raise ValueError(
-                f"{folder} was made from a model of other sizes ({of_run}) than {model_} "
-                f"({of_model}); give another run_name, or the model_name it was made from"
-            )
+    checkpoint.finish_saves(folder)
+    if checkpoint.latest_checkpoint(folder):
+        check_same_model(folder, base_model_folder)
     # hparams.json last: a folder that has it is a run.
     for name in (*checkpoint.VOCABULARY_FILES, "hparams.json"):
-        with open(os.path.join(model_, name), encoding="utf-8", newline="") as file:
-            text = file.read()
-        if name != "hparams.json":
-            _check_same(folder, name, text, model_)
-        checkpoint.write_file(os.path.join(folder, name), text)
+        with write_whole(os.path.join(folder, name)) as file:
+            file.write(Path(base_model_folder, name).read_bytes())
 
 
-def _check_same(folder: str, name: str, text: str, model_: str) -> None:
-    """Raises ValueError if a run with checkpoints has a file of this name that says else."""
-    path = os.path.join(folder, name)
-    if not os.path.isfile(path) or not checkpoint.latest_checkpoint(folder):
-        return
-    with open(path, encoding="utf-8", newline="", errors="replace") as file:
-        if file.read() != text:
+def check_same_model(folder: str, base_model_folder: str) -> None:
+    """Raises ValueError if a run's sizes or vocabulary are not those of the model in a folder."""
+    if os.path.isfile(os.path.join(folder, "hparams.json")):
+        of_run, of_model = read_hparams(folder), read_hparams(base_model_folder)
+        if of_run != of_model:
             raise ValueError(
-                f"{folder} was trained with another vocabulary than {model_} has ({name} differs); "
-                "give another run_name, or the model_name it was made from"
+                f"{folder} was made from a model of other sizes ({of_run}) than "
+                f"{base_model_folder} ({of_model}); give another run_name, or the model_name it "
+                "was made from"
+            )
+    for name in checkpoint.VOCABULARY_FILES:
+        path = Path(folder, name)
+        if path.is_file() and path.read_bytes() != Path(base_model_folder, name).read_bytes():
+            raise ValueError(
+                f"{folder} was trained with another vocabulary than {base_model_folder} has "
+                f"({name} differs); give another run_name, or the model_name it was made from"
             )
 
 
-def starting_checkpoint(restore_from: str, folder: str, model_: str) -> str:
+def starting_checkpoint(restore_from: str, folder: str, base_model_folder: str) -> str:
     """The checkpoint that training starts from.
 
     Args:
         restore_from: 'latest', 'fresh', a folder, or a checkpoint's prefix.
         folder: the run's folder.
-        model_: the folder of the model to start from.
+        base_model_folder: the folder of the model to start from.
 
     Raises:
-        FileNotFoundError: `restore_from` names nothing that can be loaded, or is 'latest' in a run
-            none of whose checkpoints is whole: that is not to be trained over unasked.
+        FileNotFoundError: there is no whole checkpoint where `restore_from` says. If 'latest' finds
+            only damaged checkpoints in the run, they must not be replaced without being asked.
     """
     restore_from = os.fspath(restore_from).removesuffix(".index")
     if restore_from == "latest":
-        return checkpoint.restore_path(folder if checkpoint.has_any(folder) else model_)
+        has_any = checkpoint.has_any(folder)
+        return checkpoint.restore_path(folder if has_any else base_model_folder)
     if restore_from == "fresh":
-        return checkpoint.restore_path(model_)
+        return checkpoint.restore_path(base_model_folder)
     if os.path.isdir(restore_from):
         return checkpoint.restore_path(restore_from)
     if checkpoint.is_whole(restore_from):
@@ -145,30 +133,24 @@ def starting_checkpoint(restore_from: str, folder: str, model_: str) -> str:
     )
 
 
-def step_of(prefix: str) -> int:
-    """The step in a checkpoint's name, 0 if it has none."""
-    match = re.fullmatch(r"model-(\d+)", os.path.basename(prefix))
-    return int(match[1]) if match else 0
-
-
-# --- what is known of a run beside its weights ----------------------------------------------------
+# --- what is saved beside the weights -----------------------------------------------------------
 
 
 @dataclasses.dataclass
 class RunState:
-    """What goes on where it was when a run is resumed.
+    """What a run needs beside its weights, to go on where it stopped.
 
     Attributes:
-        step: steps taken in the run's whole life.
-        seconds: the time that took.
-        seed: of all that is random but the data.
-        losses: the printed average's sum and weight.
+        step: steps of all calls of finetune() so far.
+        seconds: the time that they took.
+        seed: seeds all random choices but those of the data.
+        losses: the printed average's weighted sum of losses, and the sum of the weights.
         sampler: the position in the data, from WindowSampler.state().
-        validation_loss: the last one measured.
+        validation_loss: the last one measured, None before the first.
         best_loss: the lowest validation loss, None before the first.
         best_step: the step that reached it.
-        worse: how many validations in a row have not been better since.
-        validation: tells the set that these losses were measured on from others.
+        validations_without_improvement: validations in a row since then.
+        validation_set: identifies the windows that these losses were measured on.
     """
 
     step: int = 0
@@ -179,49 +161,75 @@ class RunState:
     validation_loss: float | None = None
     best_loss: float | None = None
     best_step: int = 0
-    worse: int = 0
-    validation: str | None = None
+    validations_without_improvement: int = 0
+    validation_set: str | None = None
+
+    def to_json(self) -> str:
+        """The text of state-N.json."""
+        values = dataclasses.asdict(self)
+        return json.dumps({_FILE_KEYS.get(name, name): values[name] for name in values}) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> RunState:
+        """The reverse of to_json(). Raises ValueError, TypeError or IndexError for another text."""
+        names = {key: name for name, key in _FILE_KEYS.items()}
+        run = cls(**{names.get(key, key): value for key, value in json.loads(text).items()})
+        run.losses = (float(run.losses[0]), float(run.losses[1]))
+        return run
+
+
+# Keys in state-N.json that are not the names of their fields: runs of older releases have them.
+_FILE_KEYS = {"validations_without_improvement": "worse", "validation_set": "validation"}
 
 
 def read_state(prefix: str) -> RunState | None:
-    """What was saved along with a checkpoint; None, and a line, if there is nothing to be read."""
-    path = path_beside(prefix, "state") + ".json"
+    """The RunState that was saved with a checkpoint; prints a line and returns None without one."""
+    path = path_beside(prefix, STATE) + ".json"
     try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
-        state = RunState(**values)
-        state.losses = (float(state.losses[0]), float(state.losses[1]))
-        return state
-    except (OSError, ValueError, TypeError, IndexError):
+        return RunState.from_json(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError, IndexError, AttributeError):
         say(f"{prefix} has no {os.path.basename(path)} that can be read: the data starts anew")
         return None
 
 
+def step_of(prefix: str) -> int:
+    """The step in a checkpoint's name, 0 if it has none."""
+    match = re.fullmatch(rf"{MODEL}-(\d+)", os.path.basename(prefix))
+    return int(match[1]) if match else 0
+
+
 def path_beside(prefix: str, kind: str) -> str:
-    """The prefix of what was saved along with checkpoint `model-N`, such as 'optimizer-N'."""
+    """The prefix of what was saved with a checkpoint `model-N`, such as 'optimizer-N'."""
     folder, base = os.path.split(prefix)
     return os.path.join(folder, re.sub(rf"^{MODEL}", kind, base))
 
 
-def note_settings(folder: str, settings: Mapping[str, Any], resume: bool) -> None:
-    """Writes what a run is trained with, and says what of it is new to a run that goes on."""
+def note_settings(
+    folder: str, settings: Mapping[str, Any], resume: bool, may_change: Collection[str] = ()
+) -> None:
+    """Writes a run's settings.json, and prints which settings differ from the last call's.
+
+    Args:
+        folder: the run's.
+        settings: the settings by name.
+        resume: whether the run is continued; if not, nothing is printed.
+        may_change: names of settings whose changes are not printed.
+    """
     path = os.path.join(folder, SETTINGS)
     text = json.dumps(settings, indent=2, default=str) + "\n"
-    before = {}
-    if resume:
-        with (
-            contextlib.suppress(OSError, ValueError, TypeError),
-            open(path, encoding="utf-8") as file,
-        ):
-            before = dict(json.load(file))
+    before = _read_settings(path) if resume else {}
     changes = [
         f"{name} {before[name]} -> {value}"
         for name, value in json.loads(text).items()
-        if name in before and before[name] != value and name not in ANY_CALL
+        if name in before and before[name] != value and name not in may_change
     ]
     if changes:
         say("This run goes on with other settings:", ", ".join(changes))
-    checkpoint.write_file(path, text)
+    write_text(path, text)
 
 
-# --- saving -------------------------------------------------------------------------------------
+def _read_settings(path: str) -> dict[str, Any]:
+    """The settings in a file; none if it cannot be read."""
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    return {}

@@ -29,12 +29,13 @@ def begin(run: RunState, validation_set: str, patience: int) -> None:
             on others does not count.
         patience: see TrainingSettings.
     """
-    if run.best_loss is not None and run.validation != validation_set:
+    if run.best_loss is not None and run.validation_set != validation_set:
         say("The validation set is another than before: its best loss is yet to be found")
-        run.best_loss, run.best_step, run.worse = None, 0, 0
-    run.validation = validation_set
-    if patience and run.worse >= patience:
-        run.worse = 0  # that ended the last call; the user wants this one all the same
+        run.best_loss, run.best_step, run.validations_without_improvement = None, 0, 0
+    run.validation_set = validation_set
+    if patience and run.validations_without_improvement >= patience:
+        # That ended the last call; the user wants to train on all the same.
+        run.validations_without_improvement = 0
 
 
 def judge(run: RunState, loss: float, patience: int) -> Verdict:
@@ -47,16 +48,16 @@ def judge(run: RunState, loss: float, patience: int) -> Verdict:
     """
     run.validation_loss = loss
     if run.best_loss is None or loss < run.best_loss:
-        run.best_loss, run.best_step, run.worse = loss, run.step, 0
+        run.best_loss, run.best_step, run.validations_without_improvement = loss, run.step, 0
         return Verdict(is_best=True)
-    run.worse += 1
-    if run.worse == min(2, patience or 2):
+    run.validations_without_improvement += 1
+    if run.validations_without_improvement == min(2, patience or 2):
         say(
             f"Warning: the validation loss turns up, from {run.best_loss:.2f} in step "
             f"{run.best_step} to {loss:.2f}: the model begins to learn the dataset by heart. "
             f"Checkpoint 'best' keeps the weights of step {run.best_step}"
         )
-    ends = bool(patience) and run.worse >= patience
+    ends = bool(patience) and run.validations_without_improvement >= patience
     if ends:
         say(f"Stopping: no better validation loss for {patience} validations")
     return Verdict(is_best=False, ends_training=ends)

@@ -10,9 +10,9 @@ import tensorflow as tf
 
 from .. import session
 from ..common.folders import model_folder, read_hparams
-from ..common.locks import lock
+from ..common.locks import lock_run
 from ..common.report import say, verbosity
-from ..common.settings import session_function
+from ..common.settings import fields_of, session_function
 from ..data.dataset import Dataset, ReadOptions, find_dataset, tokenize
 from ..data.tables import RowFormat
 from ..data.windows import split_dataset
@@ -58,7 +58,7 @@ def finetune(sess: tf.compat.v1.Session, settings: TrainingSettings) -> Result:
         if settings.use_memory_saving_gradients is None:
             recompute = memory_plan.choose(sess, hparams, settings.step, settings.model_name)
             settings = dataclasses.replace(settings, use_memory_saving_gradients=recompute)
-        stack.enter_context(lock(run))
+        stack.enter_context(lock_run(run))
         runs.prepare(run, model)
         start = _start(settings, run, model)
         state = load_checkpoint(
@@ -66,7 +66,8 @@ def finetune(sess: tf.compat.v1.Session, settings: TrainingSettings) -> Result:
         )
         state.base_model_folder = os.path.abspath(model)
         data = _load_data(state.encoder, settings, dataset, val_dataset)
-        runs.note_settings(run, settings.recorded(), start.resumes)
+        per_call = [f.name for f in fields_of(TrainingSettings).values() if f.setting.per_call]
+        runs.note_settings(run, settings.recorded(), start.resumes, per_call)
         stack.enter_context(memory_plan.explained(hparams, settings.step))
         trainer = Trainer(sess, state, data, settings, run, start)
         stack.enter_context(session.training(state, run))

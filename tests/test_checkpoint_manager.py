@@ -1,0 +1,120 @@
+"""A run's checkpoints: what a save writes, which are kept, what is restored."""
+
+import os
+import threading
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from saved_run import OF_STEP_2, SavedRun, files
+
+from gpt_2_simple.storage import checkpoint, runs
+
+
+@pytest.fixture
+def saved_run(sess, tmp_path):
+    return SavedRun(sess, tmp_path)
+
+
+def test_save_writes_all_files_and_removes_the_checkpoint_before(saved_run):
+    manager = saved_run.manager()
+    assert saved_run.save(1, manager) == os.path.join(saved_run.folder, "model-1")
+    saved_run.save(2, manager)
+    assert files(saved_run.folder) == OF_STEP_2
+    assert saved_run.saved() == (2, 2.0)
+    assert tf.train.latest_checkpoint(saved_run.folder) == os.path.join(saved_run.folder, "model-2")
+    with open(os.path.join(saved_run.folder, "counter")) as file:
+        assert file.read() == "2\n"
+
+
+def test_max_checkpoints_keeps_the_newest_and_0_keeps_all(saved_run):
+    manager = saved_run.manager(2)
+    for step in (1, 2, 3):
+        saved_run.save(step, manager)
+    assert checkpoint.named_checkpoints(saved_run.folder) == ["model-2", "model-3"]
+    assert not [name for name in files(saved_run.folder) if "-1." in name]
+    manager = saved_run.manager(0)
+    saved_run.save(4, manager)
+    assert checkpoint.named_checkpoints(saved_run.folder) == ["model-2", "model-3", "model-4"]
+
+
+def test_save_removes_only_files_of_the_run(saved_run):
+    theirs = ["model-7.index", "model-1x.data", "optimizer-9.index", "state-1", "model-10.meta"]
+    for name in theirs:
+        with open(os.path.join(saved_run.folder, name), "w") as file:
+            file.write(name)
+    manager = saved_run.manager(resume=False)
+    saved_run.save(1, manager)
+    saved_run.save(2, manager)
+    assert files(saved_run.folder) == sorted(OF_STEP_2 + theirs)
+
+
+def test_fresh_start_keeps_checkpoints_of_an_earlier_training(saved_run):
+    saved_run.save(5, saved_run.manager(resume=False))
+    fresh = saved_run.manager(resume=False)
+    saved_run.save(1, fresh)
+    saved_run.save(2, fresh)
+    assert saved_run.saved() == (2, 2.0)
+    assert checkpoint.is_whole(os.path.join(saved_run.folder, "model-5"))
+
+
+def test_old_checkpoints_are_removed_in_the_background(saved_run, monkeypatch):
+    go_on = threading.Event()
+    remove = checkpoint.remove_trash
+    monkeypatch.setattr(
+        checkpoint, "remove_trash", lambda folder: go_on.wait(60) and remove(folder)
+    )
+    saved_run.set(0)
+    manager = saved_run.manager()
+    manager.save(runs.RunState(step=1))
+    manager.save(runs.RunState(step=2))
+    kept = [name for name in files(saved_run.folder) if not name.startswith(checkpoint.TRASH)]
+    assert kept == OF_STEP_2 != files(saved_run.folder)
+    assert checkpoint.named_checkpoints(saved_run.folder) == ["model-2"]
+    go_on.set()
+    manager.close()
+    assert files(saved_run.folder) == OF_STEP_2
+
+
+def test_save_writes_a_step_once(saved_run, capsys):
+    manager = saved_run.manager()
+    saved_run.save(1, manager)
+    capsys.readouterr()
+    saved_run.save(1, manager)
+    assert capsys.readouterr().out == ""
+
+
+def test_restore_optimizer_fills_its_variables(saved_run, capsys):
+    saved_run.save(3, saved_run.manager(resume=False))
+    saved_run.set(0)
+    assert saved_run.manager().restore_optimizer()
+    assert saved_run.sess.run(saved_run.optimizer["optimizer/adam/step"]) == 3
+    assert np.all(saved_run.sess.run(saved_run.optimizer["optimizer/adam/m/model/wpe"]) == 3)
+    assert capsys.readouterr().out.count("anew") == 0
+
+
+def test_optimizer_starts_anew_if_its_state_is_missing_damaged_or_of_another(saved_run, capsys):
+    saved_run.save(3, saved_run.manager(resume=False))
+    left_out = saved_run.optimizer.pop("optimizer/adam/m/model/wpe")
+    assert not saved_run.manager().restore_optimizer()
+    assert "is of another optimizer, or other variables: the optimizer starts anew" in (
+        capsys.readouterr().out
+    )
+    saved_run.optimizer["optimizer/adam/m/model/wpe"] = left_out
+    path = os.path.join(saved_run.folder, "optimizer-3.data-00000-of-00001")
+    with open(path, "r+b") as file:
+        file.write(b"\xff\xff\xff\xff")
+    assert not saved_run.manager().restore_optimizer()
+    assert "is damaged" in capsys.readouterr().out
+    os.remove(path)
+    assert not saved_run.manager().restore_optimizer()
+    assert "model-3 has no optimizer state beside it" in capsys.readouterr().out
+
+
+def test_are_weights_finite_finds_an_infinite_weight(saved_run):
+    saved_run.set(1)
+    assert saved_run.manager().are_weights_finite()
+    variable = saved_run.variables["model/ln_f/b"]
+    value = np.array([0, 0, 0, np.inf, 0, 0, 0, 0], np.float32)
+    saved_run.sess.run(variable.initializer, {variable.initializer.inputs[1]: value})
+    assert not saved_run.manager().are_weights_finite()

@@ -1,0 +1,134 @@
+"""A lock that one process or thread holds: a second one fails at once, or waits."""
+
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+
+import pytest
+
+from gpt_2_simple.common import locks
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.write("process 4711 on elsewhere")
+file.flush()
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_run_lock_names_its_holder_and_ends_with_its_process(tmp_path):
+    path = str(tmp_path / ".lock")
+    holder = subprocess.Popen(
+        [sys.executable, "-I", "-c", HOLD, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with holder:
+        assert holder.stdout.readline() == b"locked\n"
+        with (
+            pytest.raises(RuntimeError, match="is being trained by process 4711 on elsewhere"),
+            locks.lock_run(str(tmp_path)),
+        ):
+            pass
+        holder.send_signal(signal.SIGKILL)
+    with locks.lock_run(str(tmp_path)), open(path) as file:
+        assert file.read().startswith(f"process {os.getpid()} on ")
+
+
+def test_run_lock_excludes_a_second_holder_in_one_process(tmp_path):
+    with (
+        locks.lock_run(str(tmp_path)),
+        pytest.raises(RuntimeError, match=f"process {os.getpid()} on "),
+        locks.lock_run(str(tmp_path)),
+    ):
+        pass
+    with locks.lock_run(str(tmp_path)):
+        pass
+
+
+def test_run_lock_refuses_a_folder_that_is_a_file(tmp_path):
+    (tmp_path / "run1").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="run1 is a file; give another run_name"):
+        with locks.lock_run(str(tmp_path / "run1")):
+            pass
+    assert (tmp_path / "run1").read_text() == "mine"
+
+
+@contextlib.contextmanager
+def somebody_else():
+    """Runs as a user who owns nothing: root may write in read-only folders."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_run_lock_of_a_read_only_folder_is_a_clear_error():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        with (
+            somebody_else(),
+            pytest.raises(PermissionError, match="cannot write in .* give another checkpoint_dir"),
+            locks.lock_run(folder),
+        ):
+            pass
+        os.chmod(folder, 0o755)
+        assert os.listdir(folder) == []
+
+
+def test_wait_for_lock_waits_for_the_holder_and_says_so(tmp_path, capsys):
+    path = tmp_path / "lock"
+    held, release = threading.Event(), threading.Event()
+
+    def hold():
+        with locks.wait_for_lock(path, "never said"):
+            held.set()
+            release.wait(60)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert held.wait(60)
+    threading.Timer(0.5, release.set).start()
+    with locks.wait_for_lock(path, "waiting"):
+        assert release.is_set()
+        assert path.exists()
+    holder.join()
+    assert capsys.readouterr().out == "waiting\n"
+    assert not path.exists()
+
+
+def test_wait_for_lock_ignores_a_file_that_its_owner_has_just_removed(tmp_path, monkeypatch):
+    path, tries, try_lock = tmp_path / "lock", [], locks._try_lock
+
+    def lose_the_race(file):
+        tries.append(file)
+        if len(tries) == 1:  # between our opening of the file and our locking it
+            path.unlink()
+        return try_lock(file)
+
+    monkeypatch.setattr(locks, "_try_lock", lose_the_race)
+    with locks.wait_for_lock(path, "waiting"):
+        assert len(tries) == 2
+        assert os.path.samestat(os.fstat(tries[1].fileno()), path.stat())
+    assert not path.exists()
+
+
+def test_locks_are_skipped_where_the_file_system_has_none(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks.fcntl, "flock", flock)
+    with locks.lock_run(str(tmp_path)), locks.lock_run(str(tmp_path)):
+        pass
+    with locks.wait_for_lock(tmp_path / "lock", "waiting"):
+        pass
