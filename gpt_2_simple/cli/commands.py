@@ -92,33 +92,19 @@ class OutputSettings(Settings):
 
     GROUPS: ClassVar = (TEXT, FILES)
 
-    prefix_file: Annotated[
-        str | None,
-        Setting(
-            group=TEXT,
-            help="UTF-8 file with a prefix in each line, instead of `prefix`; each file of texts "
-            "then has `nsamples` texts for each prefix",
-            default_help="none",
-        ),
-    ] = None
-    nfiles: Annotated[int, Setting(group=FILES, help="Files to write", at_least=1)] = 1
-    folder: Annotated[
-        str,
-        Setting(
-            group=FILES,
-            help="Folder for the files, gpt2_gentext_<date>_<time>.txt in UTC. It is made if it is "
-            "missing, and no file in it is ever replaced",
-        ),
-    ] = "gen"
-    format: Annotated[
-        str | None,
-        Setting(
-            group=FILES,
-            help="'text', or 'jsonl', which makes each text a line of JSON with its prefix",
-            choices=("text", "jsonl"),
-            default_help="text, but jsonl if --destination_path ends in .jsonl",
-        ),
-    ] = None
+    # fmt: off
+    prefix_file: Annotated[str | None, Setting(
+        TEXT, "UTF-8 file with a prefix in each line, instead of `prefix`; each file of texts then "
+        "has `nsamples` texts for each prefix", default_help="none")] = None
+    nfiles: Annotated[int, Setting(FILES, "Files to write", at_least=1)] = 1
+    folder: Annotated[str, Setting(
+        FILES, "Folder for the files, gpt2_gentext_<date>_<time>.txt in UTC. It is made if it is "
+        "missing, and no file in it is ever replaced")] = "gen"
+    format: Annotated[str | None, Setting(
+        FILES, "'text', or 'jsonl', which makes each text a line of JSON with its prefix",
+        choices=("text", "jsonl"),
+        default_help="text, but jsonl if --destination_path ends in .jsonl")] = None
+    # fmt: on
 
 
 def _generate(options: Options) -> int:
@@ -278,18 +264,12 @@ class CardSettings(Settings):
 
     GROUPS: ClassVar = MemoryPlanSettings.GROUPS
 
-    model_dir: Annotated[str, Setting(group=GROUPS[0], help="Folder that holds the models")] = (
-        "models"
-    )
-    gpu_gb: Annotated[
-        float | None,
-        Setting(
-            group=GROUPS[0],
-            help="The card's memory in GB of 2**30 bytes; 0.93 of it is taken to be usable",
-            above=0,
-            default_help="none: tables of what is needed",
-        ),
-    ] = None
+    # fmt: off
+    model_dir: Annotated[str, Setting(GROUPS[0], "Folder that holds the models")] = "models"
+    gpu_gb: Annotated[float | None, Setting(
+        GROUPS[0], "The card's memory in GB of 2**30 bytes; 0.93 of it is taken to be usable",
+        above=0, default_help="none: tables of what is needed")] = None
+    # fmt: on
 
 
 def _memory(options: Options) -> int:

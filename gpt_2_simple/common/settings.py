@@ -3,7 +3,7 @@
 A settings class is a frozen dataclass. Each field states its type, its default and, in a `Setting`,
 what it means and which values it may have:
 
-    batch_size: Annotated[int, Setting(group="training", help="Windows in a batch", at_least=1)] = 1
+    batch_size: Annotated[int, Setting("training", "Windows in a batch", at_least=1)] = 1
 
 `Settings` converts and checks the values. `settings_function` and `session_function` give the
 signature and the docstring to the public function. `cli.parser` makes the flag.
@@ -30,7 +30,7 @@ import numpy as np
 LINE_LENGTH = 100
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Setting:
     """What a setting means, and which values it may have.
 
@@ -54,6 +54,7 @@ class Setting:
 
     group: str | None
     help: str
+    _: dataclasses.KW_ONLY
     at_least: float | None = None
     at_most: float | None = None
     above: float | None = None

@@ -42,302 +42,129 @@ class TrainingSettings(Settings):
 
     GROUPS: ClassVar = (RUN, TRAINING, OPTIMIZER, MEMORY, VALIDATION, SAVING)
 
-    dataset: Annotated[
-        str | Sequence[str],
-        Setting(
-            group=RUN,
-            help="Text to learn: a text file, a folder, a glob pattern, a .csv, .tsv or .jsonl, "
-            "what encode_dataset() made, or several of these",
-        ),
-    ]
-    steps: Annotated[
-        int,
-        Setting(
-            group=TRAINING,
-            help="Steps to train in this call; -1 goes on until Ctrl-C, which saves",
-            at_least=1,
-            special=(-1, "until Ctrl-C"),
-            per_call=True,
-        ),
-    ] = -1
-    model_name: Annotated[
-        str, Setting(group=RUN, help="Model to start from: a folder in `model_dir`")
-    ] = "124M"
-    model_dir: Annotated[
-        str, Setting(group=RUN, help="Folder that holds the models", recorded=False)
-    ] = "models"
+    # fmt: off
+    dataset: Annotated[str | Sequence[str], Setting(
+        RUN, "Text to learn: a text file, a folder, a glob pattern, a .csv, .tsv or .jsonl, what "
+        "encode_dataset() made, or several of these")]
+    steps: Annotated[int, Setting(
+        TRAINING, "Steps to train in this call; -1 goes on until Ctrl-C, which saves", at_least=1,
+        special=(-1, "until Ctrl-C"), per_call=True)] = -1
+    model_name: Annotated[str, Setting(
+        RUN, "Model to start from: a folder in `model_dir`")] = "124M"
+    model_dir: Annotated[str, Setting(
+        RUN, "Folder that holds the models", recorded=False)] = "models"
     combine: Annotated[int, COMBINE] = 50000
-    batch_size: Annotated[
-        int, Setting(group=TRAINING, help="Windows of text in a micro-batch", at_least=1)
-    ] = 1
-    learning_rate: Annotated[
-        float, Setting(group=OPTIMIZER, help="Size of the optimizer's step", above=0)
-    ] = 0.0001
-    accumulate_gradients: Annotated[
-        int,
-        Setting(
-            group=TRAINING,
-            help="Micro-batches in a step: k of n windows give the step of one batch of k x n",
-            at_least=1,
-        ),
-    ] = 5
-    restore_from: Annotated[
-        str,
-        Setting(
-            group=RUN,
-            help="Where to start: 'latest' continues the run, or starts it from the model if it is "
-            "new; 'fresh' starts from the model; anything else is a folder, or a checkpoint's "
-            "prefix, to start from",
-            recorded=False,
-        ),
-    ] = "latest"
-    run_name: Annotated[
-        str, Setting(group=RUN, help="Run to write: a folder in `checkpoint_dir`", recorded=False)
-    ] = "run1"
-    checkpoint_dir: Annotated[
-        str, Setting(group=RUN, help="Folder that holds the runs", recorded=False)
-    ] = "checkpoint"
-    sample_every: Annotated[
-        int,
-        Setting(
-            group=SAVING, help="Steps between sample texts; 0 for none", at_least=0, per_call=True
-        ),
-    ] = 100
-    sample_length: Annotated[
-        int, Setting(group=SAVING, help="Tokens in a sample text", at_least=1, per_call=True)
-    ] = 1023
-    sample_num: Annotated[
-        int, Setting(group=SAVING, help="Sample texts each time", at_least=0, per_call=True)
-    ] = 1
-    multi_gpu: Annotated[
-        bool,
-        Setting(
-            group=MEMORY,
-            help="Spread the model's blocks over all GPUs, if there are several",
-            recorded=False,
-        ),
-    ] = False
-    save_every: Annotated[
-        int, Setting(group=SAVING, help="Steps between checkpoints", at_least=1, per_call=True)
-    ] = 1000
-    print_every: Annotated[
-        int,
-        Setting(group=SAVING, help="Steps between lines with the loss", at_least=1, per_call=True),
-    ] = 1
-    max_checkpoints: Annotated[
-        int,
-        Setting(group=SAVING, help="Checkpoints to keep; 0 keeps all", at_least=0, per_call=True),
-    ] = 1
-    use_memory_saving_gradients: Annotated[
-        bool | None,
-        Setting(
-            group=MEMORY,
-            help="Recompute activations in the backward pass instead of storing them: less memory, "
-            "more time. None does so where the device's memory is too small otherwise",
-            default_help="where the device's memory is too small otherwise",
-        ),
-    ] = None
-    only_train_transformer_layers: Annotated[
-        bool,
-        Setting(
-            group=MEMORY,
-            help="Train neither the embeddings nor the last layer norm, which saves memory",
-        ),
-    ] = False
-    optimizer: Annotated[
-        str,
-        Setting(
-            group=OPTIMIZER, help="Update rule: 'adam', 'adafactor' or 'sgd'", choices=OPTIMIZERS
-        ),
-    ] = "adam"
-    overwrite: Annotated[
-        bool,
-        Setting(
-            group=RUN,
-            help="When a run is continued, remove its earlier checkpoints and events",
-            recorded=False,
-        ),
-    ] = False
-    reuse: Annotated[
-        bool,
-        Setting(
-            group=None,
-            help="Accepted for old scripts; a session's model is always reused",
-            recorded=False,
-        ),
-    ] = False
+    batch_size: Annotated[int, Setting(
+        TRAINING, "Windows of text in a micro-batch", at_least=1)] = 1
+    learning_rate: Annotated[float, Setting(
+        OPTIMIZER, "Size of the optimizer's step", above=0)] = 0.0001
+    accumulate_gradients: Annotated[int, Setting(
+        TRAINING, "Micro-batches in a step: k of n windows give the step of one batch of k x n",
+        at_least=1)] = 5
+    restore_from: Annotated[str, Setting(
+        RUN, "Where to start: 'latest' continues the run, or starts it from the model if it is "
+        "new; 'fresh' starts from the model; anything else is a folder, or a checkpoint's prefix, "
+        "to start from", recorded=False)] = "latest"
+    run_name: Annotated[str, Setting(
+        RUN, "Run to write: a folder in `checkpoint_dir`", recorded=False)] = "run1"
+    checkpoint_dir: Annotated[str, Setting(
+        RUN, "Folder that holds the runs", recorded=False)] = "checkpoint"
+    sample_every: Annotated[int, Setting(
+        SAVING, "Steps between sample texts; 0 for none", at_least=0, per_call=True)] = 100
+    sample_length: Annotated[int, Setting(
+        SAVING, "Tokens in a sample text", at_least=1, per_call=True)] = 1023
+    sample_num: Annotated[int, Setting(
+        SAVING, "Sample texts each time", at_least=0, per_call=True)] = 1
+    multi_gpu: Annotated[bool, Setting(
+        MEMORY, "Spread the model's blocks over all GPUs, if there are several",
+        recorded=False)] = False
+    save_every: Annotated[int, Setting(
+        SAVING, "Steps between checkpoints", at_least=1, per_call=True)] = 1000
+    print_every: Annotated[int, Setting(
+        SAVING, "Steps between lines with the loss", at_least=1, per_call=True)] = 1
+    max_checkpoints: Annotated[int, Setting(
+        SAVING, "Checkpoints to keep; 0 keeps all", at_least=0, per_call=True)] = 1
+    use_memory_saving_gradients: Annotated[bool | None, Setting(
+        MEMORY, "Recompute activations in the backward pass instead of storing them: less memory, "
+        "more time. None does so where the device's memory is too small otherwise",
+        default_help="where the device's memory is too small otherwise")] = None
+    only_train_transformer_layers: Annotated[bool, Setting(
+        MEMORY, "Train neither the embeddings nor the last layer norm, which saves memory")] = False
+    optimizer: Annotated[str, Setting(
+        OPTIMIZER, "Update rule: 'adam', 'adafactor' or 'sgd'", choices=OPTIMIZERS)] = "adam"
+    overwrite: Annotated[bool, Setting(
+        RUN, "When a run is continued, remove its earlier checkpoints and events",
+        recorded=False)] = False
+    reuse: Annotated[bool, Setting(
+        None, "Accepted for old scripts; a session's model is always reused",
+        recorded=False)] = False
     _: dataclasses.KW_ONLY
-    sequence_length: Annotated[
-        int | None,
-        Setting(
-            group=TRAINING,
-            help="Tokens in a window; fewer need less memory. None for the model's n_ctx",
-            at_least=2,
-            default_help="the model's n_ctx",
-        ),
-    ] = None
-    train_last_blocks: Annotated[
-        int | None,
-        Setting(
-            group=MEMORY,
-            help="Train only this many blocks, the last ones. None for the whole model",
-            at_least=1,
-            default_help="the whole model",
-        ),
-    ] = None
-    precision: Annotated[
-        str,
-        Setting(
-            group=MEMORY,
-            help="Type of the activations and matrix products: 'float32', 'bfloat16' or 'float16'. "
-            "Weights and optimizer state are always float32. float16 scales the loss, and skips "
-            "steps that overflow. A GPU that lacks the type gets the next best, and a line says so",
-            choices=PRECISIONS,
-        ),
-    ] = "float32"
-    dropout: Annotated[
-        float,
-        Setting(
-            group=OPTIMIZER,
-            help="Share of embeddings, attention weights and residuals that is dropped",
-            at_least=0,
-            below=1,
-        ),
-    ] = 0.0
-    weight_decay: Annotated[
-        float,
-        Setting(
-            group=OPTIMIZER,
-            help="Decay of the weights, decoupled from the gradient (AdamW); biases and gains do "
-            "not decay",
-            at_least=0,
-        ),
-    ] = 0.0
-    gradient_clip: Annotated[
-        float,
-        Setting(
-            group=OPTIMIZER,
-            help="Limit of the gradients' global norm; 0 for none. Without accumulation it costs "
-            "the memory of one copy of the gradients",
-            at_least=0,
-        ),
-    ] = 0.0
-    seed: Annotated[
-        int | None,
-        Setting(
-            group=TRAINING,
-            help="Whole number that makes windows and samples repeatable; None draws another each "
-            "time. A run that is continued keeps its own",
-            at_least=0,
-            default_help="random",
-            per_call=True,
-        ),
-    ] = None
-    epochs: Annotated[
-        float | None,
-        Setting(
-            group=TRAINING,
-            help="How often this call goes through the dataset, instead of `steps`",
-            above=0,
-            default_help="none",
-            per_call=True,
-        ),
-    ] = None
-    sampling: Annotated[
-        str,
-        Setting(
-            group=TRAINING,
-            help="How windows are drawn: at 'random', or by 'epoch', in which each token comes "
-            "once",
-            choices=SAMPLING,
-        ),
-    ] = "random"
+    sequence_length: Annotated[int | None, Setting(
+        TRAINING, "Tokens in a window; fewer need less memory. None for the model's n_ctx",
+        at_least=2, default_help="the model's n_ctx")] = None
+    train_last_blocks: Annotated[int | None, Setting(
+        MEMORY, "Train only this many blocks, the last ones. None for the whole model", at_least=1,
+        default_help="the whole model")] = None
+    precision: Annotated[str, Setting(
+        MEMORY, "Type of the activations and matrix products: 'float32', 'bfloat16' or 'float16'. "
+        "Weights and optimizer state are always float32. float16 scales the loss, and skips steps "
+        "that overflow. A GPU that lacks the type gets the next best, and a line says so",
+        choices=PRECISIONS)] = "float32"
+    dropout: Annotated[float, Setting(
+        OPTIMIZER, "Share of embeddings, attention weights and residuals that is dropped",
+        at_least=0, below=1)] = 0.0
+    weight_decay: Annotated[float, Setting(
+        OPTIMIZER, "Decay of the weights, decoupled from the gradient (AdamW); biases and gains do "
+        "not decay", at_least=0)] = 0.0
+    gradient_clip: Annotated[float, Setting(
+        OPTIMIZER, "Limit of the gradients' global norm; 0 for none. Without accumulation it costs "
+        "the memory of one copy of the gradients", at_least=0)] = 0.0
+    seed: Annotated[int | None, Setting(
+        TRAINING, "Whole number that makes windows and samples repeatable; None draws another each "
+        "time. A run that is continued keeps its own", at_least=0, default_help="random",
+        per_call=True)] = None
+    epochs: Annotated[float | None, Setting(
+        TRAINING, "How often this call goes through the dataset, instead of `steps`", above=0,
+        default_help="none", per_call=True)] = None
+    sampling: Annotated[str, Setting(
+        TRAINING, "How windows are drawn: at 'random', or by 'epoch', in which each token comes "
+        "once", choices=SAMPLING)] = "random"
     pad_documents: Annotated[bool, PAD_DOCUMENTS] = False
     encoding: Annotated[str | None, ENCODING] = None
     column: Annotated[str | int | None, COLUMN] = None
     template: Annotated[str | None, TEMPLATE] = None
     header: Annotated[bool | None, HEADER] = None
     cache_dir: Annotated[str | None, CACHE_DIR] = None
-    val_dataset: Annotated[
-        str | Sequence[str] | None,
-        Setting(
-            group=VALIDATION,
-            help="Text to measure the validation loss on; read like `dataset`",
-            default_help="none",
-        ),
-    ] = None
-    val_split: Annotated[
-        float,
-        Setting(
-            group=VALIDATION,
-            help="Share of the dataset's end to validate on, such as 0.05; instead of "
-            "`val_dataset`",
-            at_least=0,
-            below=1,
-        ),
-    ] = 0.0
-    val_every: Annotated[
-        int,
-        Setting(
-            group=VALIDATION,
-            help="Steps between validations; there is one after the last step, too",
-            at_least=1,
-        ),
-    ] = 100
-    val_batch_count: Annotated[
-        int,
-        Setting(
-            group=VALIDATION,
-            help="Batches in the fixed set of windows that is validated on, at most",
-            at_least=1,
-        ),
-    ] = 40
-    patience: Annotated[
-        int,
-        Setting(
-            group=VALIDATION,
-            help="Validations in a row without a better loss that end the training; 0 for never. "
-            "The best weights are kept: load_gpt2(sess, 'best')",
-            at_least=0,
-        ),
-    ] = 0
-    warmup_steps: Annotated[
-        int,
-        Setting(
-            group=OPTIMIZER,
-            help="The run's first steps, over which the learning rate rises to its full size",
-            at_least=0,
-        ),
-    ] = 0
-    lr_schedule: Annotated[
-        str,
-        Setting(
-            group=OPTIMIZER,
-            help="Learning rate: 'constant', or 'linear' or 'cosine', which fall until the last "
-            "step",
-            choices=SCHEDULES,
-        ),
-    ] = "constant"
-    min_learning_rate: Annotated[
-        float,
-        Setting(
-            group=OPTIMIZER,
-            help="Learning rate of the last step, if `lr_schedule` makes it fall",
-            at_least=0,
-        ),
-    ] = 0.0
-    on_step: Annotated[
-        OnStep | None,
-        Setting(
-            group=None,
-            help="Called after each step with a history.Entry (step, seconds, loss, learning_rate, "
-            "tokens_per_second, validation_loss); if it returns False, the training ends",
-            recorded=False,
-        ),
-    ] = None
-    verbose: Annotated[
-        int, Setting(group=SAVING, help="0 prints nothing but errors", recorded=False)
-    ] = 1
+    val_dataset: Annotated[str | Sequence[str] | None, Setting(
+        VALIDATION, "Text to measure the validation loss on; read like `dataset`",
+        default_help="none")] = None
+    val_split: Annotated[float, Setting(
+        VALIDATION, "Share of the dataset's end to validate on, such as 0.05; instead of "
+        "`val_dataset`", at_least=0, below=1)] = 0.0
+    val_every: Annotated[int, Setting(
+        VALIDATION, "Steps between validations; there is one after the last step, too",
+        at_least=1)] = 100
+    val_batch_count: Annotated[int, Setting(
+        VALIDATION, "Batches in the fixed set of windows that is validated on, at most",
+        at_least=1)] = 40
+    patience: Annotated[int, Setting(
+        VALIDATION, "Validations in a row without a better loss that end the training; 0 for "
+        "never. The best weights are kept: load_gpt2(sess, 'best')", at_least=0)] = 0
+    warmup_steps: Annotated[int, Setting(
+        OPTIMIZER, "The run's first steps, over which the learning rate rises to its full size",
+        at_least=0)] = 0
+    lr_schedule: Annotated[str, Setting(
+        OPTIMIZER, "Learning rate: 'constant', or 'linear' or 'cosine', which fall until the last "
+        "step", choices=SCHEDULES)] = "constant"
+    min_learning_rate: Annotated[float, Setting(
+        OPTIMIZER, "Learning rate of the last step, if `lr_schedule` makes it fall",
+        at_least=0)] = 0.0
+    on_step: Annotated[OnStep | None, Setting(
+        None, "Called after each step with a history.Entry (step, seconds, loss, learning_rate, "
+        "tokens_per_second, validation_loss); if it returns False, the training ends",
+        recorded=False)] = None
+    verbose: Annotated[int, Setting(SAVING, "0 prints nothing but errors", recorded=False)] = 1
+    # fmt: on
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of its range, or settings that exclude each other."""
@@ -438,38 +265,28 @@ class MemoryPlanSettings(Settings):
 
     GROUPS: ClassVar = (MODEL_AND_DEVICE, SETTINGS)
 
-    model_name: Annotated[
-        str | HParams,
-        Setting(
-            group=MODEL_AND_DEVICE,
-            help="Model whose memory is planned. In Python, a published model's name, or HParams. "
-            "On the command line, a folder in `model_dir`, or a published model's name",
-        ),
-    ] = TrainingSettings.model_name
+    # fmt: off
+    model_name: Annotated[str | HParams, Setting(
+        MODEL_AND_DEVICE, "Model whose memory is planned. In Python, a published model's name, or "
+        "HParams. On the command line, a folder in `model_dir`, or a published model's "
+        "name")] = TrainingSettings.model_name
     batch_size: Annotated[int, _of_training("batch_size")] = TrainingSettings.batch_size
-    sequence_length: Annotated[int | None, _of_training("sequence_length")] = (
-        TrainingSettings.sequence_length
-    )
+    sequence_length: Annotated[
+        int | None, _of_training("sequence_length")] = TrainingSettings.sequence_length
     optimizer: Annotated[str, _of_training("optimizer")] = TrainingSettings.optimizer
-    accumulate_gradients: Annotated[int, _of_training("accumulate_gradients")] = (
-        TrainingSettings.accumulate_gradients
-    )
-    use_memory_saving_gradients: Annotated[
-        bool,
-        Setting(
-            group=SETTINGS,
-            help="Recompute activations in the backward pass instead of storing them",
-            default_help="with and without",
-        ),
-    ] = True
+    accumulate_gradients: Annotated[
+        int, _of_training("accumulate_gradients")] = TrainingSettings.accumulate_gradients
+    use_memory_saving_gradients: Annotated[bool, Setting(
+        SETTINGS, "Recompute activations in the backward pass instead of storing them",
+        default_help="with and without")] = True
     only_train_transformer_layers: Annotated[
         bool, _of_training("only_train_transformer_layers")
     ] = TrainingSettings.only_train_transformer_layers
-    train_last_blocks: Annotated[int | None, _of_training("train_last_blocks")] = (
-        TrainingSettings.train_last_blocks
-    )
+    train_last_blocks: Annotated[
+        int | None, _of_training("train_last_blocks")] = TrainingSettings.train_last_blocks
     precision: Annotated[str, _of_training("precision")] = TrainingSettings.precision
     gradient_clip: Annotated[float, _of_training("gradient_clip")] = TrainingSettings.gradient_clip
+    # fmt: on
 
     @property
     def step(self) -> StepSettings:
@@ -485,17 +302,12 @@ class PlotSettings(Settings):
 
     GROUPS: ClassVar = ("files",)
 
-    run_name: Annotated[
-        str, Setting(group="files", help="Run to draw: a folder in `checkpoint_dir`")
-    ] = TrainingSettings.run_name
-    checkpoint_dir: Annotated[str, Setting(group="files", help="Folder that holds the runs")] = (
-        TrainingSettings.checkpoint_dir
-    )
-    path: Annotated[
-        str | None,
-        Setting(
-            group="files",
-            help="PNG file to write. None for history.png in the run's folder",
-            default_help="history.png in the run's folder",
-        ),
-    ] = None
+    # fmt: off
+    run_name: Annotated[str, Setting(
+        'files', "Run to draw: a folder in `checkpoint_dir`")] = TrainingSettings.run_name
+    checkpoint_dir: Annotated[str, Setting(
+        'files', "Folder that holds the runs")] = TrainingSettings.checkpoint_dir
+    path: Annotated[str | None, Setting(
+        'files', "PNG file to write. None for history.png in the run's folder",
+        default_help="history.png in the run's folder")] = None
+    # fmt: on
