@@ -151,7 +151,9 @@ def test_flag_defaults_are_the_functions_defaults(command):
 def test_required_argument_is_the_one_without_default(command):
     required = {n for n, p in parameters(command).items() if p.default is inspect.Parameter.empty}
     spec = commands.COMMANDS[command]
-    assert required == ({spec.positional} if spec.is_positional_required else set())
+    assert required == (
+        {spec.positional} if spec.positional and spec.is_required(spec.positional) else set()
+    )
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)
@@ -319,7 +321,7 @@ def test_every_flag_reaches_its_function(command, calls):
         text, value = sample_value(field)
         spec = commands.COMMANDS[command]
         needed = list(TOGETHER.get(name, [])) if command in ("finetune", "generate") else []
-        if spec.is_positional_required and name != spec.positional:
+        if spec.positional and spec.is_required(spec.positional) and name != spec.positional:
             needed += [f"--{spec.positional}", "x"]
         assert cli.main([command, *needed, f"--{name}", text]) == 0, name
         functions = [function for names in FUNCTIONS[command].values() for function in names]

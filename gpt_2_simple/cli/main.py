@@ -69,7 +69,7 @@ def _message(error: Exception) -> str | None:
 
 @contextlib.contextmanager
 def _one_line_warnings() -> Iterator[None]:
-    def show(message: Warning | str, *_: Any) -> None:
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
         complain(f"{PROGRAM}: warning: {message}")
 
     with warnings.catch_warnings():

@@ -70,13 +70,9 @@ class Command(NamedTuple):
         """What counts if the flag is not given; MISSING if it has to be given."""
         return self.own_defaults.get(field.name, field.default)
 
-    @property
-    def is_positional_required(self) -> bool:
-        """Whether the command cannot do without its positional argument."""
-        return (
-            self.positional is not None
-            and self.flags[self.positional].default is dataclasses.MISSING
-        )
+    def is_required(self, name: str) -> bool:
+        """Whether the command needs this flag."""
+        return self.flags[name].default is dataclasses.MISSING
 
 
 # gpt-2-simple 0.8.1 had one list of flags for both its modes: each command accepts the other's, and
@@ -107,8 +103,9 @@ def parse(
     if words:
         # gpt-2-simple 0.8.1 took a dataset for generate too, and ignored it.
         _take_words(parser, "dataset" if name == "generate" else command.positional, words, given)
-    if command.is_positional_required and command.positional not in given:
-        parser.error(f"{name} needs {command.positional.upper()}; see '{parser.prog} --help'")
+    wanted = command.positional
+    if wanted is not None and command.is_required(wanted) and wanted not in given:
+        parser.error(f"{name} needs {wanted.upper()}; see '{parser.prog} --help'")
     for flag in [flag for flag in given if flag not in command.flags]:
         complain(f"{PROGRAM}: note: {name} makes no use of {flag} {given.pop(flag)!r}")
     if command.own_settings is not None:
@@ -216,7 +213,7 @@ def _examples(lines: Sequence[str]) -> str:
 def _positional(command: Command) -> Iterator[str]:
     if command.positional is not None:
         name = command.positional.upper()
-        yield name if command.is_positional_required else f"[{name}]"
+        yield name if command.is_required(command.positional) else f"[{name}]"
 
 
 def _add_general(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

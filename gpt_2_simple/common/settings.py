@@ -23,7 +23,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, ClassVar, Concatenate, NamedTuple, ParamSpec, TypeVar, cast
 
 import numpy as np
 
@@ -109,7 +109,13 @@ class Field(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Base of the settings classes: converts each value to Python's own type and checks it."""
+    """Base of the settings classes: converts each value to Python's own type and checks it.
+
+    Attributes:
+        GROUPS: the headings of --help, in order.
+    """
+
+    GROUPS: ClassVar[Sequence[str]] = ()
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value of a wrong type or out of its range."""
@@ -123,29 +129,26 @@ class Settings:
         return {f.name: getattr(self, f.name) for f in fields if f.setting.recorded}
 
 
-@functools.cache
+# By class: reading annotations takes milliseconds, and each call of a public function needs them.
+_fields: dict[type[Settings], dict[str, Field]] = {}
+
+
 def fields_of(cls: type[Settings]) -> dict[str, Field]:
     """The fields of a settings class, by name, in the order of its signature."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    found = {}
-    for field in dataclasses.fields(cls):
-        annotation, setting = typing.get_args(hints[field.name])
-        types_ = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-        kinds = tuple(t for t in types_ if t in (int, float, bool, str, type(None)))
-        found[field.name] = Field(
-            field.name,
-            kinds,
-            len(kinds) < len(types_),
-            annotation,
-            field.default,
-            field.kw_only,
-            setting,
-        )
-    return found
+    if cls not in _fields:
+        hints = typing.get_type_hints(cls, include_extras=True)
+        _fields[cls] = {f.name: _read_field(f, hints[f.name]) for f in dataclasses.fields(cls)}
+    return _fields[cls]
 
 
-def _is_union(annotation: Any) -> bool:
-    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
+def _read_field(field: dataclasses.Field[Any], hint: Any) -> Field:
+    annotation, setting = typing.get_args(hint)
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    members = typing.get_args(annotation) if is_union else (annotation,)
+    kinds = tuple(t for t in members if t in (int, float, bool, str, type(None)))
+    is_open = len(kinds) < len(members)
+    by_name = bool(field.kw_only)
+    return Field(field.name, kinds, is_open, annotation, field.default, by_name, setting)
 
 
 # --- values ---------------------------------------------------------------------------------------
@@ -178,15 +181,16 @@ def _as_kind(kind: type, value: Any) -> Any:
     """The value as int, float, bool or str; None if it is none."""
     is_bool = isinstance(value, (bool, np.bool_))
     if kind is bool:
-        is_bit = isinstance(value, numbers.Number) and value in (0, 1)
+        is_bit = isinstance(value, numbers.Real) and (value == 0 or value == 1)
         return bool(value) if is_bool or is_bit else None
     if kind is str:
         return os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
     if kind not in (int, float) or is_bool or not isinstance(value, (numbers.Real, np.number)):
         return None
+    number: Any = value
     if kind is float:
-        return float(value)
-    return int(value) if math.isfinite(value) and value == int(value) else None
+        return float(number)
+    return int(number) if math.isfinite(number) and number == int(number) else None
 
 
 def _is_in_range(setting: Setting, value: Any) -> bool:

@@ -149,15 +149,14 @@ def plot(entries: Sequence[Entry], path: str, title: str) -> None:
     losses = [entry.loss for entry in entries]
     upper.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="loss")
     upper.plot(steps, smoothed(losses), color="tab:blue", label="loss, averaged")
-    validated = [entry for entry in entries if entry.validation_loss is not None]
+    validated = {e.step: e.validation_loss for e in entries if e.validation_loss is not None}
     if validated:
-        values = [entry.validation_loss for entry in validated]
-        best = min(range(len(values)), key=values.__getitem__)
-        at = [entry.step for entry in validated]
-        upper.plot(at, values, color="tab:orange", marker=".", label="validation loss")
+        best = min(validated, key=lambda step: validated[step])
+        values = list(validated.values())
+        upper.plot(list(validated), values, color="tab:orange", marker=".", label="validation loss")
         upper.plot(
-            at[best], values[best], "o", color="tab:red", fillstyle="none", markersize=9,
-            label=f"best: {values[best]:.3f} in step {at[best]}",
+            best, validated[best], "o", color="tab:red", fillstyle="none", markersize=9,
+            label=f"best: {validated[best]:.3f} in step {best}",
         )  # fmt: skip
     upper.set(title=title, ylabel="nats a token")
     upper.grid(alpha=0.3)

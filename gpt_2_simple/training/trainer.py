@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -30,6 +30,9 @@ from .step import build
 from .validation import Validation
 
 SAMPLES_FOLDER = "samples"
+
+# What is fed to a run of the graph, by placeholder.
+Feeds = dict[tf.Tensor, Any]
 
 
 class Data(NamedTuple):
@@ -123,10 +126,10 @@ class Trainer:
             state,
             folder,
             settings.max_checkpoints,
-            self.ops.state,
+            self.ops.state_variables,
             start.checkpoint if start.resumes else None,
         )
-        sess.run(self.ops.initialize)
+        sess.run(self.ops.initialize_state)
         self.run = self._resumed_run() if start.resumes else self._new_run()
         steps = steps_to_take(self.sampler, settings, window)
         self.last_step = None if steps is None else self.run.step + steps
@@ -152,7 +155,7 @@ class Trainer:
     def _resumed_run(self) -> runs.RunState:
         """The run as its latest checkpoint has it; what cannot be read starts anew."""
         if not self.checkpoints.restore_optimizer():
-            self.sess.run(self.ops.initialize)
+            self.sess.run(self.ops.initialize_state)
         run = runs.read_state(self.start.checkpoint) or self._fresh_state()
         run.step = runs.step_of(self.start.checkpoint)
         if run.sampler is not None:
@@ -205,7 +208,7 @@ class Trainer:
             if entry is None:
                 break
             if self.validation and self._is_due(settings.val_every, at_end=True):
-                entry = self.validate(entry)
+                entry = self.validate(self.validation, entry)
             self.logger.log(entry)
             answer = settings.on_step(entry) if settings.on_step else None
             if isinstance(answer, (bool, np.bool_)) and not answer:
@@ -247,11 +250,11 @@ class Trainer:
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} in step {self.run.step + 1}")
         self.run.step += 1
-        n_targets = sum(np.count_nonzero(batch[self.ops.weights]) for batch in batches)
+        n_targets = sum(int(np.count_nonzero(batch[self.ops.loss_weights])) for batch in batches)
         seconds = time.perf_counter() - started
         return self.logger.step(loss, learning_rate, n_targets, seconds)
 
-    def next_batches(self) -> list[dict[tf.Tensor, np.ndarray]]:
+    def next_batches(self) -> list[Feeds]:
         """A step's micro-batches, as what is fed.
 
         Each token weighs as in one batch of them all: the weights sum up to the number of
@@ -264,32 +267,31 @@ class Trainer:
         return [
             {
                 ops.tokens: batch.tokens,
-                ops.weights: batch.loss_mask * np.float32(scale),
+                ops.loss_weights: batch.loss_mask * np.float32(scale),
                 ops.dropout_seed: dropout_seed(self.run.seed, step, index),
             }
             for index, batch in enumerate(batches)
         ]
 
-    def run_step(
-        self, batches: Sequence[dict[tf.Tensor, np.ndarray]], learning_rate: float
-    ) -> float | None:
+    def run_step(self, batches: Sequence[Feeds], learning_rate: float) -> float | None:
         """Runs a step; returns its loss, or None if Ctrl-C came before the weights changed."""
         ops = self.ops
-        if ops.micro_step is None:
-            return float(self.sess.run(ops.apply, {**batches[0], ops.learning_rate: learning_rate}))
-        self.sess.run(ops.reset)
+        if ops.add_micro_batch is None:
+            feed = {**batches[0], ops.learning_rate: learning_rate}
+            return float(self.sess.run(ops.apply_gradients, feed))
+        self.sess.run(ops.reset_gradients)
         for batch in batches:
-            self.sess.run(ops.micro_step, batch)
+            self.sess.run(ops.add_micro_batch, batch)
             if self.interruption.requested:
                 return None
-        if ops.finite is not None and not self.sess.run(ops.finite):
+        if ops.gradients_finite is not None and not self.sess.run(ops.gradients_finite):
             say(f"step {self.run.step + 1} is skipped: float16 gradients overflowed")
-            return float(self.sess.run(ops.skip))
-        return float(self.sess.run(ops.apply, {ops.learning_rate: learning_rate}))
+            return float(self.sess.run(ops.skip_step))
+        return float(self.sess.run(ops.apply_gradients, {ops.learning_rate: learning_rate}))
 
     # --- between steps ----------------------------------------------------------------------------
 
-    def validate(self, entry: history.Entry) -> history.Entry:
+    def validate(self, validation: Validation, entry: history.Entry) -> history.Entry:
         """Measures the validation loss; keeps the best weights, or ends the training.
 
         Returns:
@@ -297,7 +299,7 @@ class Trainer:
         """
         loss = None
         with self.interruption.ends_block():
-            loss = self.validation.loss()
+            loss = validation.loss()
         if loss is None:
             return entry
         if not math.isfinite(loss):
