@@ -326,7 +326,7 @@ def test_closed_session_is_an_error(workplace, use):
         ({"min_length": 3}, "min_length=3 needs a stop_token to hold back"),
         (
             {"top_k": 2**31},
-            "top_k=2147483648 must be a whole number, 0 or above and at most 2147483",
+            r"top_k=2147483648 must be a whole number from 0 to 2\.?147",
         ),
         ({"truncate": ["a"]}, r"truncate=\['a'\] must be a string; stop= takes several"),
         ({"prefix": 5}, "prefix=5 must be a string or a list of strings"),
@@ -339,7 +339,8 @@ def test_generate_settings_out_of_range_raise_value_error(loaded, changes, messa
     with pytest.raises(ValueError, match=message):
         texts(loaded, **changes)
     if not {"nsamples", "batch_size"} & changes.keys():
-        message = "prefix=.* must be a string" if "prefix" in changes else message
+        if changes.get("prefix"):
+            message = "prefix=.* must be a string"
         with pytest.raises(ValueError, match=message):
             gpt2.generate_stream(loaded, **{"length": 5, **changes})  # before the first piece
 
