@@ -315,7 +315,7 @@ def is_downloaded(folder):
 # The straight way
 
 
-def test_fetches_seven_files_and_nothing_else(fetch, server, content, waits):
+def test_download_fetches_the_seven_files(fetch, server, content, waits):
     folder = fetch()
     assert read(folder) == content
     assert server.names() == list(download.MODEL_FILES)
@@ -327,7 +327,7 @@ def test_fetches_seven_files_and_nothing_else(fetch, server, content, waits):
     assert is_downloaded(folder)
 
 
-def test_what_is_whole_is_not_fetched_again(fetch, server, content, capsys):
+def test_whole_files_are_not_fetched_again(fetch, server, content, capsys):
     folder = fetch()
     server.seen.clear()
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -339,7 +339,7 @@ def test_what_is_whole_is_not_fetched_again(fetch, server, content, capsys):
 
 
 @pytest.mark.parametrize("name", download.MODEL_FILES)
-def test_only_what_is_missing_is_fetched(fetch, server, folder, content, name):
+def test_only_missing_files_are_fetched(fetch, server, folder, content, name):
     put(folder, content)
     (folder / name).unlink()
     assert not is_downloaded(folder)
@@ -348,7 +348,7 @@ def test_only_what_is_missing_is_fetched(fetch, server, folder, content, name):
     assert read(folder) == content
 
 
-def test_other_files_in_the_folder_stay(fetch, folder, content):
+def test_download_keeps_other_files_in_the_folder(fetch, folder, content):
     (folder / "notes.txt").write_text("mine")
     (folder / "model.ckpt.data-00000-of-00001.bak").write_text("mine too")
     fetch()
@@ -358,7 +358,7 @@ def test_other_files_in_the_folder_stay(fetch, folder, content):
     }
 
 
-def test_a_file_is_on_the_disk_before_it_gets_its_name(fetch, monkeypatch):
+def test_download_flushes_a_file_before_it_gets_its_name(fetch, monkeypatch):
     synced, replace = set(), os.replace
     monkeypatch.setattr(download.os, "fsync", lambda file: synced.add(os.fstat(file).st_ino))
 
@@ -371,7 +371,7 @@ def test_a_file_is_on_the_disk_before_it_gets_its_name(fetch, monkeypatch):
     fetch()
 
 
-def test_model_dir_is_made(tmp_path, server, content):
+def test_download_makes_model_dir(tmp_path, server, content):
     download.download_gpt2(str(tmp_path / "a" / "b"), "124M", server.url)
     assert read(tmp_path / "a" / "b" / "124M") == content
 
@@ -409,7 +409,7 @@ RECOVERIES = {
 
 @pytest.mark.parametrize("name", [DATA, "encoder.json"])
 @pytest.mark.parametrize("case", RECOVERIES)
-def test_recovers(fetch, server, content, monkeypatch, case, name):
+def test_download_recovers_from_failures(fetch, server, content, monkeypatch, case, name):
     if name == "encoder.json":  # as long as the data file, so that CUT falls into it
         body = json.dumps({f"token {i}": i for i in range(9000)}).encode()
         server.files[name] = content[name] if "announces" in case else body
@@ -423,14 +423,14 @@ def test_recovers(fetch, server, content, monkeypatch, case, name):
 
 
 @pytest.mark.parametrize("behave", [zip_it, chunks, chunks_and_a_length, until_the_end])
-def test_takes_an_unusual_answer_at_once(fetch, server, content, waits, behave):
+def test_unusual_answers_need_no_second_request(fetch, server, content, waits, behave):
     for name in content:
         server.always[name] = behave
     assert read(fetch()) == content
     assert waits == []
 
 
-def test_a_server_that_zips_ranges_is_asked_for_the_whole(fetch, server, content):
+def test_compressed_range_makes_the_file_start_over(fetch, server, content):
     def zip_ranges(handler, body):
         changes = {"Content_Encoding": "gzip"} if "Range" in handler.headers else {}
         with_headers(**changes)(handler, body)
@@ -441,7 +441,7 @@ def test_a_server_that_zips_ranges_is_asked_for_the_whole(fetch, server, content
     assert server.ranges() == [None, f"bytes={CUT}-", None]
 
 
-def test_a_cut_costs_no_byte_twice(fetch, server):
+def test_resume_after_a_cut_fetches_no_byte_twice(fetch, server):
     server.script[DATA] = [cut, cut]
     fetch()
     assert server.ranges() == [None, f"bytes={CUT}-", f"bytes={2 * CUT}-"]
@@ -451,7 +451,7 @@ def test_a_cut_costs_no_byte_twice(fetch, server):
 
 
 @pytest.mark.parametrize("page", [answer(200, PAGE, Content_Type="text/html"), chunked_page])
-def test_a_web_page_in_the_middle_does_not_cost_what_came_before(fetch, server, page):
+def test_web_page_instead_of_a_range_keeps_the_bytes_so_far(fetch, server, page):
     server.script[DATA] = [cut, page]
     fetch()
     assert server.ranges() == [None, f"bytes={CUT}-", f"bytes={CUT}-"]
@@ -467,7 +467,7 @@ def test_back_off_doubles_and_progress_resets_it(fetch, server, waits):
 
 
 @pytest.mark.parametrize("as_date", [False, True])
-def test_retry_after_is_honoured(fetch, server, waits, as_date):
+def test_retry_after_is_respected(fetch, server, waits, as_date):
     value = email.utils.formatdate(time.time() + 100, usegmt=True) if as_date else "100"
     server.script["hparams.json"] = [answer(429, Retry_After=value)]
     fetch()
@@ -475,7 +475,7 @@ def test_retry_after_is_honoured(fetch, server, waits, as_date):
     assert 90 <= waits[0] <= 100
 
 
-def test_a_retry_after_that_cannot_be_read_is_passed_over(fetch, server, waits):
+def test_unreadable_retry_after_is_ignored(fetch, server, waits):
     server.script["hparams.json"] = [answer(503, Retry_After="soon")]
     fetch()
     assert len(waits) == 1
@@ -509,7 +509,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("case", FAILURES)
-def test_gives_up(fetch, server, content, folder, case):
+def test_download_gives_up(fetch, server, content, folder, case):
     behave, most_requests, reason = FAILURES[case]
     server.always[DATA] = behave
     with pytest.raises(OSError, match=reason) as caught:
@@ -532,7 +532,7 @@ def test_gives_up(fetch, server, content, folder, case):
     assert read(folder) == content
 
 
-def test_no_server(folder, waits):
+def test_unreachable_server_is_a_connection_error(folder, waits):
     url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(ConnectionError, match="refused") as caught:
         download.download_gpt2(folder.parent, base_url=url)
@@ -543,7 +543,7 @@ def test_no_server(folder, waits):
 
 
 @pytest.mark.parametrize("name", download.MODEL_FILES)
-def test_a_login_page_gets_no_files_name(fetch, server, folder, name):
+def test_login_page_never_becomes_a_file(fetch, server, folder, name):
     server.always[name] = answer(200, PAGE)
     with pytest.raises(ConnectionError, match=name):
         fetch()
@@ -551,14 +551,14 @@ def test_a_login_page_gets_no_files_name(fetch, server, folder, name):
 
 
 @pytest.mark.parametrize("name", ["encoder.json", "vocab.bpe"])
-def test_another_vocabulary_is_refused(fetch, server, folder, name):
+def test_vocabulary_with_another_sha256_is_refused(fetch, server, folder, name):
     server.files[name] = server.files[name].replace(b"a", b"c")
     with pytest.raises(ConnectionError, match="SHA-256"):
         fetch()
     assert not (folder / name).exists()
 
 
-def test_another_models_hparams_are_refused(fetch, server, folder):
+def test_hparams_with_another_n_vocab_are_refused(fetch, server, folder):
     server.files["hparams.json"] = b'{"n_vocab": 257}'
     with pytest.raises(ConnectionError, match="n_vocab is not 50257"):
         fetch()
@@ -580,21 +580,21 @@ def interrupted(fetch, server, folder):
     return folder
 
 
-def test_a_later_run_goes_on(interrupted, fetch, server, content):
+def test_resume_by_a_later_process(interrupted, fetch, server, content):
     fetch()
     assert server.names() == [DATA]
     assert server.ranges() == ["bytes=98304-"]
     assert read(interrupted) == content
 
 
-def test_a_changed_file_starts_over(interrupted, fetch, server, content):
+def test_file_that_changed_on_the_server_starts_over(interrupted, fetch, server, content):
     server.headers = {"ETag": '"version 2"'}
     fetch()
     assert server.ranges() == ["bytes=98304-"]  # answered by 200 and the whole file
     assert read(interrupted) == content
 
 
-def test_a_changed_file_that_does_not_fit_the_index_is_refused(interrupted, fetch, server):
+def test_changed_file_that_does_not_fit_the_index_is_refused(interrupted, fetch, server):
     server.headers = {"ETag": '"version 2"'}
     server.files[DATA] = server.files[DATA][:1000]
     with pytest.raises(ConnectionError, match="1,000 bytes where the index needs 204,800"):
@@ -602,14 +602,16 @@ def test_a_changed_file_that_does_not_fit_the_index_is_refused(interrupted, fetc
     assert (interrupted / (DATA + ".part")).stat().st_size == 98304
 
 
-def test_another_server_starts_over(interrupted, fetch, server, content):
+def test_file_of_another_server_starts_over(interrupted, fetch, server, content):
     fetch(server.url.replace("127.0.0.1", "localhost"))
     assert server.ranges() == [None]
     assert read(interrupted) == content
 
 
 @pytest.mark.parametrize("note", [b"", b"{", b"[]", b'{"colour": 3}', b'{"etag": "1"}', None])
-def test_a_part_without_a_readable_note_starts_over(interrupted, fetch, server, content, note):
+def test_partial_file_without_a_readable_note_starts_over(
+    interrupted, fetch, server, content, note
+):
     path = interrupted / (DATA + ".part.json")
     path.unlink() if note is None else path.write_bytes(note)
     (interrupted / (DATA + ".part")).write_bytes(bytes(98304))
@@ -618,21 +620,21 @@ def test_a_part_without_a_readable_note_starts_over(interrupted, fetch, server, 
     assert read(interrupted) == content
 
 
-def test_a_part_that_is_too_long_starts_over(interrupted, fetch, server, content):
+def test_partial_file_that_is_too_long_starts_over(interrupted, fetch, server, content):
     (interrupted / (DATA + ".part")).write_bytes(bytes(204801))
     fetch()
     assert server.ranges() == [None]
     assert read(interrupted) == content
 
 
-def test_a_part_that_is_complete_needs_no_request(interrupted, fetch, server, content):
+def test_complete_partial_file_needs_no_request(interrupted, fetch, server, content):
     (interrupted / (DATA + ".part")).write_bytes(content[DATA])
     fetch()
     assert server.seen == []
     assert read(interrupted) == content
 
 
-def test_416_tells_that_a_part_of_unknown_length_is_complete(interrupted, fetch, server, content):
+def test_status_416_completes_a_partial_file_of_unknown_length(interrupted, fetch, server, content):
     note = interrupted / (DATA + ".part.json")
     note.write_text(json.dumps(json.loads(note.read_text()) | {"total": None}))
     (interrupted / (DATA + ".part")).write_bytes(content[DATA])
@@ -641,7 +643,7 @@ def test_416_tells_that_a_part_of_unknown_length_is_complete(interrupted, fetch,
     assert read(interrupted) == content
 
 
-def test_a_spoiled_part_is_found_by_its_md5(fetch, server, folder, content):
+def test_md5_finds_a_damaged_partial_file(fetch, server, folder, content):
     server.headers["md5"] = True
     server.script[DATA] = [cut] + [answer(500)] * 6
     with pytest.raises(ConnectionError):
@@ -664,21 +666,21 @@ def test_a_spoiled_part_is_found_by_its_md5(fetch, server, folder, content):
         ({"ETag": 'W/"weak"', "Last-Modified": "Monday"}, [None, "bytes=98304-"]),
     ],
 )
-def test_only_a_strong_validator_lets_it_go_on(fetch, server, content, headers, ranges):
+def test_resume_needs_a_strong_validator(fetch, server, content, headers, ranges):
     server.headers = headers
     server.script[DATA] = [cut]
     assert read(fetch()) == content
     assert server.ranges() == ranges
 
 
-def test_a_part_left_over_from_a_file_that_is_whole_is_removed(interrupted, fetch, content):
+def test_partial_file_beside_a_whole_file_is_removed(interrupted, fetch, content):
     (interrupted / DATA).write_bytes(content[DATA])  # fetched by hand
     fetch()
     assert read(interrupted) == content
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals between processes")
-def test_ctrl_c_keeps_what_came(fetch, server, folder, content):
+def test_ctrl_c_keeps_the_bytes_so_far(fetch, server, folder, content):
     part = folder / (DATA + ".part")
 
     def interrupt(handler, body):
@@ -709,7 +711,7 @@ def test_ctrl_c_keeps_what_came(fetch, server, folder, content):
 # What gpt-2-simple 0.8.1 leaves
 
 
-def test_a_truncated_data_file_is_completed_if_its_md5_can_be_checked(
+def test_truncated_data_file_is_continued_if_the_server_sends_its_md5(
     fetch, server, folder, content
 ):
     put(folder, content, **{DATA: 150_000})
@@ -721,14 +723,14 @@ def test_a_truncated_data_file_is_completed_if_its_md5_can_be_checked(
     assert read(folder) == content
 
 
-def test_a_truncated_data_file_is_fetched_anew_if_not(fetch, server, folder, content):
+def test_truncated_data_file_without_md5_is_fetched_anew(fetch, server, folder, content):
     put(folder, content, **{DATA: 150_000})
     fetch()
     assert server.ranges() == [None, None]  # HEAD, GET
     assert read(folder) == content
 
 
-def test_a_truncated_data_file_of_another_origin_is_found_out(fetch, server, folder, content):
+def test_md5_finds_a_truncated_data_file_of_another_origin(fetch, server, folder, content):
     put(folder, content)
     (folder / DATA).write_bytes(bytes(150_000))
     server.headers["md5"] = True
@@ -738,14 +740,14 @@ def test_a_truncated_data_file_of_another_origin_is_found_out(fetch, server, fol
 
 
 @pytest.mark.parametrize("behave", [answer(405), answer(200), hang_up])
-def test_a_server_without_head(fetch, server, folder, content, behave):
+def test_truncated_data_file_and_a_server_without_head(fetch, server, folder, content, behave):
     put(folder, content, **{DATA: 150_000})
     server.script[DATA] = [behave]
     fetch()
     assert read(folder) == content
 
 
-def test_a_truncated_data_file_stays_until_there_is_a_better_one(fetch, server, folder, content):
+def test_truncated_data_file_stays_if_the_download_fails(fetch, server, folder, content):
     put(folder, content, **{DATA: 150_000})
     server.always[DATA] = answer(500)
     with pytest.raises(ConnectionError):
@@ -755,7 +757,7 @@ def test_a_truncated_data_file_stays_until_there_is_a_better_one(fetch, server, 
 
 @pytest.mark.parametrize("name", download.MODEL_FILES)
 @pytest.mark.parametrize("part", [0.0, 0.9])
-def test_a_truncated_file_is_seen_and_repaired(fetch, server, folder, content, name, part):
+def test_truncated_file_is_found_and_replaced(fetch, server, folder, content, name, part):
     put(folder, content, **{name: int(part * len(content[name]))})
     # The name in `checkpoint` comes first, so that most of a cut file may still do.
     readable = name == "checkpoint" and part > 0
@@ -765,7 +767,7 @@ def test_a_truncated_file_is_seen_and_repaired(fetch, server, folder, content, n
     assert readable or read(folder) == content
 
 
-def test_error_pages_are_seen_and_replaced(fetch, folder, content):
+def test_error_pages_are_found_and_replaced(fetch, folder, content):
     put(folder, dict.fromkeys(content, b"<?xml version='1.0'?><Error>AccessDenied</Error>"))
     assert not is_downloaded(folder)
     fetch()
@@ -784,7 +786,7 @@ def custom(content):
 
 
 @pytest.mark.parametrize("model_name", ["nano", "124M", "my/own"])
-def test_a_model_with_a_vocabulary_of_its_own_is_whole(tmp_path, content, model_name):
+def test_model_with_its_own_vocabulary_is_downloaded(tmp_path, content, model_name):
     folder = tmp_path / model_name
     folder.mkdir(parents=True)
     put(folder, custom(content))
@@ -795,7 +797,7 @@ def test_a_model_with_a_vocabulary_of_its_own_is_whole(tmp_path, content, model_
     assert not download.is_gpt2_downloaded(tmp_path, model_name)
 
 
-def test_a_published_vocabulary_is_pinned_by_the_published_name_only(tmp_path, content):
+def test_sha256_is_checked_only_under_a_published_name(tmp_path, content):
     for name in ("124M", "nano"):
         (tmp_path / name).mkdir()
         put(tmp_path / name, content | {"vocab.bpe": b"#version: 0.2\n"})
@@ -812,13 +814,13 @@ def test_a_published_vocabulary_is_pinned_by_the_published_name_only(tmp_path, c
         ("model.ckpt.meta", b""),
     ],
 )
-def test_a_damaged_model_of_ones_own_is_seen(tmp_path, content, name, body):
+def test_damaged_own_model_is_not_downloaded(tmp_path, content, name, body):
     (tmp_path / "nano").mkdir()
     put(tmp_path / "nano", custom(content) | {name: body})
     assert not download.is_gpt2_downloaded(tmp_path, "nano")
 
 
-def test_a_model_of_ones_own_is_not_replaced(fetch, server, folder, content):
+def test_download_does_not_replace_an_own_model(fetch, server, folder, content):
     put(folder, custom(content))
     with pytest.raises(FileExistsError, match="not OpenAI's"):
         fetch()
@@ -826,21 +828,21 @@ def test_a_model_of_ones_own_is_not_replaced(fetch, server, folder, content):
     assert server.seen == []
 
 
-def test_nothing_is_not_downloaded(tmp_path):
+def test_missing_folder_is_not_downloaded(tmp_path):
     assert not download.is_gpt2_downloaded(tmp_path / "models")
     (tmp_path / "models" / "124M").mkdir(parents=True)
     assert not download.is_gpt2_downloaded(tmp_path / "models")
     assert not list(tmp_path.rglob("*.*"))
 
 
-def test_folders_in_place_of_files(folder):
+def test_folders_instead_of_files_are_not_downloaded(folder):
     for name in download.MODEL_FILES:
         (folder / name).mkdir()
     assert not is_downloaded(folder)
 
 
 @pytest.mark.skipif(not (SHARED / "vocab.bpe").exists(), reason="the published files are not here")
-def test_pins_are_those_of_the_published_files():
+def test_sha256_is_that_of_the_published_files():
     for name, digest in REAL_SHA256.items():
         assert hashlib.sha256((SHARED / name).read_bytes()).hexdigest() == digest
 
@@ -849,7 +851,7 @@ def test_pins_are_those_of_the_published_files():
 
 
 @pytest.mark.parametrize("name", ["", "125M", "124m", "gpt2", "../124M", None])
-def test_a_wrong_name_lists_the_names(tmp_path, name):
+def test_unknown_model_name_lists_the_names(tmp_path, name):
     with pytest.raises(ValueError, match="'124M', '355M', '774M', '1558M'") as caught:
         download.download_gpt2(tmp_path / "models", name)
     assert repr(name) in str(caught.value)
@@ -857,7 +859,7 @@ def test_a_wrong_name_lists_the_names(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", download.MODEL_NAMES)
-def test_each_name_is_a_folder_of_its_own(tmp_path, server, name):
+def test_each_model_name_has_its_own_folder(tmp_path, server, name):
     with pytest.raises(FileNotFoundError):
         download.download_gpt2(tmp_path, name, server.url + "/elsewhere")
     assert server.seen[0][1] == f"/mirror/elsewhere/models/{name}/checkpoint"
@@ -865,7 +867,7 @@ def test_each_name_is_a_folder_of_its_own(tmp_path, server, name):
 
 
 @pytest.mark.parametrize("url", ["ftp://example.org", "example.org/gpt-2", "https://", "/models"])
-def test_a_base_url_that_is_none(tmp_path, url):
+def test_base_url_must_be_an_http_address(tmp_path, url):
     with pytest.raises(ValueError, match="must start with https://") as caught:
         download.download_gpt2(tmp_path, base_url=url)
     assert repr(url) in str(caught.value)
@@ -880,7 +882,7 @@ def test_base_url_comes_from_argument_then_environment_then_default(fetch, serve
     assert is_downloaded(fetch(server.url + "/"))
 
 
-def test_the_environment_names_a_mirror(tmp_path, server, monkeypatch, content):
+def test_environment_variable_names_a_mirror(tmp_path, server, monkeypatch, content):
     monkeypatch.setenv("GPT2_BASE_URL", server.url)
     monkeypatch.chdir(tmp_path)
     download.download_gpt2()
@@ -895,7 +897,7 @@ def limit_disk(monkeypatch, free):
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: usage(10**9, 0, free))
 
 
-def test_a_full_disk_is_noticed_beforehand(fetch, server, folder, content, monkeypatch):
+def test_disk_space_is_checked_before_the_download(fetch, server, folder, content, monkeypatch):
     put(folder, content)
     (folder / DATA).unlink()
     limit_disk(monkeypatch, 204_799)
@@ -906,7 +908,7 @@ def test_a_full_disk_is_noticed_beforehand(fetch, server, folder, content, monke
     assert read(folder) == {name: body for name, body in content.items() if name != DATA}
 
 
-def test_only_what_is_missing_needs_room(interrupted, fetch, server, monkeypatch, content):
+def test_only_missing_bytes_need_disk_space(interrupted, fetch, server, monkeypatch, content):
     limit_disk(monkeypatch, 204_800 - 98_304 - 1)
     with pytest.raises(OSError, match="needs 106,496 more bytes"):
         fetch()
@@ -929,7 +931,7 @@ class Bar:
         self.count += count
 
 
-def test_a_bar_for_each_file_counts_its_bytes(fetch, server, content, monkeypatch):
+def test_progress_bar_counts_the_bytes_of_each_file(fetch, server, content, monkeypatch):
     bars = []
     monkeypatch.setattr(
         report, "progress", lambda **options: bars.append(Bar(**options)) or bars[-1]
@@ -949,7 +951,7 @@ def test_a_bar_for_each_file_counts_its_bytes(fetch, server, content, monkeypatc
     assert second.options["total"] == 204800
 
 
-def test_a_log_gets_one_line_for_each_file(fetch, server, monkeypatch, capsys):
+def test_without_a_terminal_each_file_is_one_line(fetch, server, monkeypatch, capsys):
     monkeypatch.setattr(report, "is_interactive", lambda: False)
     server.script[DATA] = [cut]
     fetch()
@@ -963,7 +965,7 @@ def test_a_log_gets_one_line_for_each_file(fetch, server, monkeypatch, capsys):
     assert lines[8] == f"Fetching {DATA} (204,800 bytes) from byte 98,304 on"
 
 
-def test_where_someone_watches_bars_replace_the_lines(fetch, monkeypatch, capsys):
+def test_on_a_terminal_progress_bars_replace_the_lines(fetch, monkeypatch, capsys):
     monkeypatch.setattr(report, "is_interactive", lambda: True)
     fetch()
     out, err = capsys.readouterr()
@@ -972,14 +974,14 @@ def test_where_someone_watches_bars_replace_the_lines(fetch, monkeypatch, capsys
     assert "205k/205k" in err
 
 
-def test_silence(fetch, server, capsys):
+def test_verbosity_0_prints_nothing(fetch, server, capsys):
     server.script[DATA] = [cut]
     with report.verbosity(0):
         fetch()
     assert capsys.readouterr() == ("", "")
 
 
-def test_two_at_once_share_one_download(fetch, server, content, monkeypatch):
+def test_two_downloads_at_once_fetch_each_file_once(fetch, server, content, monkeypatch):
     release = threading.Event()
 
     def slowly(handler, body):
@@ -1008,7 +1010,7 @@ download.download_gpt2(sys.argv[1], base_url=sys.argv[2])
 """
 
 
-def test_a_killed_process_leaves_a_start_and_no_lock(fetch, server, folder, content):
+def test_killed_process_leaves_a_partial_file_and_no_lock(fetch, server, folder, content):
     reached, release = threading.Event(), threading.Event()
 
     def hold(handler, body):
@@ -1036,7 +1038,7 @@ def test_a_killed_process_leaves_a_start_and_no_lock(fetch, server, folder, cont
     assert read(folder) == content
 
 
-def test_a_connection_is_given_limits(fetch, monkeypatch):
+def test_requests_have_timeouts(fetch, monkeypatch):
     limits = []
     ask = requests.Session.request
 

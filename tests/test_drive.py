@@ -69,7 +69,7 @@ def no_leftovers(*folders):
 # Mounting
 
 
-def test_mounts_through_google_colab_at_the_usual_place(monkeypatch):
+def test_mount_gdrive_calls_google_colab(monkeypatch):
     calls = []
     module = types.ModuleType("google.colab")
     module.drive = types.SimpleNamespace(mount=calls.append)
@@ -78,7 +78,7 @@ def test_mounts_through_google_colab_at_the_usual_place(monkeypatch):
     assert calls == [colab.MOUNT_POINT]
 
 
-def test_outside_colab_mounting_is_a_clear_error():
+def test_mount_gdrive_outside_colab_is_a_clear_error():
     with pytest.raises(RuntimeError, match=r"mount_gdrive\(\) works only in Google Colaboratory"):
         colab.mount_gdrive()
 
@@ -94,14 +94,14 @@ def test_outside_colab_mounting_is_a_clear_error():
     ],
 )
 @pytest.mark.parametrize("mount_point_exists", [False, True])
-def test_without_a_drive_the_error_names_mount_gdrive(call, mount_point_exists):
+def test_missing_drive_error_names_mount_gdrive(call, mount_point_exists):
     if mount_point_exists:  # what an unmounted Drive leaves
         os.mkdir(colab.MOUNT_POINT)
     with pytest.raises(RuntimeError, match=r"mount_gdrive\(\)"):
         call()
 
 
-def test_todays_drive_path_comes_before_the_older_one(tmp_path, workplace):
+def test_mydrive_comes_before_my_drive(tmp_path, workplace):
     (workplace / "a.txt").write_text("a")
     older = tmp_path / "drive" / "My Drive"
     older.mkdir(parents=True)
@@ -128,12 +128,12 @@ def test_todays_drive_path_comes_before_the_older_one(tmp_path, workplace):
         ("_mine/run.v2", "_mine_run.v2.tar"),
     ],
 )
-def test_tar_names(folder, name):
+def test_get_tarfile_name(folder, name):
     assert colab.get_tarfile_name(folder) == name
 
 
 @pytest.mark.parametrize("folder", ["", "/", ".", ".."])
-def test_a_path_that_names_nothing_has_no_tar_name(folder):
+def test_get_tarfile_name_refuses_a_path_without_names(folder):
     with pytest.raises(ValueError, match="names no file or folder"):
         colab.get_tarfile_name(folder)
 
@@ -142,7 +142,7 @@ def test_a_path_that_names_nothing_has_no_tar_name(folder):
 @pytest.mark.parametrize(
     "copy", [colab.copy_checkpoint_to_gdrive, colab.copy_checkpoint_from_gdrive]
 )
-def test_a_run_name_that_leaves_the_checkpoint_folder_is_refused(drive, copy, run_name):
+def test_run_name_outside_of_the_checkpoint_folder_is_refused(drive, copy, run_name):
     with pytest.raises(ValueError, match="run_name|names no file"):
         copy(run_name)
 
@@ -152,7 +152,7 @@ def test_a_run_name_that_leaves_the_checkpoint_folder_is_refused(drive, copy, ru
 
 @pytest.mark.parametrize("copy_folder", [False, True])
 @pytest.mark.parametrize("drive_folder", [None, "backups/gpt2"])
-def test_a_run_comes_back_as_it_went(workplace, drive, copy_folder, drive_folder):
+def test_run_is_the_same_after_copying_there_and_back(workplace, drive, copy_folder, drive_folder):
     files = make_run(workplace / "checkpoint" / "run1", **{"deep/notes.txt": "notes"})
     options = {"copy_folder": copy_folder, "drive_folder": drive_folder}
     copy = colab.copy_checkpoint_to_gdrive("run1", **options)
@@ -165,7 +165,7 @@ def test_a_run_comes_back_as_it_went(workplace, drive, copy_folder, drive_folder
 
 
 @pytest.mark.parametrize("copy_folder", [False, True])
-def test_runs_of_one_name_in_two_folders_stay_apart(workplace, drive, copy_folder):
+def test_runs_of_one_name_in_two_folders_have_two_copies(workplace, drive, copy_folder):
     absolute = str(workplace / "elsewhere")
     make_run(workplace / "checkpoint" / "run1", step=1)
     make_run(workplace / "elsewhere" / "run1", step=2)
@@ -191,19 +191,19 @@ def pack_like_0_8_1(workplace, drive, name="checkpoint"):
 
 @pytest.mark.parametrize("checkpoint_dir", ["checkpoint", "runs/mine"])
 @pytest.mark.parametrize("name", ["checkpoint", "./checkpoint"])  # './' by other tools
-def test_an_archive_of_0_8_1_is_read(workplace, drive, checkpoint_dir, name):
+def test_archive_of_0_8_1_is_read(workplace, drive, checkpoint_dir, name):
     files = pack_like_0_8_1(workplace, drive, name)
     colab.copy_checkpoint_from_gdrive("run1", checkpoint_dir=checkpoint_dir)
     assert contents(workplace / checkpoint_dir / "run1") == files
 
 
-def test_a_folder_of_0_8_1_is_read_into_another_folder(workplace, drive):
+def test_folder_of_0_8_1_is_read_into_another_folder(workplace, drive):
     files = make_run(drive / "checkpoint" / "run1")
     colab.copy_checkpoint_from_gdrive("run1", copy_folder=True, checkpoint_dir="runs/mine")
     assert contents(workplace / "runs" / "mine" / "run1") == files
 
 
-def test_our_archive_has_the_names_that_0_8_1_extracts(workplace, drive):
+def test_archive_has_the_names_that_0_8_1_extracts(workplace, drive):
     make_run(workplace / "other" / "run1")
     archive = colab.copy_checkpoint_to_gdrive("run1", checkpoint_dir="other")
     with tarfile.open(archive) as tar:
@@ -212,7 +212,7 @@ def test_our_archive_has_the_names_that_0_8_1_extracts(workplace, drive):
 
 
 @pytest.mark.parametrize("copy_folder", [False, True])
-def test_a_second_copy_replaces_the_first(workplace, drive, copy_folder):
+def test_second_copy_replaces_the_first(workplace, drive, copy_folder):
     make_run(workplace / "checkpoint" / "run1", step=1)
     colab.copy_checkpoint_to_gdrive("run1", copy_folder)
     (workplace / "checkpoint" / "run1" / "model-1.index").unlink()
@@ -238,7 +238,7 @@ def test_copying_back_keeps_later_checkpoints_of_the_local_run(workplace, drive,
 
 
 @pytest.mark.parametrize("copy_folder", [False, True])
-def test_hidden_files_do_not_travel_and_links_are_followed(workplace, drive, copy_folder):
+def test_copy_leaves_out_hidden_files_and_follows_links(workplace, drive, copy_folder):
     run = workplace / "checkpoint" / "run1"
     files = make_run(run)
     (run / ".model-10.index.part").write_text("half")
@@ -254,7 +254,7 @@ def test_hidden_files_do_not_travel_and_links_are_followed(workplace, drive, cop
 
 
 @pytest.mark.parametrize("copy_folder", [False, True])
-def test_a_missing_run_lists_the_runs_there_are(workplace, drive, copy_folder):
+def test_missing_run_error_lists_the_runs(workplace, drive, copy_folder):
     make_run(workplace / "checkpoint" / "poems")
     with pytest.raises(FileNotFoundError, match=r"no run 'run1'.*checkpoint: poems"):
         colab.copy_checkpoint_to_gdrive(copy_folder=copy_folder)
@@ -287,7 +287,7 @@ def full_disk_after(monkeypatch, files):
 
 
 @pytest.mark.parametrize("copy_folder", [False, True])
-def test_a_full_drive_leaves_the_earlier_copy(workplace, drive, copy_folder, monkeypatch):
+def test_full_drive_leaves_the_earlier_copy(workplace, drive, copy_folder, monkeypatch):
     files = make_run(workplace / "checkpoint" / "run1", step=1)
     colab.copy_checkpoint_to_gdrive("run1", copy_folder)
     make_run(workplace / "checkpoint" / "run1", step=2)
@@ -303,7 +303,7 @@ def test_a_full_drive_leaves_the_earlier_copy(workplace, drive, copy_folder, mon
 
 @pytest.mark.parametrize("copy_folder", [False, True])
 @pytest.mark.parametrize("run_exists", [False, True])
-def test_a_full_disk_leaves_the_local_run(workplace, drive, copy_folder, run_exists, monkeypatch):
+def test_full_disk_leaves_the_local_run(workplace, drive, copy_folder, run_exists, monkeypatch):
     make_run(workplace / "checkpoint" / "run1", step=1)
     colab.copy_checkpoint_to_gdrive("run1", copy_folder)
     os.rename("checkpoint", "gone")
@@ -330,7 +330,7 @@ def fail_rename(monkeypatch, number, error):
 
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("error", [OSError("lost the mount"), KeyboardInterrupt()])
-def test_a_failed_swap_leaves_the_earlier_copy(workplace, drive, monkeypatch, number, error):
+def test_failed_rename_leaves_the_earlier_copy(workplace, drive, monkeypatch, number, error):
     files = make_run(workplace / "checkpoint" / "run1", step=1)
     colab.copy_checkpoint_to_gdrive("run1", copy_folder=True)
     make_run(workplace / "checkpoint" / "run1", step=2)
@@ -352,14 +352,18 @@ def killed_in_the_swap(workplace, drive):
     return files
 
 
-def test_a_copy_killed_in_the_swap_is_found_again(workplace, drive, killed_in_the_swap):
+def test_earlier_copy_is_restored_after_a_kill_between_renames(
+    workplace, drive, killed_in_the_swap
+):
     colab.copy_checkpoint_from_gdrive("run1", copy_folder=True)
     assert contents(workplace / "checkpoint" / "run1").items() >= killed_in_the_swap.items()
     colab.copy_checkpoint_to_gdrive("run1", copy_folder=True)
     assert no_leftovers(drive)
 
 
-def test_a_full_drive_after_that_leaves_it_too(drive, killed_in_the_swap, monkeypatch):
+def test_full_drive_after_a_kill_between_renames_leaves_the_earlier_copy(
+    drive, killed_in_the_swap, monkeypatch
+):
     full_disk_after(monkeypatch, files=2)
     with pytest.raises(OSError, match="No space left"):
         colab.copy_checkpoint_to_gdrive("run1", copy_folder=True)
@@ -396,7 +400,7 @@ RUN = "checkpoint/run1"
     ids=lambda m: f"{m.name}-{m.type.decode()}",
 )
 @pytest.mark.parametrize("with_filter", [True, False])
-def test_an_archive_that_would_leave_the_run_is_refused(
+def test_archive_that_writes_outside_of_the_run_is_refused(
     workplace, drive, tmp_path, bad, with_filter, monkeypatch
 ):
     if not with_filter:  # as before Python 3.10.12
@@ -410,7 +414,7 @@ def test_an_archive_that_would_leave_the_run_is_refused(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_archive_without_the_run_is_refused(workplace, drive):
+def test_archive_without_the_run_is_refused(workplace, drive):
     make_tar(drive / "checkpoint_run1.tar", member("checkpoint", tarfile.DIRTYPE))
     with pytest.raises(ValueError, match="does not hold the run checkpoint/run1"):
         colab.copy_checkpoint_from_gdrive("run1")
@@ -418,7 +422,7 @@ def test_an_archive_without_the_run_is_refused(workplace, drive):
 
 
 @pytest.mark.parametrize("keep", [0, 100, 3000, 9000])
-def test_a_damaged_archive_leaves_the_run_alone(workplace, drive, keep):
+def test_damaged_archive_leaves_the_local_run(workplace, drive, keep):
     files = make_run(workplace / "checkpoint" / "run1")
     archive = drive / "checkpoint_run1.tar"
     colab.copy_checkpoint_to_gdrive("run1")
@@ -429,7 +433,7 @@ def test_a_damaged_archive_leaves_the_run_alone(workplace, drive, keep):
     assert no_leftovers(workplace)
 
 
-def test_a_damaged_compressed_archive_is_refused(workplace, drive):
+def test_damaged_compressed_archive_is_refused(workplace, drive):
     make_run(workplace / "checkpoint" / "run1", noise="".join(map(chr, range(20000))))
     archive = drive / "checkpoint_run1.tar"
     with tarfile.open(archive, "w:gz") as tar:
@@ -442,7 +446,7 @@ def test_a_damaged_compressed_archive_is_refused(workplace, drive):
 # Files
 
 
-def test_a_file_goes_and_comes_back(workplace, drive):
+def test_file_is_the_same_after_copying_there_and_back(workplace, drive):
     (workplace / "a.txt").write_text("one")
     assert colab.copy_file_to_gdrive("a.txt") == str(drive / "a.txt")
     (workplace / "a.txt").write_text("two")
@@ -453,7 +457,7 @@ def test_a_file_goes_and_comes_back(workplace, drive):
 
 
 @pytest.mark.parametrize("drive_folder", [None, "backups", "absolute"])
-def test_a_file_keeps_its_folders_on_the_drive(workplace, drive, tmp_path, drive_folder):
+def test_file_keeps_its_folders_on_the_drive(workplace, drive, tmp_path, drive_folder):
     if drive_folder == "absolute":
         drive_folder = str(tmp_path / "drive" / "Shareddrives" / "team")
     (workplace / "gen").mkdir()
@@ -465,7 +469,7 @@ def test_a_file_keeps_its_folders_on_the_drive(workplace, drive, tmp_path, drive
     assert contents(workplace / "gen") == {"a.txt": "a"}
 
 
-def test_absolute_and_climbing_paths_stay_on_the_drive(workplace, drive):
+def test_absolute_and_parent_paths_stay_on_the_drive(workplace, drive):
     (workplace / "a.txt").write_text("a")
     absolute = str(workplace / "a.txt")
     assert colab.copy_file_to_gdrive(absolute) == str(drive) + absolute
@@ -474,7 +478,7 @@ def test_absolute_and_climbing_paths_stay_on_the_drive(workplace, drive):
     assert colab.copy_file_to_gdrive("../a.txt") == str(drive / "a.txt")
 
 
-def test_missing_files_are_named_with_what_is_there(workplace, drive):
+def test_missing_file_error_lists_the_files(workplace, drive):
     (workplace / "here.txt").write_text("")
     (drive / "there.txt").write_text("")
     with pytest.raises(FileNotFoundError, match=r"no file a\.txt.*here\.txt"):
@@ -483,7 +487,7 @@ def test_missing_files_are_named_with_what_is_there(workplace, drive):
         colab.copy_file_from_gdrive("a.txt")
 
 
-def test_a_full_drive_leaves_the_earlier_file(workplace, drive, monkeypatch):
+def test_full_drive_leaves_the_earlier_file(workplace, drive, monkeypatch):
     (workplace / "a.txt").write_text("new")
     (drive / "a.txt").write_text("old")
     full_disk_after(monkeypatch, files=0)
@@ -492,7 +496,7 @@ def test_a_full_drive_leaves_the_earlier_file(workplace, drive, monkeypatch):
     assert contents(drive) == {"a.txt": "old"}
 
 
-def test_a_file_that_does_not_reach_the_disk_leaves_the_earlier_one(workplace, drive, monkeypatch):
+def test_failed_fsync_leaves_the_earlier_file(workplace, drive, monkeypatch):
     (workplace / "a.txt").write_text("new")
     (drive / "a.txt").write_text("old")
 

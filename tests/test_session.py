@@ -13,7 +13,7 @@ HPARAMS = model.HParams(n_vocab=11, n_ctx=8, n_embd=8, n_head=2, n_layer=1)
 OTHER = model.HParams(n_vocab=11, n_ctx=8, n_embd=16, n_head=2, n_layer=1)
 
 
-def test_a_session_has_a_graph_of_its_own():
+def test_each_session_has_its_own_graph():
     a, b = gpt2.start_tf_sess(), gpt2.start_tf_sess()
     assert len({a.graph, b.graph, tf.compat.v1.get_default_graph()}) == 3
     a.close()
@@ -28,7 +28,7 @@ def test_two_sessions_hold_two_models():
         assert session.graph_state(b).hparams == OTHER
 
 
-def test_a_model_is_built_once_and_another_is_refused(sess):
+def test_model_is_built_once_and_another_is_refused(sess):
     first = session.build_model(sess, HPARAMS, [])
     count = len(sess.graph.get_operations())
     assert session.build_model(sess, HPARAMS, []) is first
@@ -37,7 +37,7 @@ def test_a_model_is_built_once_and_another_is_refused(sess):
         session.build_model(sess, OTHER, [])
 
 
-def test_threads_asking_at_once_get_one_model(sess):
+def test_concurrent_threads_build_one_model(sess):
     found = []
     threads = [
         threading.Thread(target=lambda: found.append(session.build_model(sess, HPARAMS, [])))
@@ -51,7 +51,7 @@ def test_threads_asking_at_once_get_one_model(sess):
     assert len({id(state) for state in found}) == 1
 
 
-def test_reset_gives_room_for_another_model():
+def test_reset_session_makes_room_for_another_model():
     sess = gpt2.start_tf_sess()
     session.build_model(sess, HPARAMS, [])
     with gpt2.reset_session(sess) as fresh:
@@ -60,14 +60,14 @@ def test_reset_gives_room_for_another_model():
             session.graph_state(sess)
 
 
-def test_closing_twice_is_harmless():
+def test_session_can_be_closed_twice():
     sess = gpt2.start_tf_sess()
     sess.close()
     sess.close()
     gpt2.reset_session(sess).close()
 
 
-def test_a_closed_session_lets_go_of_its_graph():
+def test_closed_session_frees_its_graph():
     sess = gpt2.start_tf_sess()
     session.build_model(sess, HPARAMS, [])
     graph = weakref.ref(sess.graph)
@@ -77,19 +77,19 @@ def test_a_closed_session_lets_go_of_its_graph():
     assert graph() is None
 
 
-def test_a_users_own_session_holds_a_model():
+def test_session_of_the_user_holds_a_model():
     with tf.Graph().as_default(), tf.compat.v1.Session() as own:
         state = session.build_model(own, HPARAMS, [])
         assert state.weights.wte.graph is own.graph
 
 
-def test_resetting_the_default_graph_leaves_sessions_alone(sess):
+def test_reset_default_graph_leaves_sessions_alone(sess):
     session.build_model(sess, HPARAMS, [])
     tf.compat.v1.reset_default_graph()
     assert session.graph_state(sess).hparams == HPARAMS
 
 
-def test_threads_are_limited():
+def test_start_tf_sess_limits_threads():
     with gpt2.start_tf_sess(threads=1) as sess:
         config = sess._config
     assert config.intra_op_parallelism_threads == 1
@@ -97,13 +97,13 @@ def test_threads_are_limited():
     assert config.gpu_options.allow_growth
 
 
-def test_a_server_runs_the_session():
+def test_start_tf_sess_runs_on_a_server():
     server = tf.distribute.Server.create_local_server()
     with gpt2.start_tf_sess(server=server) as sess, sess.graph.as_default():
         assert sess.run(tf.constant(3)) == 3
 
 
-def test_gpus_are_named_as_devices(monkeypatch):
+def test_get_available_gpus_names_devices(monkeypatch):
     class Gpu:
         name = "/physical_device:GPU:1"
 
@@ -111,7 +111,7 @@ def test_gpus_are_named_as_devices(monkeypatch):
     assert gpt2.get_available_gpus() == ["/device:GPU:1"]
 
 
-def test_exporting_the_graph_says_nothing_about_what_it_remembers(sess):
+def test_exported_graph_leaves_out_the_graph_state(sess):
     session.build_model(sess, HPARAMS, [])
     assert "gpt_2_simple" not in str(sess.graph.get_all_collection_keys())
 
@@ -129,7 +129,7 @@ def test_exporting_the_graph_says_nothing_about_what_it_remembers(sess):
         ("float32", (3, 5), "float32"),
     ],
 )
-def test_a_gpu_gets_a_precision_that_it_has(precision, capability, fitting):
+def test_fitting_precision_of_gpus(precision, capability, fitting):
     assert session.fitting_precision(precision, capability) == fitting
 
 
@@ -147,7 +147,7 @@ class Devices(list):
         return [types.SimpleNamespace(device_type="CPU"), *self]
 
 
-def test_another_precision_is_said(sess, monkeypatch, capsys):
+def test_fit_precision_prints_a_changed_precision(sess, monkeypatch, capsys):
     asked = "bfloat16"
     a100, t4 = {"compute_capability": (8, 0)}, {"compute_capability": (7, 5)}
     assert session.fit_precision(Devices(monkeypatch, a100), asked) == asked

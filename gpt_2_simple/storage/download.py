@@ -1,8 +1,8 @@
-"""A model's name in, its seven files out: fetched, resumed, verified, put in place whole.
+"""A published model's name in, its seven files in a folder out, each of them verified.
 
-A file arrives as `<name>.part`. Beside it, `<name>.part.json` remembers what the server said about
-it, so that a later process can go on where this one stopped (RFC 9110, Range and If-Range). It
-gets its name once it has passed its checks.
+A file is downloaded as `<name>.part`. Beside it, `<name>.part.json` keeps what the server said
+about it, so that a later process can continue it (RFC 9110, Range and If-Range). The file gets its
+name when it has passed its checks.
 """
 
 from __future__ import annotations
@@ -46,19 +46,27 @@ from .settings import DownloadSettings
 LOCK = ".download.lock"
 
 _TIMEOUT = (10.0, 30.0)  # seconds to connect, seconds between two reads
-_CHUNK_BYTES = 1 << 15  # what a cut connection may cost
-_ADOPT_BYTES = 1 << 20  # a shorter leftover is no worthwhile start: it may be a server's error page
-_TRIES = 6  # requests in a row, of which at most the first brought new bytes
-_TRIES_IF_DAMAGED = 2  # whole files in a row that fail their checks
-_BACK_OFF = (0.5, 30.0)  # seconds before the second try; at most
-_LONGEST_WAIT = 120.0  # seconds that a server's Retry-After may ask for
+_CHUNK_BYTES = 1 << 15  # at most so many bytes are lost when a connection breaks
+# A shorter file that another program left is not worth continuing; it may be an error page.
+_MIN_LEFTOVER_BYTES = 1 << 20
+_MAX_TRIES = 6  # requests in a row that bring no new bytes
+_MAX_DAMAGED = 2  # whole files in a row that fail their checks
+_BACK_OFF = (0.5, 30.0)  # seconds before the second try, and the most before any
+_MAX_WAIT = 120.0  # seconds that a server's Retry-After may ask for
 _TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 _LOGIN_HINT = " (a web page? perhaps this network wants you to log in first)"
 _sleep = time.sleep
 
 
 class _FetchError(Exception):
-    """A request failed: why, and what another one may hope for."""
+    """A request failed.
+
+    Attributes:
+        final: another request would fail, too.
+        damaged: a file came, but it failed its checks.
+        status: the HTTP status, if that is the reason.
+        wait: seconds that the server asks to wait before another request.
+    """
 
     def __init__(
         self,
@@ -78,12 +86,12 @@ class _FetchError(Exception):
 
 @settings_function(DownloadSettings)
 def download_gpt2(settings: DownloadSettings) -> None:
-    """Downloads one of OpenAI's GPT-2 models, or what is missing of it.
+    """Downloads one of OpenAI's GPT-2 models, or the files of it that are missing.
 
-    Call it again after an interruption: it goes on where it stopped, keeps the files that are whole
-    and replaces those that are not. Every file is verified before it gets its name: the vocabulary
-    by its SHA-256, the weights by the length that their index gives, all by their Content-MD5 where
-    the server sends one. A second process that wants the same model waits for the first.
+    After an interruption, call it again: it continues where it stopped, keeps the whole files and
+    replaces the damaged ones. Every file is verified before it gets its name: the vocabulary by its
+    SHA-256, the weights by the length that their index gives, and all files by their Content-MD5 if
+    the server sends one. A second process that downloads the same model waits for the first.
 
     Args:
         settings: each of them is an argument.
@@ -92,16 +100,16 @@ def download_gpt2(settings: DownloadSettings) -> None:
         ValueError: there is no such model, or `base_url` is no http(s) address.
         FileExistsError: the folder holds a model that is not OpenAI's: its n_vocab differs.
         FileNotFoundError: the server has no such file.
-        ConnectionError: the server cannot be reached, or keeps failing, or sends damaged files. The
-            message lists the addresses, to fetch them by hand.
-        OSError: with errno ENOSPC, before a file is fetched that the disk has no room for.
+        ConnectionError: the server cannot be reached, keeps failing, or sends damaged files. The
+            message lists the addresses of the files, to download them in another way.
+        OSError: the disk has no room for a file (errno ENOSPC); raised before it is downloaded.
     """
     folder_url = f"{_base_url(settings.base_url)}/models/{settings.model_name}/"
     folder = Path(settings.model_dir, settings.model_name)
     if not _may_be_published(folder):
         raise FileExistsError(
             f"{folder} holds a model that is not OpenAI's (n_vocab is not {N_VOCAB}): "
-            "move it away, lest the download replace it, or give another model_dir"
+            "move it away, or give another model_dir, so that the download does not replace it"
         )
     if is_gpt2_downloaded(settings.model_dir, settings.model_name):
         for name in MODEL_FILES:
@@ -122,12 +130,12 @@ def download_gpt2(settings: DownloadSettings) -> None:
 def is_gpt2_downloaded(
     model_dir: str | os.PathLike[str] = "models", model_name: str = "124M"
 ) -> bool:
-    """Says whether a model is there as a whole, downloaded or made here.
+    """Whether all files of a model are there and whole; the model may be downloaded or made here.
 
-    All seven files must be there, be of their format and, under a published model's name, have the
-    published vocabulary's SHA-256. The data file must be as long as its index says. It takes
-    milliseconds, for the weights themselves are not read: TensorFlow checks each tensor when it
-    loads it.
+    Each of the seven files must have its format. The data file must be as long as its index says.
+    If the model has a published model's name, its vocabulary must have the published SHA-256. This
+    takes milliseconds, since the weights are not read: TensorFlow checks each tensor when it loads
+    it.
 
     Args:
         model_dir: the folder of models.
@@ -152,25 +160,25 @@ def _by_hand(name: str, error: Exception, folder_url: str, folder: Path) -> str:
     urls = "\n".join(f"  {folder_url}{file}" for file in MODEL_FILES)
     return (
         f"could not download {name}: {error}\n"
-        "Call download_gpt2 again to go on where it stopped. If the server cannot be reached from "
-        f"here, give a mirror as base_url (or in the environment variable {BASE_URL_VARIABLE}), or "
-        f"fetch these files in another way and put them into {folder.resolve()}:\n{urls}"
+        "Call download_gpt2 again to continue where it stopped. If the server cannot be reached "
+        f"from here, give a mirror as base_url (or in the environment variable {BASE_URL_VARIABLE})"
+        f", or download these files in another way and put them into {folder.resolve()}:\n{urls}"
     )
 
 
 def _may_be_published(folder: Path) -> bool:
-    """Whether nothing speaks against this being a published model: its n_vocab would."""
+    """Whether a folder may hold a published model: it does not if it has another n_vocab."""
     try:
         return json.loads((folder / "hparams.json").read_bytes())["n_vocab"] == N_VOCAB
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return True
 
 
-# What is wrong with a file
+# --- checks of a file ---------------------------------------------------------------------------
 
 
 def _defect(path: Path, name: str, published: bool) -> str | None:
-    """Says what is wrong with the file at `path`, or None; `name` says what it should be."""
+    """What is wrong with the file at `path`, which should be the model's file `name`, or None."""
     if not path.is_file():
         return "it is missing"
     try:
@@ -181,7 +189,7 @@ def _defect(path: Path, name: str, published: bool) -> str | None:
         content = path.read_bytes()
         return _content_defect(name, content) or (published and _unpublished(name, content)) or None
     except NotImplementedError:
-        return None  # a compressed index: only TensorFlow can tell
+        return None  # The index is compressed: only TensorFlow can read it.
     except (ValueError, RecursionError) as error:
         return str(error)
 
@@ -209,11 +217,11 @@ def _unpublished(name: str, content: bytes) -> str | None:
 
 
 def _data_defect(path: Path) -> str | None:
-    size, least = path.stat().st_size, _least_data_size(path.parent)
-    return None if size >= least else f"it has {size:,} bytes where its index needs {least:,}"
+    size, needed = path.stat().st_size, _min_data_bytes(path.parent)
+    return None if size >= needed else f"it has {size:,} bytes where its index needs {needed:,}"
 
 
-def _least_data_size(folder: Path) -> int:
+def _min_data_bytes(folder: Path) -> int:
     try:
         return checkpoint_index.data_sizes(checkpoint_index.read_index(folder / INDEX_FILE)).get(
             0, 0
@@ -222,11 +230,19 @@ def _least_data_size(folder: Path) -> int:
         raise ValueError("its index is missing") from error
 
 
-# A file on its way
+# --- a file that is being downloaded ------------------------------------------------------------
 
 
 class _Version(NamedTuple):
-    """Which version of a file a server has, as its headers tell."""
+    """The version of a file that a server has, from its headers.
+
+    Attributes:
+        url: the file's address.
+        etag: the header ETag, if it is a strong one.
+        last_modified: the header Last-Modified.
+        total: the file's length in bytes.
+        md5: the header Content-MD5.
+    """
 
     url: str
     etag: str | None = None
@@ -236,15 +252,15 @@ class _Version(NamedTuple):
 
     @classmethod
     def announced(cls, url: str, headers: Mapping[str, str]) -> _Version:
-        """Reads the headers of an answer that is about the whole file."""
+        """Reads the headers of an answer about the whole file."""
         if _is_encoded(headers):
-            return cls(url)  # length, MD5 and ranges are those of the encoded bytes, not the file's
+            return cls(url)  # The length and the MD5 are those of the encoded bytes.
         etag = headers.get("ETag", "")
         length = headers.get("Content-Length", "")
         chunked = "Transfer-Encoding" in headers
         return cls(
             url,
-            etag if etag.startswith('"') else None,  # If-Range must not use a weak one
+            etag if etag.startswith('"') else None,  # If-Range must not use a weak one.
             headers.get("Last-Modified"),
             int(length) if length.isdecimal() and not chunked else None,
             _md5(headers),
@@ -252,11 +268,11 @@ class _Version(NamedTuple):
 
     @property
     def validator(self) -> str | None:
-        """What If-Range sends: without it nothing tells that a file has not changed."""
+        """What If-Range sends, so that the server tells whether the file has changed."""
         return self.etag or self.last_modified
 
     def contradicts(self, headers: Mapping[str, str]) -> bool:
-        """Whether an answer, to a range, is about another version of the file."""
+        """Whether the answer to a range request is about another version of the file."""
         other = _Version.announced(self.url, headers)
         return (
             _is_encoded(headers)
@@ -280,7 +296,7 @@ def _md5(headers: Mapping[str, str]) -> str | None:
 
 
 class _Partial:
-    """A file that is not whole yet, and the note of which version of it this is."""
+    """A file that is not whole yet, and the note that says of which version it is."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -291,21 +307,21 @@ class _Partial:
         return self.path.stat().st_size if self.path.is_file() else 0
 
     def version(self) -> _Version | None:
-        """The version that the note tells of; None if there is none or it cannot be read."""
+        """The version in the note; None if there is no note, or it cannot be read."""
         try:
             return _Version(**json.loads(self.note.read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
 
     def resumable(self, url: str) -> _Version | None:
-        """The version to go on with; None if what is there is nothing to go on with."""
+        """The version to continue; None if the file has to be downloaded from its start."""
         version = self.version()
         if version is None or version.url != url or version.validator is None or not self.size():
             return None
         return None if version.total is not None and version.total < self.size() else version
 
     def begin(self, version: _Version) -> None:
-        self.discard()  # first, lest a crash leave the old bytes under the new note
+        self.discard()  # First: a crash must not leave the old bytes under the new note.
         write_text(self.note, json.dumps(version._asdict()))
 
     def discard(self) -> None:
@@ -317,7 +333,7 @@ class _Partial:
         self.note.unlink(missing_ok=True)
 
 
-# Fetching
+# --- requests -----------------------------------------------------------------------------------
 
 
 def _ensure_file(session: requests.Session, url: str, target: Path) -> None:
@@ -325,37 +341,41 @@ def _ensure_file(session: requests.Session, url: str, target: Path) -> None:
     if _defect(target, target.name, published=True) is None:
         partial.discard()
         return
-    least = 0
+    min_bytes = 0
     if target.name == DATA_FILE:
         with contextlib.suppress(NotImplementedError):
-            least = _least_data_size(target.parent)
-        _adopt(session, url, partial)
+            min_bytes = _min_data_bytes(target.parent)
+        _continue_leftover(session, url, partial)
     tries = damages = 0
     farthest = partial.size()
     while True:
         try:
-            _receive(session, url, partial, least)
+            _receive(session, url, partial, min_bytes)
             _verify(partial)
             partial.land()
             return
         except _FetchError as error:
             damages += error.damaged
-            # Beyond the farthest byte so far: a server that always starts over makes no progress.
+            # Only new bytes count as progress: a server may start over each time.
             tries = 1 if partial.size() > farthest else tries + 1
             farthest = max(farthest, partial.size())
-            if error.final or tries >= _TRIES or damages >= _TRIES_IF_DAMAGED:
+            if error.final or tries >= _MAX_TRIES or damages >= _MAX_DAMAGED:
                 raise
             _back_off(target.name, tries, error)
 
 
-def _adopt(session: requests.Session, url: str, partial: _Partial) -> None:
-    """Goes on with a data file that another program left cut short.
+def _continue_leftover(session: requests.Session, url: str, partial: _Partial) -> None:
+    """Prepares to continue a data file that another program left cut short.
 
-    Nothing tells which version of the file it began with, so it counts only where the server sends
-    the MD5 of the whole file, which the result must then match.
+    It is not known which version of the file this is. So it is continued only if the server sends
+    the MD5 of the whole file, to compare the result with.
     """
     target = partial.target
-    if partial.resumable(url) or not target.is_file() or target.stat().st_size < _ADOPT_BYTES:
+    if (
+        partial.resumable(url)
+        or not target.is_file()
+        or target.stat().st_size < _MIN_LEFTOVER_BYTES
+    ):
         return
     try:
         with session.head(
@@ -370,20 +390,20 @@ def _adopt(session: requests.Session, url: str, partial: _Partial) -> None:
         os.replace(target, partial.path)
 
 
-def _receive(session: requests.Session, url: str, partial: _Partial, least: int) -> None:
-    """Makes one request, and returns if the partial file then has all its bytes.
+def _receive(session: requests.Session, url: str, partial: _Partial, min_bytes: int) -> None:
+    """Makes one request; returns if the partial file then has all its bytes.
 
     Args:
-        session: the session that asks.
+        session: makes the request.
         url: the file's address.
-        partial: what is there already, continued if the server allows it, else begun anew.
-        least: how many bytes the file must have.
+        partial: the file so far. It is continued if the server allows that, else begun anew.
+        min_bytes: bytes that the file must have.
 
     Raises:
         _FetchError: the file is not complete.
     """
     try:
-        _exchange(session, url, partial, least)
+        _request(session, url, partial, min_bytes)
     except (
         requests.ConnectionError,
         requests.Timeout,
@@ -399,13 +419,13 @@ def _receive(session: requests.Session, url: str, partial: _Partial, least: int)
 
 
 def _reason(error: Exception) -> str:
-    """Says why a connection failed: it stands inside urllib3's "Max retries exceeded"."""
+    """Why a connection failed; the reason stands inside urllib3's "Max retries exceeded"."""
     inner = error.args[0] if error.args else error
     inner = getattr(inner, "reason", inner)
     return str(inner.args[0] if isinstance(inner, Exception) and inner.args else inner)
 
 
-def _exchange(session: requests.Session, url: str, partial: _Partial, least: int) -> None:
+def _request(session: requests.Session, url: str, partial: _Partial, min_bytes: int) -> None:
     version = partial.resumable(url)
     offset = partial.size() if version else 0
     if version and version.total == offset:
@@ -415,7 +435,7 @@ def _exchange(session: requests.Session, url: str, partial: _Partial, least: int
         headers |= {"Range": f"bytes={offset}-", "If-Range": str(version.validator)}
     with session.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
         if response.status_code == 200:
-            _check_offer(response, offset, least)
+            _check_offer(response, offset, min_bytes)
             version, offset = _Version.announced(url, response.headers), 0
         elif version is None or response.status_code not in (206, 416):
             raise _status_error(response)
@@ -431,7 +451,7 @@ def _exchange(session: requests.Session, url: str, partial: _Partial, least: int
 
 
 def _continues(response: requests.Response, version: _Version, offset: int) -> bool:
-    """Whether a 206 goes on at `offset`, or a 416 says that there is nothing beyond it."""
+    """Whether a 206 starts at byte `offset`, or a 416 says that the file ends there."""
     match = re.fullmatch(
         r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", "")
     )
@@ -446,14 +466,14 @@ def _continues(response: requests.Response, version: _Version, offset: int) -> b
 def _status_error(response: requests.Response) -> _FetchError:
     reason = f"the server answered {response.status_code} {response.reason} for {response.url}"
     wait = _retry_after(response.headers.get("Retry-After", ""))
-    if wait is not None and wait > _LONGEST_WAIT:
+    if wait is not None and wait > _MAX_WAIT:
         return _FetchError(f"{reason} and asks to wait {wait:,.0f} s", final=True)
     transient = response.status_code in _TRANSIENT_STATUSES
     return _FetchError(reason, final=not transient, status=response.status_code, wait=wait)
 
 
 def _retry_after(value: str) -> float | None:
-    """Reads the seconds that a Retry-After header asks for, given as a number or as a date."""
+    """The seconds that a Retry-After header asks for, as a number or as a date; None if neither."""
     if value.isdecimal():
         return float(value)
     with contextlib.suppress(ValueError, TypeError):
@@ -462,11 +482,11 @@ def _retry_after(value: str) -> float | None:
     return None
 
 
-def _check_offer(response: requests.Response, offset: int, least: int) -> None:
-    """Refuses an answer that begins anew but cannot be the file: `offset` bytes would be lost."""
+def _check_offer(response: requests.Response, offset: int, min_bytes: int) -> None:
+    """Refuses an answer that cannot be the file, before the `offset` bytes so far are discarded."""
     total = _Version.announced(response.url, response.headers).total
-    if total is not None and total < least:
-        reason = f"the server has {total:,} bytes where the index needs {least:,}"
+    if total is not None and total < min_bytes:
+        reason = f"the server has {total:,} bytes where the index needs {min_bytes:,}"
         raise _FetchError(reason, damaged=True)
     if offset and response.headers.get("Content-Type", "").startswith("text/html"):
         raise _FetchError(f"a web page came{_LOGIN_HINT}", damaged=True)
@@ -521,7 +541,7 @@ def _verify(partial: _Partial) -> None:
 
 def _back_off(name: str, tries: int, error: _FetchError) -> None:
     first, longest = _BACK_OFF
-    # Jitter keeps many clients of a server that failed from all coming back at once.
+    # The random factor keeps the clients of a server that failed from all returning at once.
     seconds = min(longest, first * 2 ** (tries - 1)) * random.uniform(0.5, 1.0)
     if error.wait is not None:
         seconds = max(seconds, error.wait)

@@ -1,4 +1,4 @@
-"""Runs and files in, copies of them on a mounted Google Drive out, and back again."""
+"""Runs and files in, copies of them on a mounted Google Drive out, and the reverse."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import posixpath
 import re
 import shutil
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import IO, BinaryIO
 
 from ..common.files import write_whole
@@ -37,7 +37,7 @@ def is_mounted() -> bool:
     """Checks that a Google Drive is mounted.
 
     Returns:
-        True. It never returns False: gpt-2-simple 0.8.1 raised, and scripts count on it.
+        True. Without a Drive it raises, as in gpt-2-simple 0.8.1; it never returns False.
 
     Raises:
         RuntimeError: no Drive is mounted.
@@ -50,11 +50,10 @@ def get_tarfile_name(checkpoint_folder: str) -> str:
     """Names the archive of a run: 'checkpoint/run1' gives 'checkpoint_run1.tar'.
 
     Args:
-        checkpoint_folder: path of a run, relative or absolute, with this system's or any
-            other's separators.
+        checkpoint_folder: path of a run, relative or absolute, with the separators of any system.
 
     Returns:
-        A file name without a folder; the root, '.' and '..' leave no trace in it.
+        A file name without a folder. The path's root, '.' and '..' are left out.
     """
     return "_".join(_inner_parts(checkpoint_folder)) + ".tar"
 
@@ -68,29 +67,29 @@ def copy_checkpoint_to_gdrive(
 ) -> str:
     """Copies a run to the mounted Google Drive, in place of an earlier copy of it.
 
-    The earlier copy stays until the new one is complete. Names that start with a dot
+    The earlier copy stays until the new one is complete. Files whose names start with a dot
     (temporary files, locks) are left out.
 
     Args:
         run_name: folder of the run in `checkpoint_dir`.
-        copy_folder: True copies the folder as it is, False packs it into one archive.
+        copy_folder: True copies the folder, False packs it into one archive.
         checkpoint_dir: folder that holds the runs.
-        drive_folder: folder in My Drive, made if need be; None is My Drive itself. An absolute
-            path reaches a shared drive.
+        drive_folder: folder in My Drive, which is made if it is missing; None is My Drive itself.
+            An absolute path reaches a shared drive.
 
     Returns:
         The path of the copy.
 
     Raises:
         RuntimeError: no Drive is mounted.
-        FileNotFoundError: there is no such run; the message lists those there are.
+        FileNotFoundError: there is no such run; the message lists the runs.
     """
     source = _run_folder(checkpoint_dir, run_name)
     drive = _drive_path(drive_folder)
     if not os.path.isdir(source):
         raise FileNotFoundError(
             f"There is no run {run_name!r} to copy: {source} is not a folder. "
-            f"Runs in {checkpoint_dir}: {_listed(_runs(checkpoint_dir))}"
+            f"Runs in {checkpoint_dir}: {_names(checkpoint_dir, os.DirEntry.is_dir)}"
         )
     if not copy_folder:
         target = os.path.join(drive, get_tarfile_name(source))
@@ -118,14 +117,14 @@ def copy_checkpoint_from_gdrive(
 ) -> str:
     """Copies a run back from the mounted Google Drive.
 
-    The run appears whole or not at all. Where one of this name exists, its files give way to
-    the copy's, and files that only it has (later checkpoints, perhaps) stay.
+    The run appears whole or not at all. If there is a run of this name already, the copy's files
+    replace its files, and files that only it has (such as later checkpoints) stay.
 
     Args:
         run_name: name of the run; its folder in `checkpoint_dir` is made or updated.
-        copy_folder: True for a folder on the Drive, False for an archive.
-        checkpoint_dir: folder that holds the runs. A Drive that has no copy from this folder is
-            searched for one from 'checkpoint', the only folder that gpt-2-simple 0.8.1 copied.
+        copy_folder: whether the copy on the Drive is a folder, and not an archive.
+        checkpoint_dir: folder that holds the runs. If the Drive has no copy from this folder, a
+            copy from 'checkpoint' is taken, the only folder that gpt-2-simple 0.8.1 copied.
         drive_folder: folder in My Drive; None is My Drive itself. An absolute path reaches a
             shared drive.
 
@@ -134,8 +133,8 @@ def copy_checkpoint_from_gdrive(
 
     Raises:
         RuntimeError: no Drive is mounted.
-        FileNotFoundError: the Drive has no such copy; the message lists those it has.
-        ValueError: the archive is damaged, holds something else, or would write outside the
+        FileNotFoundError: the Drive has no such copy; the message lists its copies.
+        ValueError: the archive is damaged, holds something else, or would write outside of the
             run's folder. Nothing was written.
     """
     target = _run_folder(checkpoint_dir, run_name)
@@ -158,9 +157,9 @@ def copy_file_to_gdrive(file_path: str, *, drive_folder: str | None = None) -> s
     """Copies a file to the mounted Google Drive, in place of an earlier copy of it.
 
     Args:
-        file_path: the file. It keeps its folders on the Drive; of an absolute path the root, and
-            of any path '..', is left out.
-        drive_folder: folder in My Drive, made if need be; None is My Drive itself.
+        file_path: the file. The copy has the same folders on the Drive. The root of an absolute
+            path, and '..', are left out.
+        drive_folder: folder in My Drive, which is made if it is missing; None is My Drive itself.
 
     Returns:
         The path of the copy.
@@ -178,8 +177,8 @@ def copy_file_from_gdrive(file_path: str, *, drive_folder: str | None = None) ->
     """Copies a file from the mounted Google Drive, in place of a local one.
 
     Args:
-        file_path: where the file shall be; it is looked for on the Drive where
-            `copy_file_to_gdrive` puts it.
+        file_path: the local file to write. Its copy is looked for where copy_file_to_gdrive()
+            puts it.
         drive_folder: folder in My Drive; None is My Drive itself.
 
     Returns:
@@ -209,7 +208,7 @@ def _drive_path(drive_folder: str | None) -> str:
 
 
 def _inner_parts(path: str) -> list[str]:
-    """The names in `path` that stay in any folder it is put into."""
+    """The names in a path, without its root, '.' and '..': joined to a folder, they stay in it."""
     parts = [part for part in re.split(r"[/\\:]", path) if part not in ("", ".", "..")]
     if not parts:
         raise ValueError(f"The path {path!r} names no file or folder")
@@ -222,39 +221,33 @@ def _run_folder(checkpoint_dir: str, run_name: str) -> str:
     return os.path.join(checkpoint_dir, run_name)
 
 
-def _runs(folder: str) -> list[str]:
-    return _names(folder, os.DirEntry.is_dir)
-
-
-def _names(folder: str, kind: Callable[[os.DirEntry], bool]) -> list[str]:
+def _names(folder: str, kind: Callable[[os.DirEntry[str]], bool], ending: str = "") -> str:
+    """The names of a folder's files, or folders, for an error message."""
     if not os.path.isdir(folder):
-        return []
+        return "none"
     with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if kind(e) and not e.name.startswith("."))
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"
+        names = sorted(e.name for e in entries if kind(e) and e.name.endswith(ending))
+    return ", ".join(name for name in names if not name.startswith(".")) or "none"
 
 
 def _first_copy(drive: str, names: list[str], checkpoint_dir: str) -> str:
     """The first of these paths on the Drive that exists."""
     for path in (os.path.join(drive, name) for name in names):
-        _recover(path)
+        _undo_killed_swap(path)
         if os.path.exists(path):
             return path
-    archives = [name for name in _names(drive, os.DirEntry.is_file) if name.endswith(".tar")]
     folder = os.path.join(drive, *_inner_parts(checkpoint_dir))
     raise FileNotFoundError(
-        f"There is no {names[0]} in {drive}. Archives there: {_listed(archives)}. "
-        f"Runs in {folder} (for copy_folder=True): {_listed(_runs(folder))}"
+        f"There is no {names[0]} in {drive}. Archives there: "
+        f"{_names(drive, os.DirEntry.is_file, '.tar')}. "
+        f"Runs in {folder} (for copy_folder=True): {_names(folder, os.DirEntry.is_dir)}"
     )
 
 
 def _copy_file(source: str, target: str) -> None:
     if not os.path.isfile(source):
         folder = os.path.dirname(source) or "."
-        there = _listed(_names(folder, os.DirEntry.is_file))
+        there = _names(folder, os.DirEntry.is_file)
         raise FileNotFoundError(f"There is no file {source}. Files in {folder}: {there}")
     with open(source, "rb") as original, _new_file(target) as copy:
         shutil.copyfileobj(original, copy, 1 << 20)
@@ -270,16 +263,16 @@ def _new_file(target: str) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def _new_folder(target: str, keep_others: bool = False) -> Iterator[str]:
-    """Yields an empty folder that takes the place of `target` when the block succeeds.
+    """Yields an empty folder that replaces the folder `target` if the block succeeds.
 
-    Until then, and if it fails, `target` is as it was.
+    If the block fails, `target` stays as it was.
 
     Args:
         target: path of a folder that may exist.
-        keep_others: whether files that only the earlier folder has stay.
+        keep_others: whether files that only the earlier folder has are kept.
     """
-    _recover(target)
-    new, old = _beside(target, "new"), _beside(target, "old")
+    _undo_killed_swap(target)
+    new, old = _hidden_sibling(target, "new"), _hidden_sibling(target, "old")
     for leftover in (new, old):
         if os.path.isdir(leftover):
             shutil.rmtree(leftover)
@@ -292,20 +285,20 @@ def _new_folder(target: str, keep_others: bool = False) -> Iterator[str]:
             os.rename(target, old)
         os.rename(new, target)
     except BaseException:
-        _recover(target)
+        _undo_killed_swap(target)
         shutil.rmtree(new, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _recover(target: str) -> None:
-    """Puts the earlier folder back if the process ended between the two renames."""
-    old = _beside(target, "old")
+def _undo_killed_swap(target: str) -> None:
+    """Puts the earlier folder back if a process was killed between the two renames."""
+    old = _hidden_sibling(target, "old")
     if os.path.isdir(old) and not os.path.exists(target):
         os.rename(old, target)
 
 
-def _beside(target: str, suffix: str) -> str:
+def _hidden_sibling(target: str, suffix: str) -> str:
     parent, name = os.path.split(os.path.normpath(target))
     return os.path.join(parent, f".{name}.{suffix}")
 
@@ -314,7 +307,7 @@ def _link_missing(source: str, target: str) -> None:
     if os.path.exists(target):
         return
     try:
-        os.link(source, target)  # costs no space; a file system without links takes a copy
+        os.link(source, target)  # A link costs no space; some file systems have none.
     except OSError:
         _copy_file(source, target)
 
@@ -333,19 +326,19 @@ def _unpack(archive: str, root: str, target: str) -> None:
     """Extracts what lies under `root` in the archive into the folder `target`."""
     try:
         with tarfile.open(archive, "r") as tar:
-            members = [_checked(member, root, archive) for member in tar.getmembers()]
-            members = [member for member in members if member is not None]
+            checked = [_checked(member, root, archive) for member in tar.getmembers()]
+            members = [member for member in checked if member is not None]
             if not members:
                 raise ValueError(f"{archive} does not hold the run {root}")
-            # The filter also drops foreign owners and modes; older Pythons have none.
-            safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-            tar.extractall(target, members=members, **safe)
+            if hasattr(tarfile, "data_filter"):  # Some releases of Python 3.10 and 3.11 lack it.
+                tar.extraction_filter = tarfile.data_filter  # Drops foreign owners and modes.
+            tar.extractall(target, members=members)
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{archive} is damaged or no tar archive: {error}") from error
 
 
 def _checked(member: tarfile.TarInfo, root: str, archive: str) -> tarfile.TarInfo | None:
-    """A member named relative to `root`, or None for `root` and the folders above it."""
+    """The member with its name relative to `root`; None for `root` and the folders above it."""
     if not (member.isreg() or member.isdir()):
         raise ValueError(f"{archive} holds {member.name!r}, which is a link or a device")
     name = posixpath.normpath(member.name)
