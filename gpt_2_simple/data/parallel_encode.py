@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import itertools
-import operator
 import os
 import pickle
 import queue
@@ -158,20 +156,21 @@ class BlockEncoder:
     def encode_block(self, block: TextBlock) -> TokenBlock:
         """Encodes a block of texts."""
         words_of = [split_words(text) for text in block.texts]
-        found = [[*map(self.cache.get, words)] for words in words_of]
-        new: set[str] = set()
-        for words, ids in zip(words_of, found, strict=True):
-            new.update(itertools.compress(words, map(operator.is_, ids, itertools.repeat(None))))
+        # Nearly all words are known: a second look-up of the others alone is cheapest.
+        ids_of: list[list[Any]] = [[*map(self.cache.get, words)] for words in words_of]
+        gaps_of = [[i for i, ids in enumerate(row) if ids is None] for row in ids_of]
+        new = {words[i] for words, gaps in zip(words_of, gaps_of, strict=True) for i in gaps}
         if len(self.cache) + len(new) > self.max_words:
             # The words of this block are likely to come again; those of long ago are not.
             kept = set[str]().union(*words_of) - new
             self.cache = {word: self.cache[word] for word in kept}
         self._learn(new)
-        if new:
-            found = [[*map(self.cache.get, words)] for words in words_of]
-        ids_of = [b"".join(cast("list[bytes]", ids)) for ids in found]
-        counts = [len(ids) // self.dtype.itemsize for ids in ids_of]
-        return TokenBlock(b"".join(ids_of), counts, block.ends_chunk)
+        for words, row, gaps in zip(words_of, ids_of, gaps_of, strict=True):
+            for i in gaps:
+                row[i] = self.cache[words[i]]
+        encoded = [b"".join(row) for row in ids_of]
+        counts = [len(ids) // self.dtype.itemsize for ids in encoded]
+        return TokenBlock(b"".join(encoded), counts, block.ends_chunk)
 
     def _learn(self, words: set[str]) -> None:
         """Adds words to the cache.
