@@ -1,3 +1,5 @@
+"""Downloads: fetched, continued, verified; from a server that fails in many ways."""
+
 import base64
 import collections
 import email.utils

@@ -1,3 +1,5 @@
+"""Sessions, and what their graphs remember."""
+
 import gc
 import threading
 import types
@@ -35,6 +37,29 @@ def test_model_is_built_once_and_another_is_refused(sess):
     assert len(sess.graph.get_operations()) == count
     with pytest.raises(ValueError, match="reset_session"):
         session.build_model(sess, OTHER, [])
+
+
+def build_sum(*values):
+    return tf.add_n(values)
+
+
+def test_build_once_adds_the_operations_of_a_builder_and_its_arguments_once(sess):
+    state = session.build_model(sess, HPARAMS, [])
+    a = state.weights.wpe
+    first = state.build_once(build_sum, a, a)
+    count = len(sess.graph.get_operations())
+    assert first.graph is sess.graph
+    assert state.build_once(build_sum, a, a) is first
+    assert len(sess.graph.get_operations()) == count
+    assert state.build_once(build_sum, a) is not first
+    assert state.build_once(tf.constant, 1.0, name="x") is not state.build_once(tf.constant, 1.0)
+
+
+def test_state_without_a_model_is_a_clear_error(sess):
+    state = session.graph_state(sess)
+    for name in ("hparams", "weights", "gpus"):
+        with pytest.raises(RuntimeError, match=r"holds no model; call load_gpt2\(\) or finetune"):
+            getattr(state, name)
 
 
 def test_concurrent_threads_build_one_model(sess):

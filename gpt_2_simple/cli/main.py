@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..common.errors import first_line
 from ..common.report import complain
 from .commands import COMMANDS, EXIT_INTERRUPTED, LEGACY_FLAGS
 from .parser import DEBUG_VARIABLE, PROGRAM, parse
@@ -58,10 +58,8 @@ def _message(error: Exception) -> str | None:
     """What an error says, in one line; None if a user cannot do anything about it."""
     name = type(error).__name__
     if type(error).__module__.startswith("tensorflow"):
-        # Its own words stand among places in the graph and in the code.
-        noise = r"\s|$|Graph execution error|Detected at|Node:|Hint:|Original stack trace"
-        lines = [line for line in str(error).splitlines() if not re.match(noise, line)]
-        return f"{name}: {lines[0]}" if lines else name
+        line = first_line(error)
+        return f"{name}: {line}" if line else name
     if isinstance(error, (ValueError, OSError, RuntimeError, ImportError, MemoryError)):
         return " ".join(str(error).split()) or name
     return None
