@@ -1,7 +1,11 @@
 """Ranges of the settings of generating, and of the parameters made from them."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 
+from gpt_2_simple.generation.settings import LOADED_RUN, GenerationSettings
 from gpt_2_simple.sample import Beams, SamplingParams
 
 
@@ -31,3 +35,34 @@ def test_sampling_params_out_of_range(settings, message):
 def test_beams_out_of_range(change):
     with pytest.raises(ValueError, match=str(next(iter(change.values())))):
         Beams(**change)
+
+
+def test_sampling_params_and_beams_have_the_defaults_of_generate():
+    settings = GenerationSettings()
+    shared = {
+        field.name: getattr(settings, field.name)
+        for field in dataclasses.fields(SamplingParams)
+        if field.name not in ("bad_words", "stop_token")
+    }
+    assert SamplingParams(**shared) == SamplingParams()
+    assert Beams(settings.num_beams, settings.length_penalty) == Beams()
+
+
+def test_numpy_values_become_pythons():
+    settings = GenerationSettings(
+        nsamples=np.int64(4),
+        batch_size=np.int32(2),
+        temperature=np.float32(0.5),
+        stop_token=np.int16(7),
+        prefix=np.array("a b".split()),
+        verbose=False,
+    )
+    assert settings.prefixes == ("a", "b")
+    assert settings.n_texts == 8
+    values = [settings.nsamples, settings.batch_size, settings.temperature, settings.stop_token]
+    assert [type(value) for value in [*values, settings.verbose]] == [int, int, float, int, int]
+
+
+def test_run1_by_name_differs_from_the_default_run_name():
+    assert GenerationSettings().run_name is LOADED_RUN
+    assert GenerationSettings(run_name="run1").run_name is not LOADED_RUN

@@ -55,6 +55,8 @@ def generate(sess: tf.compat.v1.Session, settings: GenerationSettings) -> list[s
 def generate_stream(sess: tf.compat.v1.Session, settings: GenerationSettings) -> Iterator[str]:
     """Generates one text and gives it in pieces while it is generated.
 
+    The prefix must be a string, not a list.
+
     Args:
         sess: a session with a model, from load_gpt2() or finetune().
         settings: each of them is an argument.

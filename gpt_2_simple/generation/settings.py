@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from ..common.settings import Field, Setting, Settings, convert, fields_of
 from ..storage.settings import LOADED_RUN
@@ -13,13 +13,8 @@ from ..storage.settings import LOADED_RUN
 MAX_INT32 = 2**31 - 1
 
 # The headings of `generate --help`, in its order.
-MODEL, TEXT, END, RULES, FILES = (
-    "model or run",
-    "text",
-    "end of the text",
-    "rules",
-    "files",
-)
+MODEL, TEXT, END = "model or run", "text", "end of the text"
+RULES, FILES = "rules", "files"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,236 +23,99 @@ class GenerationSettings(Settings):
 
     GROUPS: ClassVar = (MODEL, TEXT, END, RULES, FILES)
 
-    run_name: Annotated[
-        str,
-        Setting(
-            group=MODEL,
-            help="Run to generate from: a folder in `checkpoint_dir`. In Python it is needed only "
-            "if the session does not hold that run yet",
-        ),
-    ] = LOADED_RUN
-    checkpoint_dir: Annotated[str, Setting(group=MODEL, help="Folder that holds the runs")] = (
-        "checkpoint"
-    )
-    model_name: Annotated[
-        str | None,
-        Setting(
-            group=MODEL,
-            help="Model to generate from, instead of a run: a folder in `model_dir`. After "
-            "finetune() from that model, generate() uses the trained weights, as in 0.8.1",
-            default_help="none: the run is used",
-        ),
-    ] = None
-    model_dir: Annotated[str, Setting(group=MODEL, help="Folder that holds the models")] = "models"
-    sample_dir: Annotated[
-        str, Setting(group=None, help="Accepted for old scripts; nothing is written there")
-    ] = "samples"
-    return_as_list: Annotated[
-        bool, Setting(group=None, help="Return the texts and do not print them")
-    ] = False
-    truncate: Annotated[
-        str | None,
-        Setting(
-            group=END,
-            help="End each text before the first occurrence of this string after the prefix",
-            default_help="none",
-        ),
-    ] = None
-    destination_path: Annotated[
-        str | None,
-        Setting(
-            group=FILES,
-            help="File to write the texts to, instead of printing them. On the command line it "
-            "must not exist yet",
-            default_help="none",
-        ),
-    ] = None
-    sample_delim: Annotated[
-        str,
-        Setting(group=FILES, help="Separator after each text; left out if there is only one text"),
-    ] = "=" * 20 + "\n"
-    prefix: Annotated[
-        str | Sequence[str] | None,
-        Setting(
-            group=TEXT,
-            help="Text that the model continues. In Python, a list gives `nsamples` texts for each "
-            "of its strings, in order. On the command line, write --prefix='-x' if it starts with "
-            "'-'",
-            default_help="none",
-        ),
-    ] = None
-    seed: Annotated[
-        int | None,
-        Setting(
-            group=TEXT,
-            help="Whole number that makes the texts repeatable, whatever `batch_size` is. None "
-            "draws another each time. On the command line, each further file adds 1 to it",
-            at_least=0,
-            default_help="random",
-        ),
-    ] = None
-    nsamples: Annotated[
-        int,
-        Setting(
-            group=FILES,
-            help="Texts to generate for each prefix. For a single prefix it must be a multiple of "
-            "`batch_size`",
-            at_least=1,
-        ),
-    ] = 1
-    batch_size: Annotated[
-        int | None,
-        Setting(
-            group=FILES,
-            help="Texts to generate at the same time. None chooses a number that fits in memory. "
-            "On the command line, 'auto' does",
-            at_least=1,
-            none_word="auto",
-        ),
-    ] = 1
-    length: Annotated[
-        int,
-        Setting(
-            group=TEXT, help="Tokens to generate for each text, without the prefix", at_least=1
-        ),
-    ] = 1023
-    temperature: Annotated[
-        float,
-        Setting(
-            group=TEXT,
-            help="Divides the logits: above 1 the choice of tokens is more random, below 1 less "
-            "random, and 0 always takes the likeliest token",
-            at_least=0,
-        ),
-    ] = 0.7
-    top_k: Annotated[
-        int,
-        Setting(
-            group=TEXT,
-            help="Draw each token from the k likeliest only; 0 draws from all",
-            at_least=0,
-            at_most=MAX_INT32,
-        ),
-    ] = 0
-    top_p: Annotated[
-        float,
-        Setting(
-            group=TEXT,
-            help="Draw each token from the likeliest tokens only whose probabilities add up to "
-            "this (nucleus sampling, Holtzman et al. 2019), after `top_k`; 0 and 1 draw from all",
-            at_least=0,
-            at_most=1,
-        ),
-    ] = 0.0
-    include_prefix: Annotated[bool, Setting(group=TEXT, help="Start each text with its prefix")] = (
-        True
-    )
+    # fmt: off
+    run_name: Annotated[str, Setting(
+        MODEL, "Run to generate from: a folder in `checkpoint_dir`. In Python it is needed only if "
+        "the session does not hold that run yet")] = LOADED_RUN
+    checkpoint_dir: Annotated[str, Setting(MODEL, "Folder that holds the runs")] = "checkpoint"
+    model_name: Annotated[str | None, Setting(
+        MODEL, "Model to generate from, instead of a run: a folder in `model_dir`. In Python, "
+        "after finetune() from that model, the trained weights are used, as in 0.8.1",
+        default_help="none: the run is used")] = None
+    model_dir: Annotated[str, Setting(MODEL, "Folder that holds the models")] = "models"
+    sample_dir: Annotated[str, Setting(
+        None, "Accepted for old scripts; nothing is written there")] = "samples"
+    return_as_list: Annotated[bool, Setting(
+        None, "Return the texts and do not print them")] = False
+    truncate: Annotated[str | None, Setting(
+        END, "End each text before the first occurrence of this string after the prefix",
+        default_help="none")] = None
+    destination_path: Annotated[str | None, Setting(
+        FILES, "File to write the texts to. In Python they are then not printed. On the command "
+        "line the file must not exist yet", default_help="none")] = None
+    sample_delim: Annotated[str, Setting(
+        FILES, "Separator after each text; left out if there is only one text")] = "=" * 20 + "\n"
+    prefix: Annotated[str | Sequence[str] | None, Setting(
+        TEXT, "Text that the model continues. In Python, a list gives `nsamples` texts for each of "
+        "its strings, in order. On the command line, write --prefix='-x' if it starts with '-'",
+        default_help="none")] = None
+    seed: Annotated[int | None, Setting(
+        TEXT, "Whole number that makes the texts repeatable, whatever `batch_size` is. None draws "
+        "another each time. On the command line, each further file adds 1 to it",
+        at_least=0, default_help="random")] = None
+    nsamples: Annotated[int, Setting(
+        FILES, "Texts to generate for each prefix. For a single prefix it must be a multiple of "
+        "`batch_size`", at_least=1)] = 1
+    batch_size: Annotated[int | None, Setting(
+        FILES, "Texts to generate at the same time. None chooses a number that fits in memory. On "
+        "the command line, 'auto' chooses a number that fits in memory",
+        at_least=1, none_word="auto")] = 1
+    length: Annotated[int, Setting(
+        TEXT, "Tokens to generate for each text, without the prefix", at_least=1)] = 1023
+    temperature: Annotated[float, Setting(
+        TEXT, "Divides the logits: above 1 the choice of tokens is more random, below 1 less "
+        "random, and 0 always takes the likeliest token", at_least=0)] = 0.7
+    top_k: Annotated[int, Setting(
+        TEXT, "Draw each token from the k likeliest only; 0 draws from all",
+        at_least=0, at_most=MAX_INT32)] = 0
+    top_p: Annotated[float, Setting(
+        TEXT, "Draw each token from the likeliest only, as many as together have this probability "
+        "(nucleus sampling, Holtzman et al. 2019); `top_k` is applied first; 0 and 1 draw from all",
+        at_least=0, at_most=1)] = 0.0
+    include_prefix: Annotated[bool, Setting(TEXT, "Start each text with its prefix")] = True
     _: dataclasses.KW_ONLY
-    max_new_tokens: Annotated[
-        int | None,
-        Setting(
-            group=TEXT,
-            help="Another name for `length`, as other libraries have it; it wins if both are given",
-            at_least=1,
-            default_help="`length`",
-        ),
-    ] = None
-    stop: Annotated[
-        str | Sequence[str] | None,
-        Setting(
-            group=END,
-            help="String, or several, that end a text: it ends before the first occurrence of any "
-            "of them after the prefix",
-            default_help="none",
-            repeatable=True,
-        ),
-    ] = None
-    stop_token: Annotated[
-        str | int | None,
-        Setting(
-            group=END,
-            help="Token that ends a text: its id, or its text, such as '<|endoftext|>'",
-            at_least=0,
-            at_most=MAX_INT32,
-            default_help="none",
-        ),
-    ] = None
-    include_stop: Annotated[
-        bool, Setting(group=END, help="Keep the `stop` or `stop_token` at the end of the text")
-    ] = False
-    min_length: Annotated[
-        int,
-        Setting(
-            group=END,
-            help="Tokens that a text has at least before `stop_token` may come",
-            at_least=0,
-            at_most=MAX_INT32,
-        ),
-    ] = 0
-    repetition_penalty: Annotated[
-        float,
-        Setting(
-            group=RULES,
-            help="Above 1 makes tokens that the text holds already less likely, below 1 likelier "
-            "(Keskar et al. 2019)",
-            above=0,
-        ),
-    ] = 1.0
-    no_repeat_ngram_size: Annotated[
-        int,
-        Setting(
-            group=RULES,
-            help="No sequence of this many tokens appears twice in a text; 0 allows all",
-            at_least=0,
-            at_most=MAX_INT32,
-        ),
-    ] = 0
-    bad_words: Annotated[
-        Sequence[str] | None,
-        Setting(
-            group=RULES,
-            help="Words that must not appear, at the start of a text or after a space. A token "
-            "that holds more than the word, such as 'cathedral' for 'cat', is not affected",
-            default_help="none",
-            repeatable=True,
-        ),
-    ] = None
-    num_beams: Annotated[
-        int,
-        Setting(
-            group=RULES,
-            help="Above 1: beam search for the likeliest texts with this many beams. Nothing is "
-            "drawn, so `temperature`, `top_k`, `top_p` and `seed` have no effect; the `nsamples` "
-            "best texts are given, the best first",
-            at_least=1,
-            at_most=MAX_INT32,
-        ),
-    ] = 1
-    length_penalty: Annotated[
-        float,
-        Setting(
-            group=RULES,
-            help="For `num_beams`: texts are compared by log-probability / tokens ** "
-            "length_penalty, so above 0 prefers long texts and below 0 short ones",
-            at_least=-50,
-            at_most=50,
-        ),
-    ] = 1.0
-    stream: Annotated[
-        bool,
-        Setting(
-            group=FILES,
-            help="Print each text while it is generated. The command line then writes no file. In "
-            "Python, generate_stream() gives the pieces instead",
-        ),
-    ] = False
-    verbose: Annotated[int, Setting(group=FILES, help="0 prints nothing but errors")] = 1
+    max_new_tokens: Annotated[int | None, Setting(
+        TEXT, "Another name for `length`, as other libraries have it; it wins if both are given",
+        at_least=1, default_help="--length")] = None
+    stop: Annotated[str | Sequence[str] | None, Setting(
+        END, "String, or several, that end a text: it ends before the first occurrence of any of "
+        "them after the prefix", default_help="none", repeatable=True)] = None
+    stop_token: Annotated[str | int | None, Setting(
+        END, "Token that ends a text: its id, or its text, such as '<|endoftext|>'",
+        at_least=0, at_most=MAX_INT32, default_help="none")] = None
+    include_stop: Annotated[bool, Setting(
+        END, "Keep the `stop` or `stop_token` at the end of the text")] = False
+    min_length: Annotated[int, Setting(
+        END, "Tokens that a text has at least before `stop_token` may come",
+        at_least=0, at_most=MAX_INT32)] = 0
+    repetition_penalty: Annotated[float, Setting(
+        RULES, "Above 1 makes tokens that the text holds already less likely, below 1 likelier "
+        "(Keskar et al. 2019)", above=0)] = 1.0
+    no_repeat_ngram_size: Annotated[int, Setting(
+        RULES, "No sequence of this many tokens appears twice in a text; 0 allows all",
+        at_least=0, at_most=MAX_INT32)] = 0
+    bad_words: Annotated[Sequence[str] | None, Setting(
+        RULES, "Words that must not appear, at the start of a text or after a space. A token that "
+        "holds more than the word, such as 'cathedral' for 'cat', is still allowed",
+        default_help="none", repeatable=True)] = None
+    num_beams: Annotated[int, Setting(
+        RULES, "Above 1: beam search for the likeliest texts with this many beams. Nothing is "
+        "drawn, so `temperature`, `top_k`, `top_p` and `seed` have no effect. The result is the "
+        "`nsamples` best texts, the best first", at_least=1, at_most=MAX_INT32)] = 1
+    length_penalty: Annotated[float, Setting(
+        RULES, "For `num_beams`: texts are compared by log-probability / tokens ** length_penalty, "
+        "so above 0 prefers long texts and below 0 short ones", at_least=-50, at_most=50)] = 1.0
+    stream: Annotated[bool, Setting(
+        FILES, "Print each text while it is generated. In Python, generate_stream() gives the "
+        "pieces instead. On the command line, no file is written then")] = False
+    verbose: Annotated[int, Setting(FILES, "0 prints nothing but errors")] = 1
+    # fmt: on
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of its range, or settings that exclude each other."""
         if self.truncate is not None and not isinstance(self.truncate, str):
             raise ValueError(f"truncate={self.truncate!r} must be a string; stop= takes several")
-        object.__setattr__(self, "verbose", int(self.verbose))
+        object.__setattr__(self, "verbose", int(self.verbose))  # it may be True or False
         super().__post_init__()
         self._check_strings()
         if isinstance(self.prefix, tuple):
@@ -296,7 +154,9 @@ class GenerationSettings(Settings):
     @property
     def prefixes(self) -> tuple[str, ...]:
         """What the texts start with; '' for nothing."""
-        return self.prefix if isinstance(self.prefix, tuple) else (str(self.prefix or ""),)
+        if self.prefix is None or isinstance(self.prefix, str):
+            return (self.prefix or "",)
+        return tuple(self.prefix)
 
     @property
     def n_texts(self) -> int:
@@ -396,5 +256,4 @@ class Beams:
 def _number(name: str) -> Field:
     """A field of GenerationSettings that takes no text here."""
     field = fields_of(GenerationSettings)[name]
-    kinds: tuple[Any, ...] = tuple(kind for kind in field.kinds if kind is not str)
-    return field._replace(kinds=kinds)
+    return field._replace(kinds=tuple(kind for kind in field.kinds if kind is not str))
