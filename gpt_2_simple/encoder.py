@@ -27,8 +27,8 @@ END_OF_TEXT = "<|endoftext|>"
 MERGES_HEADER = "#version"
 
 # Letters and numbers that came with Unicode 17 and 18. tiktoken 0.14 and tokenizers 0.23 know
-# Unicode 16; newer releases of `regex` know more. Without this a word's ids would depend on the
-# release of `regex` that happens to be installed.
+# Unicode 16, newer releases of regex know more. Without this list, ids would depend on the release
+# of regex that is installed.
 _NEWER_THAN_UNICODE_16 = (
     r"\u0558\u058b-\u058c\u088f\u0c5c\u0cdc\u208f\u209d-\u209f\ua7ce-\ua7cf\ua7d2\ua7d4\ua7dd"
     r"\ua7e2\ua7f1\uab6c-\uab6d\U000107bb-\U000107bf\U00010940-\U00010959\U00010ec5-\U00010ec7"
@@ -79,29 +79,28 @@ def _words() -> regex.Pattern[str]:
     return regex.compile(_words_pattern(_LETTERS, _NUMBERS), regex.V1)
 
 
-# No word goes on across whitespace that follows something else, so a text may be cut there.
+# White space after something else always begins a new word, so a text may be cut there.
 _SAFE_CUT = re.compile(r"\S(?=[ \n])")
-_CHUNK_CHARS = 4096
+_PART_CHARS = 4096
 
-# UTF-8 never holds these bytes: they are a surrogate written by "surrogatepass".
+# These bytes are a surrogate that "surrogatepass" wrote; UTF-8 never holds them.
 _SURROGATE = re.compile(rb"(\xed[\xa0-\xbf][\x80-\xbf])")
 
-# What a text's words cost in memory: beside the vocabulary's own words at most this many are
-# remembered (some 300 bytes each, about 20 MB), none longer than this; when full, it starts afresh.
-_REMEMBERED_WORDS = 65_536
-_REMEMBERED_CHARS = 32
+# Limits of the cache of words, which takes about 20 MB (some 300 bytes a word).
+_MAX_CACHED_WORDS = 65_536
+_MAX_CACHED_WORD_CHARS = 32
 
-# From this length on a heap finds the next merge faster than a scan.
+# In longer words a heap finds the next merge faster than a scan does.
 _LONG_WORD_BYTES = 100
 
 
 @functools.lru_cache(maxsize=1)
 def bytes_to_unicode() -> dict[int, str]:
-    """The 256 bytes and the printable characters that stand for them in a vocabulary's files.
+    """The characters that stand for the 256 bytes in a vocabulary's files.
 
     Returns:
-        byte -> character: printable Latin-1 stands for itself, the other bytes in their order
-        for the characters from U+0100 on.
+        byte -> character. A printable character of Latin-1 stands for its own byte; the characters
+        from U+0100 on stand for the other bytes, in their order.
     """
     spare = itertools.count(256)
     return {
@@ -111,30 +110,36 @@ def bytes_to_unicode() -> dict[int, str]:
 
 
 class _Merges:
-    """A word's bytes in, its token ids out.
+    """Turns a word's bytes into token ids by byte pair encoding (Sennrich et al. 2016).
 
-    The pair of lowest rank is merged first, the leftmost of equals first, until no pair is left
-    that has a rank.
+    It merges the pair of the lowest rank, of several such pairs the leftmost, until no pair has a
+    rank.
     """
 
     def __init__(
         self, byte_ids: list[int], merges: list[tuple[int, int, int]], n_vocab: int
     ) -> None:
-        """Takes each byte's id, and each merge in order of rank as the ids (left, right, made)."""
+        """Prepares the merges.
+
+        Args:
+            byte_ids: each byte's id.
+            merges: the ids (left, right, made) of each merge, the lowest rank first.
+            n_vocab: the highest id + 1.
+        """
         self.byte_ids = byte_ids
         self.made = [made for _, _, made in merges]
         self.no_rank = len(merges)
-        # left id -> right id -> rank; most ids are no left half, and the last entry is for id -1.
-        nothing: dict[int, int] = {}
-        self.ranks = [nothing] * (n_vocab + 1)
+        # left id -> right id -> rank. Most ids share one empty dict; the last entry is for id -1.
+        empty: dict[int, int] = {}
+        self.ranks = [empty] * (n_vocab + 1)
         for rank, (left, right, _) in enumerate(merges):
-            if self.ranks[left] is nothing:
+            if self.ranks[left] is empty:
                 self.ranks[left] = {}
             self.ranks[left][right] = rank
 
     def apply(self, word: bytes) -> list[int]:
         """Merges a word of at least one byte."""
-        parts = [*map(self.byte_ids.__getitem__, word), -1]  # -1: no token, merges with nothing
+        parts = [*map(self.byte_ids.__getitem__, word), -1]  # -1 ends the word: it never merges
         if len(parts) > _LONG_WORD_BYTES:
             return self._apply_to_long(parts)
         rank_of, made, no_rank = self.ranks, self.made, self.no_rank
@@ -143,14 +148,14 @@ class _Merges:
             i = ranks.index(rank)
             parts[i] = token = made[rank]
             del parts[i + 1], ranks[i]
-            # At the left end i - 1 is -1: the entry of the closing -1, which never has a rank.
+            # At the left end, i - 1 is -1: the entry of the closing -1, which never has a rank.
             ranks[i - 1] = rank_of[parts[i - 1]].get(token, no_rank)
             ranks[i] = rank_of[token].get(parts[i + 1], no_rank)
         parts.pop()
         return parts
 
     def _apply_to_long(self, parts: list[int]) -> list[int]:
-        """The same for a word of n bytes in O(n log n); `parts` ends with -1."""
+        """Does what apply() does, in O(n log n) for n bytes; `parts` ends with -1."""
         rank_of, no_rank = self.ranks, self.no_rank
         size = len(parts)
         after = array("q", [*range(1, size), size - 1])
@@ -178,14 +183,15 @@ class _Merges:
 def _whole_tokens(
     byte_ids: list[int], merges: list[tuple[int, int, int]], n_vocab: int
 ) -> np.ndarray:
-    """Which tokens' bytes, encoded alone, are that one token again: no merging is needed for them.
+    """Finds the tokens whose bytes are encoded as that one token: they need no merging later.
 
-    That holds if it holds for both halves and no merge of a lower rank joins the end of the left
-    half to the start of the right one first. To see it, the merges on both sides of the seam are
-    undone, the latest first, and the two tokens that meet there are looked at after each.
+    A token is one of them if both its halves are, and if no merge of a lower rank first joins the
+    end of the left half to the start of the right half. To test this, the merges on both sides of
+    the boundary are undone, the highest rank first. After each, the two tokens that meet at the
+    boundary are looked up among the merges.
 
     Returns:
-        bool [n_vocab]; False also where that is not sure, as with a repeated character.
+        bool [n_vocab]; False also where it is not certain, as for a repeated character.
     """
     whole = np.zeros(n_vocab, bool)
     whole[byte_ids] = True
@@ -194,38 +200,41 @@ def _whole_tokens(
     rank = np.full(n_vocab, -1)  # of bytes, and of tokens that no merge makes: -1
     rank[made] = order
     if (rank[made] != order).any() or (np.maximum(rank[left], rank[right]) >= order).any():
-        return whole  # two ways to one token, or halves made after the whole
+        return whole  # one token is made in two ways, or its halves are made after it
     by_pair = np.argsort(left * n_vocab + right)
     pairs = (left * n_vocab + right)[by_pair]
 
-    held = np.ones(len(merges), bool)
-    seam, a, b = order, left, right
-    while seam.size:
+    joined_first = np.zeros(len(merges), bool)  # by a merge across the boundary
+    tested, a, b = order, left, right  # the merges left to test, and the tokens that meet in each
+    while tested.size:
         undo_left = rank[a] > rank[b]
         undone = np.where(undo_left, rank[a], rank[b])
         a, b = np.where(undo_left, right[undone], a), np.where(undo_left, b, left[undone])
         found = np.minimum(np.searchsorted(pairs, a * n_vocab + b), len(pairs) - 1)
         joins = (pairs[found] == a * n_vocab + b) & (by_pair[found] <= undone) & (undone >= 0)
-        held[seam[joins]] = False
+        joined_first[tested[joins]] = True
         go_on = (undone >= 0) & ~joins
-        seam, a, b = seam[go_on], a[go_on], b[go_on]
-    for (one, other, token), seam_held in zip(merges, held.tolist(), strict=True):
-        whole[token] = seam_held and whole[one] and whole[other]
+        tested, a, b = tested[go_on], a[go_on], b[go_on]
+    for (one, other, token), is_joined_first in zip(merges, joined_first.tolist(), strict=True):
+        whole[token] = whole[one] and whole[other] and not is_joined_first
     return whole
 
 
 class _WordIds(dict[str, Sequence[int]]):
-    """The ids of each word met so far; a new word's are made when it is looked up."""
+    """A cache of each word's ids, which makes those of a new word when it is looked up.
+
+    Beside the `known` words, which are the vocabulary's own, it keeps _MAX_CACHED_WORDS.
+    """
 
     def __init__(self, merges: _Merges, known: dict[str, Sequence[int]]) -> None:
         super().__init__(known)
         self._merge = merges.apply
-        self._most = len(known) + _REMEMBERED_WORDS
+        self._max_words = len(known) + _MAX_CACHED_WORDS
 
     def __missing__(self, word: str) -> Sequence[int]:
         ids = self._merge(word.encode("utf-8", "surrogatepass"))
-        if len(word) <= _REMEMBERED_CHARS:
-            if len(self) >= self._most:
+        if len(word) <= _MAX_CACHED_WORD_CHARS:
+            if len(self) >= self._max_words:
                 self.clear()
             self[word] = ids
         return ids
@@ -238,7 +247,7 @@ class Encoder:
         encoder: token, in the characters of `bytes_to_unicode` -> id.
         decoder: id -> token.
         bpe_merges: the pairs of tokens to merge, the earliest first.
-        errors: what decoding does with bytes that are no UTF-8: a name for `bytes.decode`.
+        errors: what decoding does with bytes that are not UTF-8: a name for `bytes.decode`.
         n_vocab: the highest id + 1.
         end_of_text: the id of `<|endoftext|>`, None if the vocabulary has none.
     """
@@ -254,10 +263,10 @@ class Encoder:
         Args:
             encoder: token -> id; each of the 256 bytes is a token.
             bpe_merges: pairs of tokens, the earliest merge first.
-            errors: what decoding does with bytes that are no UTF-8, such as half a character.
+            errors: what decoding does with bytes that are not UTF-8, such as half a character.
 
         Raises:
-            ValueError: a byte or a merge's token is missing, or an id stands twice.
+            ValueError: a byte or a merge's token is missing, or two tokens have the same id.
         """
         self.encoder = encoder
         self.decoder = {token_id: token for token, token_id in encoder.items()}
@@ -272,7 +281,7 @@ class Encoder:
             try:
                 known[self._bytes[token_id].decode()] = (token_id,)
             except UnicodeDecodeError:
-                continue  # a part of a character is no word
+                continue  # a part of a character is never a word
         self._ids_of_word = _WordIds(_Merges(byte_ids, merges, self.n_vocab), known)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
@@ -287,17 +296,19 @@ class Encoder:
             The ids.
 
         Raises:
-            ValueError: `<|endoftext|>` is allowed and there, but not in the vocabulary.
+            ValueError: the text has `<|endoftext|>`, it is allowed, but the vocabulary lacks it.
         """
         ids: list[int] = []
         if allow_special and END_OF_TEXT in text:
             if self.end_of_text is None:
-                raise ValueError(f"this vocabulary has no token {END_OF_TEXT}: allow_special=False")
+                raise ValueError(
+                    f"this vocabulary has no token {END_OF_TEXT}: give allow_special=False"
+                )
             for i, part in enumerate(text.split(END_OF_TEXT)):
                 ids += [self.end_of_text] * (i > 0) + self.encode(part)
             return ids
-        for chunk in _chunks(text):
-            ids_of_words = map(self._ids_of_word.__getitem__, _split(chunk))
+        for part in _parts(text):
+            ids_of_words = map(self._ids_of_word.__getitem__, split_words(part))
             ids.extend(itertools.chain.from_iterable(ids_of_words))
         return ids
 
@@ -317,14 +328,13 @@ class Encoder:
     def decode(self, ids: Iterable[int], surrogates: bool = True) -> str:
         """Turns token ids into text; `decode(encode(text)) == text`.
 
-        Bytes that are no UTF-8, such as a character cut in half, become U+FFFD (or what `errors`
-        says).
+        Bytes that are not UTF-8, such as half a character, become U+FFFD, or what `errors` says.
 
         Args:
             ids: Python's or NumPy's integers.
             surrogates: whether the bytes that `encode` makes of a lone surrogate become one again.
                 Text with a lone surrogate cannot be written as UTF-8, so generated text is decoded
-                with False: these bytes are then no UTF-8 either.
+                with False, which treats these bytes like others that are not UTF-8.
 
         Returns:
             The text.
@@ -342,9 +352,9 @@ class Encoder:
 
 
 class IncrementalDecoder:
-    """Token ids in, a few at a time; text out, as soon as its characters are whole.
+    """Turns token ids into text, a few at a time, as soon as characters are complete.
 
-    All that `feed` and `flush` return, joined, is `encoder.decode(ids, surrogates=False)`.
+    The joined results of `feed` and `flush` are `encoder.decode(ids, surrogates=False)`.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -352,26 +362,26 @@ class IncrementalDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")(encoder.errors)
 
     def feed(self, ids: Iterable[int]) -> str:
-        """Takes the next ids; returns the text that they complete, perhaps none."""
+        """Takes the next ids; returns the text that they complete, which may be empty."""
         return self._decoder.decode(self._encoder.decode_bytes(ids))
 
     def flush(self) -> str:
-        """Ends the text: returns what half a character left behind; what follows starts anew."""
+        """Ends the text; returns U+FFFD if half a character is left. The next text may follow."""
         return self._decoder.decode(b"", final=True)
 
 
 def get_encoder(folder: str | os.PathLike[str]) -> Encoder:
-    """Reads the vocabulary in a model's or a run's folder; reads it once while its files stay.
+    """Reads the vocabulary of a model or a run, and reads it again only if its files change.
 
     Args:
-        folder: holds encoder.json and vocab.bpe.
+        folder: the model's or the run's folder, which holds encoder.json and vocab.bpe.
 
     Returns:
         The vocabulary. Callers share it: do not change it.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: one of the two files is no vocabulary; names it.
+        ValueError: one of the two files is broken; the message names it.
     """
     stamps = []
     for name in ("encoder.json", "vocab.bpe"):
@@ -388,7 +398,7 @@ def get_encoder(folder: str | os.PathLike[str]) -> Encoder:
 
 @functools.lru_cache(maxsize=4)
 def _load(folder: str, stamps: tuple[tuple[int, int], ...]) -> Encoder:
-    """Reads a vocabulary; `stamps` are part of what the cache compares."""
+    """Reads a vocabulary; the cache compares `stamps`, which change when the files do."""
     vocabulary, merges = Path(folder, "encoder.json"), Path(folder, "vocab.bpe")
     encoder, bpe_merges = read_vocabulary(vocabulary), read_merges(merges)
     try:
@@ -398,7 +408,16 @@ def _load(folder: str, stamps: tuple[tuple[int, int], ...]) -> Encoder:
 
 
 def check_vocabulary(encoder: Encoder, n_vocab: int, folder: str | os.PathLike[str]) -> None:
-    """Raises ValueError, naming the file, unless the model in `folder` has n_vocab tokens too."""
+    """Checks that a vocabulary has as many tokens as the model.
+
+    Args:
+        encoder: the vocabulary.
+        n_vocab: how many tokens the model has, from its hparams.json.
+        folder: where both come from, for the message.
+
+    Raises:
+        ValueError: they differ.
+    """
     if encoder.n_vocab != n_vocab:
         raise ValueError(
             f"{Path(folder, 'encoder.json')} has {encoder.n_vocab} tokens, but n_vocab={n_vocab} "
@@ -406,27 +425,31 @@ def check_vocabulary(encoder: Encoder, n_vocab: int, folder: str | os.PathLike[s
         )
 
 
-def _chunks(text: str) -> Iterator[str]:
-    """Cuts text where no word is cut, into parts of _CHUNK_CHARS or somewhat more."""
+def _parts(text: str) -> Iterator[str]:
+    """Cuts text between words, into parts of _PART_CHARS or somewhat more."""
     start = 0
     while start < len(text):
-        cut = _SAFE_CUT.search(text, start + _CHUNK_CHARS)
+        cut = _SAFE_CUT.search(text, start + _PART_CHARS)
         end = cut.end() if cut else len(text)
         yield text[start:end]
         start = end
 
 
-def _split(chunk: str) -> list[str]:
-    """Splits text into words; joined they are the text."""
-    if chunk.isascii() or max(chunk) <= "\uffff":
-        return _words_up_to_ffff().findall(chunk)
-    return _words().findall(chunk)
+def split_words(text: str) -> list[str]:
+    """Splits text into GPT-2's words, which are encoded one by one; joined, they are the text."""
+    if text.isascii() or max(text) <= "\uffff":
+        return _words_up_to_ffff().findall(text)
+    return _words().findall(text)
 
 
 def _checked(
     encoder: dict[str, int], decoder: dict[int, str], bpe_merges: list[tuple[str, str]]
 ) -> tuple[list[int], list[tuple[int, int, int]]]:
-    """The bytes' ids, and the merges as ids (left, right, made), if all of them are there."""
+    """The bytes' ids, and the merges' ids (left, right, made).
+
+    Raises:
+        ValueError: one of them is missing, or two tokens have the same id.
+    """
     if len(decoder) < len(encoder):
         token, token_id = next((t, i) for t, i in encoder.items() if decoder[i] != t)
         raise ValueError(f"id {token_id} stands for {token!r} and for {decoder[token_id]!r}")
@@ -442,7 +465,10 @@ def _checked(
 
 
 def _token_bytes(encoder: dict[str, int]) -> dict[int, bytes]:
-    """The bytes of each id; a token of other characters than those of bytes is its own text."""
+    """The bytes that each id stands for.
+
+    A token with characters that stand for no byte is an added token: it stands for its own text.
+    """
     to_latin_1 = {ord(char): byte for byte, char in bytes_to_unicode().items()}
     known = frozenset(bytes_to_unicode().values())
     return {
@@ -454,7 +480,11 @@ def _token_bytes(encoder: dict[str, int]) -> dict[int, bytes]:
 
 
 def _read_text(path: Path) -> str:
-    """A text file's content; ValueError names it if it is empty, no UTF-8 or starts with a BOM."""
+    """A text file's content.
+
+    Raises:
+        ValueError: it is empty, not UTF-8, or starts with a byte order mark.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -467,7 +497,7 @@ def _read_text(path: Path) -> str:
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:
-    """encoder.json: a JSON object of tokens and ids."""
+    """Reads encoder.json: a JSON object of tokens and ids."""
     try:
         encoder = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
@@ -481,7 +511,7 @@ def read_vocabulary(path: Path) -> dict[str, int]:
 
 
 def read_merges(path: Path) -> list[tuple[str, str]]:
-    """vocab.bpe: a header, then two tokens a line."""
+    """Reads vocab.bpe: a header, then two tokens a line."""
     lines = _read_text(path).rstrip("\n").split("\n")
     has_header = lines[0].startswith(MERGES_HEADER)
     merges = []

@@ -20,7 +20,7 @@ from gpt_2_simple.data.parallel_encode import (
     cut_into_blocks,
     encode_blocks,
     split_safely,
-    split_words,
+    split_before_white_space,
 )
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
@@ -47,7 +47,7 @@ def test_split_safely_keeps_the_ids(text):
 @settings(max_examples=1500, deadline=None)
 @given(ANY_TEXT)
 def test_split_words_keeps_the_ids(text):
-    words = split_words(text)
+    words = split_before_white_space(text)
     assert "".join(words) == text
     assert [i for word in words for i in ENC.encode(word)] == ENC.encode(text)
 
@@ -79,9 +79,9 @@ def test_block_encoder_gives_the_encoders_ids(texts, allow_special):
 def test_split_words_knows_every_white_space():
     characters = "".join(map(chr, range(sys.maxunicode + 1)))
     for character in regex.findall(r"\s", characters):
-        assert split_words(f"a{character}") == ["a", character]
+        assert split_before_white_space(f"a{character}") == ["a", character]
     others = regex.sub(r"\s", "", characters)
-    assert split_words(others) == [others]
+    assert split_before_white_space(others) == [others]
 
 
 @settings(max_examples=300, deadline=None)

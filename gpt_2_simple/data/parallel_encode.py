@@ -121,7 +121,7 @@ def split_safely(text: str) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def split_words(text: str) -> list[str]:
+def split_before_white_space(text: str) -> list[str]:
     """Splits a text before each run of white space; joined, the words are the text."""
     return (_ASCII_WORDS if text.isascii() else _WORDS).findall(text)
 
@@ -155,7 +155,7 @@ class BlockEncoder:
 
     def encode_block(self, block: TextBlock) -> TokenBlock:
         """Encodes a block of texts."""
-        words_of = [split_words(text) for text in block.texts]
+        words_of = [split_before_white_space(text) for text in block.texts]
         # Nearly all words are known: a second look-up of the others alone is cheapest.
         ids_of: list[list[Any]] = [[*map(self.cache.get, words)] for words in words_of]
         gaps_of = [[i for i, ids in enumerate(row) if ids is None] for row in ids_of]

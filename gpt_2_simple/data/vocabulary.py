@@ -1,4 +1,4 @@
-"""Text in, a byte-level BPE vocabulary out, and its two files."""
+"""Text in; a byte-level BPE vocabulary, and its two files, out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..encoder import (
 
 
 def byte_vocabulary() -> Encoder:
-    """A vocabulary of 257 tokens for any language: the 256 bytes and `<|endoftext|>`, no merges."""
+    """Makes a vocabulary of 257 tokens without merges: the 256 bytes and `<|endoftext|>`."""
     tokens = [*bytes_to_unicode().values(), END_OF_TEXT]
     return Encoder({token: token_id for token_id, token in enumerate(tokens)}, [])
 
@@ -30,7 +30,7 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int) -> Encoder:
 
     Args:
         texts: the text, in parts of any size.
-        vocab_size: how many tokens at most, at least 257; a short text yields fewer.
+        vocab_size: how many tokens, 257 or more. A short text yields fewer than asked.
 
     Returns:
         The vocabulary: the 256 bytes, the merges' tokens, and `<|endoftext|>` last.
@@ -39,10 +39,10 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int) -> Encoder:
         ImportError: `tokenizers` is not installed.
         ValueError: vocab_size is below 257.
     """
-    fewest = len(bytes_to_unicode()) + 1
-    if vocab_size < fewest:
+    min_size = len(bytes_to_unicode()) + 1
+    if vocab_size < min_size:
         raise ValueError(
-            f"vocab_size={vocab_size} must be at least {fewest}: 256 bytes and {END_OF_TEXT}"
+            f"vocab_size={vocab_size} must be at least {min_size}: 256 bytes and {END_OF_TEXT}"
         )
     try:
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -69,7 +69,12 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int) -> Encoder:
 
 
 def save_vocabulary(encoder: Encoder, folder: str | os.PathLike[str]) -> None:
-    """Writes encoder.json and vocab.bpe as GPT-2 has them, each of them whole or not at all."""
+    """Writes encoder.json and vocab.bpe in GPT-2's format.
+
+    Args:
+        encoder: the vocabulary.
+        folder: where to write them; it is made if it does not exist.
+    """
     merges = "".join(f"{left} {right}\n" for left, right in encoder.bpe_merges)
     os.makedirs(folder, exist_ok=True)
     write_text(Path(folder, "encoder.json"), json.dumps(encoder.encoder))
