@@ -19,23 +19,25 @@ def search(sess, prefixes, length, beams, sampling=GREEDY, **options):
 
 def likeliest(prefix, length, beams, stop=None):
     """[(score, new tokens)] by full forward passes: the definition, in the plainest words."""
-    going, found, start = [(0.0, [])], [], 0
-    for written in range(length):
-        if len(prefix) + written - start > HPARAMS.n_ctx:
-            start = len(prefix) + written - HPARAMS.n_ctx // 2
-        ways = []
-        for total, new in going:
-            scores = log_softmax(oracle.logits(WEIGHTS, HPARAMS, (prefix + new)[start:])[-1])
-            ways += [(total + score, [*new, token]) for token, score in enumerate(scores)]
-        ways = sorted(ways, reverse=True)[: 2 * beams.count]
-        found += [way for way in ways[: beams.count] if way[1][-1] == stop]
-        going = [way for way in ways if way[1][-1] != stop][: beams.count]
-        judged = sorted((beams.score(total, len(new)), new) for total, new in found)
-        best = judged[-beams.count :]
-        if len(best) == beams.count and best[0][0] >= beams.score(going[0][0], written + 1):
+    running, finished, start = [(0.0, [])], [], 0
+    for n_generated in range(length):
+        if len(prefix) + n_generated - start > HPARAMS.n_ctx:
+            start = len(prefix) + n_generated - HPARAMS.n_ctx // 2
+        candidates = []
+        for total, new in running:
+            logits = oracle.logits(WEIGHTS, HPARAMS, (prefix + new)[start:])[-1]
+            steps = enumerate(log_softmax(logits))
+            candidates += [(total + step, [*new, token]) for token, step in steps]
+        candidates = sorted(candidates, reverse=True)[: 2 * beams.count]
+        finished += [found for found in candidates[: beams.count] if found[1][-1] == stop]
+        running = [found for found in candidates if found[1][-1] != stop][: beams.count]
+        scored = sorted((beams.score(total, len(new)), new) for total, new in finished)
+        best = scored[-beams.count :]
+        next_score = beams.score(running[0][0], n_generated + 1)
+        if len(best) == beams.count and best[0][0] >= next_score:
             return best[::-1]
-    judged = [(beams.score(total, len(new)), new) for total, new in found + going]
-    return sorted(judged, reverse=True)[: beams.count]
+    scored = [(beams.score(total, len(new)), new) for total, new in finished + running]
+    return sorted(scored, reverse=True)[: beams.count]
 
 
 @pytest.mark.parametrize("stop", [None, 0, 44])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small_model import GREEDY, PREFIXES, expected, started, write
 
-from gpt_2_simple import session
+from gpt_2_simple import sample, session
 from gpt_2_simple.sample import SamplingParams, generate_tokens, next_token_probs, score_tokens
 
 
@@ -161,3 +161,9 @@ def test_session_without_model_or_closed_is_an_error():
             score_tokens(sess, [[1, 2]])
     with pytest.raises(RuntimeError, match="closed"):
         generate_tokens(sess, [[1]], 5)
+
+
+def test_names_of_the_last_release_stay():
+    assert sample.Sampling is SamplingParams
+    assert sample.Search is sample.BeamSearch
+    assert sample.Found is sample.Hypothesis

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Seq
+from collections import abc
 from typing import NamedTuple
 
 import numpy as np
@@ -75,11 +74,11 @@ class BeamSearch(Generation):
     def __init__(
         self,
         sess: tf.compat.v1.Session,
-        prefixes: Seq[Seq[int]],
+        prefixes: abc.Sequence[abc.Sequence[int]],
         length: int,
         beams: Beams,
         sampling: SamplingParams | None = None,
-        ends: Callable[[list[int]], bool] | None = None,
+        ends: abc.Callable[[list[int]], bool] | None = None,
     ) -> None:
         """Prepares a search; it runs in a `with` block.
 
@@ -147,8 +146,8 @@ class BeamSearch(Generation):
             # Even if every beam has an end among its candidates, enough others are left.
             ops.count: min(2 * self.settings.count, n_vocab),
         }
-        fetches = [ops.tokens, ops.scores, ops.status, ops.run]
-        tokens, scores, status, _ = self.sess.run(fetches, feeds)
+        fetches = [ops.tokens, ops.log_probabilities, ops.status, ops.run]
+        tokens, log_probabilities, status, _ = self.sess.run(fetches, feeds)
         check_status(np.where([row.ended for row in self.live], HEALTHY, status))
         self.cache_length += 1
         self.n_generated += 1
@@ -156,7 +155,7 @@ class BeamSearch(Generation):
         running = [group for group in self.groups if not group.done]
         for group in running:
             places = [self.live.index(row) for row in group.rows]
-            self._extend(group, tokens[places], scores[places])
+            self._extend(group, tokens[places], log_probabilities[places])
             self._update_finished(group)
             for row, beam in zip(group.rows, group.beams, strict=True):
                 row.tokens = group.prefix + beam.new_tokens
@@ -164,11 +163,11 @@ class BeamSearch(Generation):
                 self.cache_rows[self.live.index(row)] = places[beam.parent]
         return len(running)
 
-    def _extend(self, group: BeamGroup, tokens: np.ndarray, scores: np.ndarray) -> None:
+    def _extend(self, group: BeamGroup, tokens: np.ndarray, log_probabilities: np.ndarray) -> None:
         """Replaces the beams by their likeliest extensions, given candidates [beams, count]."""
         count = self.settings.count
         beams: list[Beam] = []
-        for rank, beam in enumerate(_likeliest(group.beams, tokens, scores, 2 * count)):
+        for rank, beam in enumerate(_likeliest(group.beams, tokens, log_probabilities, 2 * count)):
             if self._has_ended(beam.new_tokens):
                 if rank < count:
                     group.finished.append(self._hypothesis(beam))
@@ -207,20 +206,20 @@ class BeamSearch(Generation):
 
 
 def _likeliest(
-    beams: list[Beam], tokens: np.ndarray, scores: np.ndarray, count: int
-) -> Iterator[Beam]:
+    beams: list[Beam], tokens: np.ndarray, log_probabilities: np.ndarray, count: int
+) -> abc.Iterator[Beam]:
     """Yields the likeliest extensions of the beams, the likeliest first.
 
     Args:
         beams: the texts to extend.
         tokens: candidates for the next token [beams, n].
-        scores: their log-probabilities [beams, n].
+        log_probabilities: theirs [beams, n].
         count: how many extensions, at most.
 
     Raises:
         ValueError: the penalties leave no token to choose.
     """
-    totals = scores + np.array([[beam.log_probability] for beam in beams])
+    totals = log_probabilities + np.array([[beam.log_probability] for beam in beams])
     totals[np.isnan(totals)] = -math.inf  # all tokens of this beam are forbidden
     if totals.max() == -math.inf:
         check_status(np.array([NOTHING_LEFT]))

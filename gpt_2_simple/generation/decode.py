@@ -95,7 +95,7 @@ class BeamStep(NamedTuple):
         parents: the row of the cache that each text continues from [rows].
         count: how many next tokens to find.
         tokens: the likeliest next tokens [rows, count], the likeliest first.
-        scores: their log-probabilities [rows, count].
+        log_probabilities: theirs [rows, count].
         status: whether the logits made sense [rows]; see sampling.check_status.
         run: keeps the cache in the session.
     """
@@ -104,7 +104,7 @@ class BeamStep(NamedTuple):
     parents: Any
     count: Any
     tokens: Any
-    scores: Any
+    log_probabilities: Any
     status: Any
     run: Any
 
@@ -182,10 +182,10 @@ def build_beam_step(weights: model.Weights, hparams: model.HParams) -> BeamStep:
     text_length = tf.shape(inputs.text_tokens)[1]
     text = TextTokens(inputs.text_tokens, text_length, inputs.n_generated)
     logits, is_broken = process_logits(logits, text, inputs.sampling)
-    scores, tokens = tf.math.top_k(tf.nn.log_softmax(logits), count)
+    log_probabilities, tokens = tf.math.top_k(tf.nn.log_softmax(logits), count)
     status = tf.where(is_broken, BROKEN, HEALTHY)
     run = store_cache(inputs.cache_key, cache)
-    return BeamStep(inputs, parents, count, tokens, scores, status, run)
+    return BeamStep(inputs, parents, count, tokens, log_probabilities, status, run)
 
 
 def _step_inputs() -> StepInputs:

@@ -22,19 +22,19 @@ MAX_LOGITS_ROWS = 256
 
 
 class ScoreOps(NamedTuple):
-    """What the model predicts.
+    """What the model predicts; natural logarithms of probabilities.
 
     Attributes:
         tokens: what it reads [rows, time].
         targets: the token after each of them [rows, time].
-        target_scores: log-probabilities of the targets [rows, time].
-        next_scores: log-probabilities of all tokens after the last column [rows, n_vocab].
+        log_probabilities: of the targets [rows, time].
+        next_log_probabilities: of all tokens after the last column [rows, n_vocab].
     """
 
     tokens: Any
     targets: Any
-    target_scores: Any
-    next_scores: Any
+    log_probabilities: Any
+    next_log_probabilities: Any
 
 
 class TextScore(NamedTuple):
@@ -159,7 +159,7 @@ def score_tokens(
         for i, (length, row, start, _) in enumerate(batch):
             tokens = rows[row][start : start + length + 1]
             pairs[:, i, :length] = tokens[:-1], tokens[1:]
-        found = sess.run(ops.target_scores, {ops.tokens: pairs[0], ops.targets: pairs[1]})
+        found = sess.run(ops.log_probabilities, {ops.tokens: pairs[0], ops.targets: pairs[1]})
         for (length, row, start, skipped), values in zip(batch, found, strict=True):
             scores[row][start + skipped : start + length] = values[skipped:length]
     check_status(np.where([np.isfinite(values).all() for values in scores], HEALTHY, BROKEN))
@@ -215,7 +215,7 @@ def likeliest_next_tokens(
     hparams = session.graph_state(sess).hparams
     check_whole("k", k, 1)
     read = check_tokens(tokens, hparams.n_vocab)[-hparams.n_ctx :]
-    (scores,) = sess.run(ops.next_scores, {ops.tokens: [read]})
+    (scores,) = sess.run(ops.next_log_probabilities, {ops.tokens: [read]})
     check_status(np.where(np.isfinite(scores).all(), HEALTHY, BROKEN))
     best = np.argsort(-scores, kind="stable")[:k].astype(np.int32)
     return best, np.exp(scores[best])
@@ -230,12 +230,12 @@ def _build_score(weights: model.Weights, hparams: model.HParams) -> ScoreOps:
         x, _ = model.transformer_block(x, block, hparams.n_head, None, lambda *_: mask)
     h = model.layer_norm(x, weights.ln_f)  # [rows, time, embd]
     rows = tf.reshape(h, [-1, hparams.n_embd])
-    scores = target_scores(weights, rows, tf.reshape(targets, [-1]))
-    next_scores = tf.nn.log_softmax(model.unembed(weights, h[:, -1]))
-    return ScoreOps(tokens, targets, tf.reshape(scores, tf.shape(targets)), next_scores)
+    found = target_log_probabilities(weights, rows, tf.reshape(targets, [-1]))
+    following = tf.nn.log_softmax(model.unembed(weights, h[:, -1]))
+    return ScoreOps(tokens, targets, tf.reshape(found, tf.shape(targets)), following)
 
 
-def target_scores(weights: model.Weights, h: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
+def target_log_probabilities(weights: model.Weights, h: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
     """Log-probabilities of given next tokens; never more than MAX_LOGITS_ROWS rows of logits exist.
 
     Args:
@@ -249,8 +249,8 @@ def target_scores(weights: model.Weights, h: tf.Tensor, targets: tf.Tensor) -> t
 
     def body(start: tf.Tensor, out: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
         end = start + MAX_LOGITS_ROWS
-        scores = tf.nn.log_softmax(model.unembed(weights, h[start:end]))
-        found = tf.gather(scores, targets[start:end], batch_dims=1)
+        log_probabilities = tf.nn.log_softmax(model.unembed(weights, h[start:end]))
+        found = tf.gather(log_probabilities, targets[start:end], batch_dims=1)
         return end, out.write(start // MAX_LOGITS_ROWS, found)
 
     out = tf.TensorArray(tf.float32, 0, True, infer_shape=False, element_shape=[None])

@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections.abc import Generator
-from collections.abc import Sequence as Seq
+from collections import abc
 from typing import Any
 
 import numpy as np
@@ -40,13 +39,13 @@ FIRST_CHUNK, MAX_CHUNK = 4, 64
 
 def generate_tokens(
     sess: tf.compat.v1.Session,
-    prefixes: Seq[Seq[int]],
+    prefixes: abc.Sequence[abc.Sequence[int]],
     length: int,
     sampling: SamplingParams | None = None,
     seed: int | None = None,
-    row_ids: Seq[int] | None = None,
+    row_ids: abc.Sequence[int] | None = None,
     chunk: int | None = None,
-) -> Generator[np.ndarray, Any, None]:
+) -> abc.Generator[np.ndarray, Any, None]:
     """Continues token sequences.
 
     A row whose context is full continues from its last n_ctx // 2 tokens. A row's tokens depend on
@@ -60,10 +59,10 @@ def generate_tokens(
         sampling: how to choose; None for the defaults.
         seed: a whole number; None draws one.
         row_ids: whole numbers that distinguish rows with the same seed; None counts from 0.
-        chunk: tokens in one piece, at most; None for pieces of about half a second.
+        chunk: tokens in a chunk, at most; None for chunks of about half a second.
 
     Returns:
-        A generator of int32 [rows, time] pieces, `length` columns in all, or fewer when all rows
+        A generator of chunks, int32 [rows, time]: `length` columns in all, or fewer when all rows
         end. After a row's end its tokens are -1. `send` a bool [rows] to end rows. Closing the
         generator frees what it holds in the session.
 
@@ -87,7 +86,10 @@ def generate_tokens(
 
 
 def fit_prefixes(
-    sess: tf.compat.v1.Session, prefixes: Seq[Seq[int]], length: int, sampling: SamplingParams
+    sess: tf.compat.v1.Session,
+    prefixes: abc.Sequence[abc.Sequence[int]],
+    length: int,
+    sampling: SamplingParams,
 ) -> list[list[int]]:
     """Checks prefixes, and cuts those that are longer than the context.
 
@@ -107,7 +109,7 @@ def fit_prefixes(
     return _cut_prefixes(checked, hparams.n_ctx, length)
 
 
-def check_tokens(tokens: Seq[int], n_vocab: int) -> list[int]:
+def check_tokens(tokens: abc.Sequence[int], n_vocab: int) -> list[int]:
     """The tokens as Python's whole numbers.
 
     Raises:
@@ -134,7 +136,7 @@ def _cut_prefixes(prefixes: list[list[int]], n_ctx: int, length: int) -> list[li
     return [prefix[-kept:] if len(prefix) > n_ctx else prefix for prefix in prefixes]
 
 
-def _random_streams(seed: int | None, ids: Seq[int]) -> list[np.random.Philox]:
+def _random_streams(seed: int | None, ids: abc.Sequence[int]) -> list[np.random.Philox]:
     """A stream of random numbers for each row; its n-th number is for the n-th new token."""
     seed = random.SystemRandom().getrandbits(64) if seed is None else int(seed)
     keys = [np.array([seed % 2**64, int(row) % 2**64], np.uint64) for row in ids]
@@ -201,7 +203,7 @@ class Generation:
         self.key = self.new_key()
         self.cache_length = self.cache_capacity = self.n_generated = 0
 
-    def generate(self, chunk: int | None) -> Generator[np.ndarray, Any, None]:
+    def generate(self, chunk: int | None) -> abc.Generator[np.ndarray, Any, None]:
         """Yields the new tokens; see generate_tokens."""
         steps = FIRST_CHUNK
         try:
