@@ -46,14 +46,15 @@ def ours(folder: str, size: str, time: int) -> dict:
         batch_size=1, accumulate_gradients=windows.shape[1], use_memory_saving_gradients=True
     )
     ops = step.build(sess, state, config, time)
-    sess.run(ops.initialize)
-    share = np.full(ops.weights.shape, 1 / np.prod(ops.weights.shape.as_list()), np.float32)
+    sess.run(ops.initialize_state)
+    shape = ops.loss_weights.shape.as_list()
+    share = np.full(shape, 1 / np.prod(shape), np.float32)
     losses = []
     for micro_batches in windows:
-        sess.run(ops.reset)
+        sess.run(ops.reset_gradients)
         for tokens in micro_batches:
-            sess.run(ops.micro_step, {ops.tokens: tokens[np.newaxis], ops.weights: share})
-        losses.append(sess.run(ops.apply, {ops.learning_rate: RATE}))
+            sess.run(ops.add_micro_batch, {ops.tokens: tokens[np.newaxis], ops.loss_weights: share})
+        losses.append(sess.run(ops.apply_gradients, {ops.learning_rate: RATE}))
     unseen = np.load("unseen.npy")
     scores = [scores.mean() for scores in sample.score_tokens(sess, unseen)]
     start = unseen[:1, :20].tolist()

@@ -47,12 +47,12 @@ class Ours:
             self.sess.run(tf.compat.v1.global_variables_initializer())
         self.feed = {
             self.ops.tokens: np.random.default_rng(0).integers(0, VOCABULARY, [1, TOKENS]),
-            self.ops.weights: np.full([1, TOKENS - 1], 1 / (TOKENS - 1), np.float32),
+            self.ops.loss_weights: np.full([1, TOKENS - 1], 1 / (TOKENS - 1), np.float32),
             self.ops.learning_rate: 1e-4,
         }
 
     def step(self):
-        return float(self.sess.run(self.ops.apply, self.feed))
+        return float(self.sess.run(self.ops.apply_gradients, self.feed))
 
 
 class HuggingFace:

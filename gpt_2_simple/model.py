@@ -154,17 +154,16 @@ def block_device(layer: int, n_layer: int, gpus: Sequence[str]) -> str | None:
 def read(weights: Weights) -> Weights:
     """Reads every variable once, as a tensor; matrices lose their leading axis of 1."""
 
-    def matrix(variable: Any) -> tf.Tensor:
-        return tf.reshape(variable.read_value(), variable.shape[-2:])
+    def tensor(variable: Any) -> tf.Tensor:
+        value = variable.read_value()
+        return value if variable.shape.rank == 1 else tf.reshape(value, variable.shape[-2:])
 
-    def layer(variables_: Linear | LayerNorm) -> Linear | LayerNorm:
-        if isinstance(variables_, Linear):
-            return Linear(matrix(variables_.w), variables_.b.read_value())
-        return LayerNorm(variables_.g.read_value(), variables_.b.read_value())
+    def layer(variables_of_layer: Any) -> Any:
+        return type(variables_of_layer)(*map(tensor, variables_of_layer))
 
     return Weights(
-        wte=matrix(weights.wte),
-        wpe=matrix(weights.wpe),
+        wte=tensor(weights.wte),
+        wpe=tensor(weights.wpe),
         blocks=tuple(Block(*map(layer, block)) for block in weights.blocks),
         ln_f=layer(weights.ln_f),
     )

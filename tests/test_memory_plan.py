@@ -32,7 +32,7 @@ def test_plan_of_weights_and_optimizer_state_equals_the_graph(sess, optimizer, c
         return sum(4 * v.shape.num_elements() for v in variables if v.shape.rank)
 
     assert planned.weights == size(model.flatten(state.weights))
-    assert planned.optimizer_state == size(ops.state)
+    assert planned.optimizer_state == size(ops.state_variables)
     assert planned.accumulators == size(step.trained_variables(state.weights, config))
 
 

@@ -74,12 +74,12 @@ def mlp(layers=6, width=16, rows=4, use_resource=True, activation=tf.tanh):
 
 @pytest.mark.parametrize("use_resource", [True, False])
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_chain(use_resource, every):
+def test_gradients_of_a_chain_equal_tf_gradients(use_resource, every):
     weights, hidden, loss = mlp(use_resource=use_resource)
     assert_same(loss, weights, hidden[every - 1 : -1 : every])
 
 
-def test_collection_is_the_default(graph):
+def test_default_checkpoints_are_the_collection(graph):
     weights, hidden, loss = mlp()
     with pytest.raises(ValueError, match="collection 'checkpoints' is empty"):
         gradients(loss, weights)
@@ -91,7 +91,7 @@ def test_collection_is_the_default(graph):
         np.testing.assert_allclose(f, w, rtol=1e-5)
 
 
-def test_one_x_and_variables_and_tensors_as_xs():
+def test_xs_may_be_one_variable_or_tensors():
     weights, hidden, loss = mlp()
     assert_same(loss, weights[0], hidden[:-1])
     assert_same(loss, [hidden[1], weights[4], hidden[3], weights[0], weights[0]], hidden[:-1:2])
@@ -99,7 +99,7 @@ def test_one_x_and_variables_and_tensors_as_xs():
     assert_same(loss, [value, weights[2]], hidden[:-1])
 
 
-def test_checkpoints_elsewhere_and_none_at_all():
+def test_nothing_is_recomputed_without_useful_checkpoints():
     weights, hidden, loss = mlp()
     unrelated = tf.constant(1.0) * 2
     assert_same(loss, weights, [], recomputes=False)
@@ -107,7 +107,7 @@ def test_checkpoints_elsewhere_and_none_at_all():
     assert_same(loss, weights[3:], hidden[:3], recomputes=False)  # frozen: nothing goes back there
 
 
-def test_several_ys_with_their_gradients():
+def test_several_ys_and_grad_ys():
     weights, hidden, loss = mlp()
     middle, unused = hidden[2] * 3, variable("unused", 2)
     assert_same([loss, middle], [*weights, unused], hidden[:-1])
@@ -116,7 +116,7 @@ def test_several_ys_with_their_gradients():
     assert_same([middle], weights, hidden[:-1], grad_ys=grad)
 
 
-def test_none_and_zero_for_what_is_not_reached():
+def test_unconnected_x_gives_none_or_zeros():
     weights, hidden, loss = mlp()
     unused = variable("unused", 2, 3)
     assert gradients(loss, [unused, weights[0]], checkpoints=hidden[:-1])[0] is None
@@ -126,7 +126,7 @@ def test_none_and_zero_for_what_is_not_reached():
     np.testing.assert_array_equal(evaluate(zero[0])[0], np.zeros((2, 3)))
 
 
-def test_stop_gradients():
+def test_stop_gradients_equal_tf_gradients():
     weights, hidden, loss = mlp()
     stopped = tf.tanh(hidden[2] * 2)
     loss = loss + tf.reduce_sum(stopped * hidden[3])
@@ -151,7 +151,7 @@ def tied(layers=4, reshape=False):
 
 
 @pytest.mark.parametrize("reshape", [True, False])
-def test_tied_embedding_has_dense_and_sparse_parts(reshape, graph):
+def test_tied_embedding_sums_dense_and_sparse_gradients(reshape, graph):
     weights, hidden, logits = tied(reshape=reshape)
     loss = tf.reduce_mean(tf.nn.log_softmax(logits)[:, 2])
     before = len(graph.get_operations())
@@ -162,7 +162,7 @@ def test_tied_embedding_has_dense_and_sparse_parts(reshape, graph):
     assert_same(loss, weights, hidden)
 
 
-def test_embedding_alone_stays_sparse():
+def test_embedding_gradient_stays_indexed_slices():
     weights, hidden, _ = tied()
     loss = tf.reduce_sum(tf.square(hidden[-1]))
     found = assert_same(loss, weights, hidden[:-1])
@@ -171,7 +171,7 @@ def test_embedding_alone_stays_sparse():
     assert isinstance(assert_same(twice, weights, hidden[:-1])[0], tf.IndexedSlices)
 
 
-def test_connections_around_checkpoints():
+def test_skip_connections_around_checkpoints():
     weights, hidden, loss = mlp()
     mask = tf.cast(tf.range(16) > 5, tf.float32)  # used by several segments
     side = tf.sin(tf.matmul(hidden[1], weights[0])) * mask
@@ -180,7 +180,7 @@ def test_connections_around_checkpoints():
     assert_same(loss, weights, [hidden[2], side])
 
 
-def test_weights_used_by_many_segments_and_casts_of_them():
+def test_shared_weight_and_its_cast_in_many_segments():
     shared, x = variable("shared", 8, 8), tf.ones([3, 8])
     cast = tf.cast(tf.cast(shared, tf.float64), tf.float32)
     hidden = []
@@ -190,7 +190,7 @@ def test_weights_used_by_many_segments_and_casts_of_them():
     assert_same(tf.reduce_sum(x), [shared], hidden[:-1])
 
 
-def test_weight_side_operations_are_recomputed_where_they_are_needed(graph):
+def test_cast_of_a_weight_is_recomputed_in_its_segment(graph):
     """A cast of each weight would else be kept from the forward pass on, a copy of the model."""
     x, weights, hidden = tf.ones([3, 8], tf.float16), [], []
     for i in range(4):
@@ -201,7 +201,7 @@ def test_weight_side_operations_are_recomputed_where_they_are_needed(graph):
     assert [op.type for op in copies()].count("Cast") == 3
 
 
-def test_batch_of_unknown_size():
+def test_unknown_batch_size():
     x = v1.placeholder(tf.float32, [None, None])
     w, hidden = variable("w", 4, 4), []
     h = x
@@ -212,7 +212,7 @@ def test_batch_of_unknown_size():
     assert_same(tf.reduce_sum(h), [w, x], hidden[:-1], feed=feed)
 
 
-def test_copies_know_the_shapes_that_were_set():
+def test_recomputed_tensors_keep_set_shapes():
     shape, w = v1.placeholder_with_default([2, 2], [None]), variable("w", 2, 2)
     hidden = tf.tanh(tf.reshape(tf.matmul(w, w), shape))
     hidden.set_shape([2, 2])
@@ -222,7 +222,7 @@ def test_copies_know_the_shapes_that_were_set():
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_random_graphs(seed):
+def test_gradients_of_random_graphs_equal_tf_gradients(seed):
     rng = np.random.default_rng(seed)
     tensors = [variable(f"v{i}", 3, 3).read_value() for i in range(3)]
     xs = list(tensors[:2])
@@ -253,7 +253,7 @@ def gpt2(n_layer=3):
 
 
 @pytest.mark.parametrize("checkpoints", ["collection", "memory"])
-def test_gpt2(checkpoints):
+def test_gpt2_gradients_equal_tf_gradients(checkpoints):
     loss = gpt2()
     wanted = tf.gradients(loss, v1.trainable_variables())
     found = gradients(loss, v1.trainable_variables(), checkpoints=checkpoints)
@@ -265,7 +265,7 @@ def test_gpt2(checkpoints):
 # Operations that are more than a function of their inputs
 
 
-def test_custom_gradients_read_the_copies(graph):
+def test_custom_gradient_reads_recomputed_tensors(graph):
     @tf.custom_gradient
     def cube(x):
         return x * x * x, lambda dy: dy * 3 * x * x
@@ -291,14 +291,14 @@ def reads_originals(found, checkpoints):
     return walk([g.op for g in found]) & walk([t.op for t in checkpoints])
 
 
-def test_plain_gradients_need_the_originals_and_ours_do_not():
+def test_activations_are_not_kept_for_the_backward_pass():
     weights, hidden, loss = mlp(activation=lambda x: tf.square(tf.sin(x)))
     kept = hidden[:-1]
     assert len(reads_originals(tf.gradients(loss, weights), kept)) >= 10
     assert not reads_originals(gradients(loss, weights, checkpoints=kept), kept)
 
 
-def test_loops_conditions_and_function_calls():
+def test_loops_conditions_and_function_calls_are_differentiated():
     @tf.function
     def called(x):
         return tf.sin(x) * x
@@ -329,7 +329,7 @@ def test_loops_conditions_and_function_calls():
     assert_same(tf.reduce_sum(x), [*v1.trainable_variables()], hidden[:-1], rtol=3e-6)
 
 
-def test_loops_of_tensorflow_1_are_refused_or_left_alone():
+def test_tensorflow_1_loop_raises_if_it_must_be_recomputed():
     enabled = v1.control_flow_v2_enabled()
     v1.disable_control_flow_v2()
     try:
@@ -354,13 +354,13 @@ def dropped(random, layers=5):
     return weights, hidden, tf.reduce_sum(x)
 
 
-def test_stateless_randomness_is_recomputed_equal(graph):
+def test_stateless_random_values_are_recomputed_equal(graph):
     weights, hidden, loss = dropped(lambda shape, i: tf.random.stateless_uniform(shape, [1, i]))
     assert_same(loss, weights, hidden[:-1])
     assert any("StatelessRandom" in op.type for op in copies())
 
 
-def test_stateful_randomness_is_kept_and_told(graph):
+def test_stateful_random_values_are_kept_with_a_warning(graph):
     weights, hidden, loss = dropped(lambda shape, i: tf.random.uniform(shape))
     with pytest.warns(UserWarning, match=r"random values are kept.*random_uniform.*stateless"):
         found = gradients(loss, weights, checkpoints=hidden[:-1])
@@ -373,7 +373,7 @@ def test_stateful_randomness_is_kept_and_told(graph):
 # Choice of checkpoints
 
 
-def test_memory_chooses_among_the_trunks_tensors():
+def test_memory_chooses_about_root_n_checkpoints():
     weights, hidden, loss = mlp(layers=16)
     assert_same(loss, weights, "memory")
     identities = [op.inputs[0] for op in copies() if op.type == "Identity"]
@@ -381,7 +381,7 @@ def test_memory_chooses_among_the_trunks_tensors():
     assert 2 <= len(kept) <= 8  # about the root of 32 tensors
 
 
-def test_memory_needs_a_bottleneck():
+def test_memory_without_a_bottleneck_raises():
     a, b = variable("a", 3, 3), variable("b", 3, 3)
     for _ in range(4):
         a, b = tf.matmul(a, b), tf.sin(a) + b
@@ -389,7 +389,7 @@ def test_memory_needs_a_bottleneck():
         gradients([tf.reduce_sum(a), tf.reduce_sum(b)], [a, b], checkpoints="memory")
 
 
-def test_unknown_choice_is_refused():
+def test_unknown_checkpoints_name_raises():
     weights, _, loss = mlp()
     with pytest.raises(ValueError, match="'speed' must be 'collection', 'memory' or a list"):
         gradients(loss, weights, checkpoints="speed")
@@ -412,7 +412,7 @@ def executed(*fetches):
     return nodes, runs
 
 
-def test_each_segment_runs_again_once_and_after_its_gradient():
+def test_each_segment_is_recomputed_once_after_its_gradient():
     layers = 6
     weights, hidden, loss = mlp(layers, activation=lambda x: tf.square(tf.sin(x)))
     found = gradients(loss, weights, checkpoints=hidden[:-1])
@@ -434,7 +434,7 @@ def test_each_segment_runs_again_once_and_after_its_gradient():
         assert start >= done
 
 
-def test_updates_run_before_earlier_segments_are_recomputed():
+def test_on_gradient_runs_before_earlier_segments_are_recomputed():
     weights, hidden, loss = mlp(activation=lambda x: tf.square(tf.sin(x)))
     updates = []
 
@@ -460,7 +460,7 @@ def test_updates_run_before_earlier_segments_are_recomputed():
             np.testing.assert_allclose(f, w, rtol=1e-5, atol=1e-6)
 
 
-def test_shared_variables_are_complete_at_the_end_and_parts_are_told_at_once():
+def test_order_of_on_gradient_and_on_part_calls():
     weights, hidden, logits = tied()
     loss = tf.reduce_mean(tf.nn.log_softmax(logits)[:, 2])
     whole, parts = [], []
@@ -479,7 +479,7 @@ def test_shared_variables_are_complete_at_the_end_and_parts_are_told_at_once():
     assert sparse == [False, True]
 
 
-def test_add_is_in_place_for_rows():
+def test_add_of_dense_and_sparse_gradients():
     dense = tf.ones([4, 2])
     rows = tf.IndexedSlices(tf.ones([3, 2]), tf.constant([1, 3, 1]), tf.constant([4, 2]))
     for total in (add(dense, rows), add(rows, dense)):
@@ -529,8 +529,15 @@ def run(kind, layers, rows, width):
             gradients(loss, weights, checkpoints=hidden[3:-1:4], on_gradient=update)
             step = opt.finish(updates)
         else:
-            opt = AccumulatingOptimizer(opt, weights, gradients)
-            steps = [opt.reset(), opt.compute_gradients(loss, checkpoints=hidden[3:-1:4])]
+            opt = AccumulatingOptimizer(opt, weights)
+            added = []
+
+            def add(x, part):
+                added.append(opt.add(x, part))
+                return added[-1]
+
+            gradients(loss, weights, checkpoints=hidden[3:-1:4], on_part=add)
+            steps = [opt.reset(), opt.end_micro_batch(loss, added)]
             step = opt.apply_gradients()
         sess.run(v1.global_variables_initializer())
         tf.config.experimental.reset_memory_stats("CPU:0")
@@ -564,12 +571,12 @@ def peaks():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_deep_network_trains_where_tf_gradients_runs_out_of_memory(peaks):
+def test_deep_network_trains_where_tf_gradients_runs_out_of_memory(peaks):
     assert peaks["deep"]["plain"] == "exhausted"
     assert peaks["deep"]["recompute"] < 100
 
 
-def test_gradients_never_exist_all_at_once(peaks):
+def test_peak_memory_without_all_gradients_at_once(peaks):
     weights = 16 * 4  # MiB, and as much again in gradients
     assert peaks["wide"]["plain"] > 1.8 * weights
     assert peaks["wide"]["at once"] < 1.45 * weights  # a segment is a quarter

@@ -32,7 +32,7 @@ def differences(function, weights, name, index, step=1e-3):
     return (values[0] - values[1]) / (2 * step)
 
 
-def test_logits_are_the_oracles(sess):
+def test_logits_equal_numpy_oracle(sess):
     weights = oracle.random_weights(HPARAMS)
     load(sess, HPARAMS, weights)
     with sess.graph.as_default():
@@ -47,7 +47,7 @@ def test_logits_are_the_oracles(sess):
 
 
 @pytest.mark.parametrize("length", [1, 255, 256, 257, 600])
-def test_chunks_of_queries_make_no_difference(sess, length):
+def test_logits_with_query_chunks_equal_numpy_oracle(sess, length):
     hparams = dataclasses.replace(HPARAMS, n_ctx=600)
     weights = oracle.random_weights(hparams)
     load(sess, hparams, weights)
@@ -61,7 +61,7 @@ def test_chunks_of_queries_make_no_difference(sess, length):
     )
 
 
-def test_a_past_stands_for_the_tokens_it_was_made_from(sess):
+def test_past_replaces_earlier_tokens(sess):
     weights = oracle.random_weights(HPARAMS)
     load(sess, HPARAMS, weights)
     with sess.graph.as_default():
@@ -81,7 +81,7 @@ def test_a_past_stands_for_the_tokens_it_was_made_from(sess):
     assert relative(np.concatenate([present, more_present], 4), whole_present) < 2e-5
 
 
-def test_every_gradient_is_the_oracles(sess):
+def test_every_gradient_equals_finite_differences_of_the_oracle(sess):
     """tf.gradients through our registered gradients, against differences of the NumPy loss."""
     hparams = model.HParams(n_vocab=11, n_ctx=270, n_embd=6, n_head=2, n_layer=2)
     weights = oracle.random_weights(hparams, scale=0.3)
@@ -104,7 +104,7 @@ def test_every_gradient_is_the_oracles(sess):
         assert abs(gradient[index] - slope) < 1e-3 * abs(slope) + 1e-5, name
 
 
-def test_blocks_are_the_checkpoints(sess):
+def test_each_block_output_is_a_checkpoint(sess):
     session.build_model(sess, HPARAMS, [])
     with sess.graph.as_default():
         X = tf.compat.v1.placeholder(tf.int32, [2, 8])
@@ -113,7 +113,7 @@ def test_blocks_are_the_checkpoints(sess):
     assert [t.shape.as_list() for t in checkpoints] == [[2, 8, 24]] * 3
 
 
-def test_variables_are_named_and_shaped_as_published(sess):
+def test_variable_names_and_shapes_as_in_published_checkpoints(sess):
     state = session.build_model(sess, HPARAMS, [])
     weights = oracle.random_weights(HPARAMS)
     found = {n: tuple(v.shape.as_list()) for n, v in session.named_variables(state).items()}
@@ -128,7 +128,7 @@ def test_default_hparams_are_124M_without_a_vocabulary():
     }  # fmt: skip
 
 
-def test_hparams_are_overridden_by_name():
+def test_override_from_dict_replaces_named_values():
     hparams = model.default_hparams()
     hparams.override_from_dict({"n_layer": 3, "n_vocab": 9})
     assert (hparams.n_layer, hparams.n_vocab, hparams.n_embd) == (3, 9, 768)
@@ -145,13 +145,13 @@ def test_hparams_are_overridden_by_name():
         ({"n_embd": 100}, "multiple of n_head=12"),
     ],
 )
-def test_hparams_that_cannot_be_are_refused(values, message):
+def test_override_from_dict_rejects_impossible_values(values, message):
     hparams = model.default_hparams()
     with pytest.raises(ValueError, match=message):
         hparams.override_from_dict(values)
     assert hparams == model.default_hparams()
 
 
-def test_a_model_needs_a_vocabulary(sess):
+def test_model_without_vocabulary_size_raises(sess):
     with sess.graph.as_default(), pytest.raises(ValueError, match="n_vocab=0"):
         model.model(model.default_hparams(), tf.zeros([1, 1], tf.int32))

@@ -26,24 +26,26 @@ def give(sess, variable, value):
     sess.run(variable.initializer, {variable.initializer.inputs[1]: value})
 
 
-def train(sess, state, config, steps, tokens=TOKENS, rate=0.05):
+def train(sess, state, settings, steps, tokens=TOKENS, rate=0.05):
     """Losses of some steps, and the weights after them."""
-    ops = step.build(sess, state, config, tokens.shape[1])
-    sess.run(ops.initialize)
-    share = np.full(ops.weights.shape, 1 / np.prod(ops.weights.shape.as_list()), np.float32)
+    ops = step.build(sess, state, settings, tokens.shape[1])
+    sess.run(ops.initialize_state)
+    share = np.full(
+        ops.loss_weights.shape, 1 / np.prod(ops.loss_weights.shape.as_list()), np.float32
+    )
     losses = []
     for _ in range(steps):
-        if ops.micro_step is None:
-            feed = {ops.tokens: tokens, ops.weights: share, ops.learning_rate: rate}
-            losses.append(sess.run(ops.apply, feed))
+        if ops.add_micro_batch is None:
+            feed = {ops.tokens: tokens, ops.loss_weights: share, ops.learning_rate: rate}
+            losses.append(sess.run(ops.apply_gradients, feed))
             continue
-        sess.run(ops.reset)
-        for part in np.split(tokens, len(tokens) // config.batch_size):
-            sess.run(ops.micro_step, {ops.tokens: part, ops.weights: share})
-        if ops.finite is not None and not sess.run(ops.finite):
-            losses.append(sess.run(ops.skip))
+        sess.run(ops.reset_gradients)
+        for part in np.split(tokens, len(tokens) // settings.batch_size):
+            sess.run(ops.add_micro_batch, {ops.tokens: part, ops.loss_weights: share})
+        if ops.gradients_finite is not None and not sess.run(ops.gradients_finite):
+            losses.append(sess.run(ops.skip_step))
         else:
-            losses.append(sess.run(ops.apply, {ops.learning_rate: rate}))
+            losses.append(sess.run(ops.apply_gradients, {ops.learning_rate: rate}))
     names = session.named_variables(state)
     return losses, dict(zip(names, sess.run(list(names.values())), strict=True))
 
@@ -96,34 +98,34 @@ def adam(plain, weights, steps, rate):
 
 @pytest.mark.parametrize("save_memory", [False, True])
 @pytest.mark.parametrize("batch_size", [2, 1])
-def test_ten_steps_of_adam_follow_the_oracle(sess, plain, save_memory, batch_size):
+def test_ten_steps_of_adam_equal_numpy_oracle(sess, plain, save_memory, batch_size):
     weights = oracle.random_weights(HPARAMS, scale=0.2)
     state = load(sess, weights)
-    config = step_settings(
+    settings = step_settings(
         batch_size=batch_size,
         accumulate_gradients=2 // batch_size,
         use_memory_saving_gradients=save_memory,
     )
-    losses, after = train(sess, state, config, 10, rate=0.01)
+    losses, after = train(sess, state, settings, 10, rate=0.01)
     expected_losses, expected = adam(plain, weights, 10, 0.01)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
     for name in expected:
         np.testing.assert_allclose(after[name], expected[name], rtol=1e-2, atol=2e-3)
 
 
-def test_a_block_is_updated_before_the_one_below_is_recomputed(sess):
+def test_block_is_updated_before_the_block_below_is_recomputed(sess):
     """So no more than a block's gradients are ever alive; seen on the graph that ran."""
     state = load(sess, oracle.random_weights(HPARAMS))
-    config = step_settings(batch_size=2, accumulate_gradients=1, use_memory_saving_gradients=True)
-    ops = step.build(sess, state, config, TOKENS.shape[1])
-    sess.run(ops.initialize)
-    share = np.full(ops.weights.shape, 1 / TOKENS.size, np.float32)
+    settings = step_settings(batch_size=2, accumulate_gradients=1, use_memory_saving_gradients=True)
+    ops = step.build(sess, state, settings, TOKENS.shape[1])
+    sess.run(ops.initialize_state)
+    share = np.full(ops.loss_weights.shape, 1 / TOKENS.size, np.float32)
     options = tf.compat.v1.RunOptions(
         trace_level=tf.compat.v1.RunOptions.FULL_TRACE, output_partition_graphs=True
     )
     seen = tf.compat.v1.RunMetadata()
-    feed = {ops.tokens: TOKENS, ops.weights: share, ops.learning_rate: 0.1}
-    sess.run(ops.apply, feed, options, seen)
+    feed = {ops.tokens: TOKENS, ops.loss_weights: share, ops.learning_rate: 0.1}
+    sess.run(ops.apply_gradients, feed, options, seen)
     ran = {
         stats.node_name: (stats.all_start_nanos, stats.all_start_nanos + stats.all_end_rel_nanos)
         for device in seen.step_stats.dev_stats
@@ -149,7 +151,7 @@ def test_a_block_is_updated_before_the_one_below_is_recomputed(sess):
 
 
 @pytest.mark.parametrize("rows", [3, 4, 6, 11, 100])
-def test_the_loss_in_chunks_is_the_plain_one_gradients_included(sess, monkeypatch, rows):
+def test_linear_cross_entropy_in_chunks_equals_whole_loss_and_gradients(sess, monkeypatch, rows):
     monkeypatch.setattr(step, "LOSS_ROWS", rows)
     rng = np.random.default_rng(1)
     h, wte = rng.standard_normal([11, 8]), rng.standard_normal([23, 8])
@@ -157,14 +159,14 @@ def test_the_loss_in_chunks_is_the_plain_one_gradients_included(sess, monkeypatc
     with sess.graph.as_default():
         h, wte = tf.constant(h, tf.float32), tf.constant(wte, tf.float32)
         labels, weights = tf.constant(labels, tf.int32), tf.constant(weights, tf.float32)
-        head = step.output_head(h, wte, labels, weights)
+        chunked = step.linear_cross_entropy(h, wte, labels, weights)
         losses = tf.nn.sparse_softmax_cross_entropy_with_logits(
             labels=labels, logits=tf.matmul(h, wte, transpose_b=True)
         )
         plain = tf.reduce_sum(losses * weights)
-        found, expected = sess.run([[*head], [plain, *tf.gradients(plain, [h, wte])]])
+        found, expected = sess.run([[*chunked], [plain, *tf.gradients(plain, [h, wte])]])
         parts = []
-        other = step.output_head(
+        other = step.linear_cross_entropy(
             h, wte, labels, weights, on_part=lambda part: parts.append(part) or part.op
         )
         summed = sess.run(tf.add_n(parts))
@@ -175,19 +177,19 @@ def test_the_loss_in_chunks_is_the_plain_one_gradients_included(sess, monkeypatc
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adafactor", "sgd"])
-def test_recomputing_and_accumulating_change_nothing(optimizer):
+def test_losses_are_equal_with_recomputing_and_accumulating(optimizer):
     weights = oracle.random_weights(HPARAMS, scale=0.2)
     results = []
     for batch_size in (2, 1):
         for save_memory in (False, True):
-            config = step_settings(
+            settings = step_settings(
                 batch_size=batch_size,
                 accumulate_gradients=2 // batch_size,
                 use_memory_saving_gradients=save_memory,
                 optimizer=optimizer,
             )
             with tf.Graph().as_default(), tf.compat.v1.Session() as sess:
-                results.append(train(sess, load(sess, weights), config, 3)[0])
+                results.append(train(sess, load(sess, weights), settings, 3)[0])
     np.testing.assert_allclose(results, results[:1] * 4, rtol=1e-5)
 
 
@@ -200,41 +202,41 @@ def test_recomputing_and_accumulating_change_nothing(optimizer):
     ],
 )
 @pytest.mark.parametrize("save_memory", [False, True])
-def test_frozen_variables_stay_and_have_no_state(sess, change, trained, save_memory):
+def test_frozen_variables_stay_and_have_no_optimizer_state(sess, change, trained, save_memory):
     weights = oracle.random_weights(HPARAMS)
     state = load(sess, weights)
-    config = step_settings(
+    settings = step_settings(
         batch_size=2, accumulate_gradients=1, use_memory_saving_gradients=save_memory, **change
     )
-    _, after = train(sess, state, config, 2)
+    _, after = train(sess, state, settings, 2)
     for name, value in weights.items():
         assert np.array_equal(after[name], value) is not name.startswith(trained), name
-    ops = step.build(sess, state, config, 12)
-    slots = [v.op.name for v in ops.state if "/m/" in v.op.name]
+    ops = step.build(sess, state, settings, 12)
+    slots = [v.op.name for v in ops.state_variables if "/m/" in v.op.name]
     assert len(slots) == sum(name.startswith(trained) for name in weights)
     assert all(any(part in slot for part in trained) for slot in slots)
 
 
-def test_the_backward_pass_stops_at_frozen_blocks(sess):
+def test_backward_pass_stops_at_frozen_blocks(sess):
     state = load(sess, oracle.random_weights(HPARAMS))
-    config = step_settings(batch_size=2, accumulate_gradients=1, train_last_blocks=1)
+    settings = step_settings(batch_size=2, accumulate_gradients=1, train_last_blocks=1)
     before = {op.name for op in sess.graph.get_operations()}
-    step.build(sess, state, config, 12)
+    step.build(sess, state, settings, 12)
     made = [op.name for op in sess.graph.get_operations() if op.name not in before]
     gradients = [name for name in made if "gradients" in name]
     assert any("/h2/" in name for name in gradients)
     assert not any("/h1/" in name or "/h0/" in name for name in gradients)
 
 
-def test_dropout_is_the_same_in_both_passes(sess):
+def test_recomputed_dropout_equals_stored_dropout(sess):
     """Recomputed with other random numbers, the gradients would differ from the stored ones'."""
     weights = oracle.random_weights(HPARAMS, scale=0.2)
     results = []
     for save_memory in (False, True):
-        config = step_settings(batch_size=2, accumulate_gradients=1, dropout=0.3,
+        settings = step_settings(batch_size=2, accumulate_gradients=1, dropout=0.3,
                             use_memory_saving_gradients=save_memory)  # fmt: skip
         with tf.Graph().as_default(), tf.compat.v1.Session() as own:
-            results.append(train(own, load(own, weights), config, 4)[0])
+            results.append(train(own, load(own, weights), settings, 4)[0])
     np.testing.assert_allclose(results[0], results[1], rtol=1e-5)
     plain = train(
         sess, load(sess, weights), step_settings(batch_size=2, accumulate_gradients=1), 4
@@ -242,56 +244,56 @@ def test_dropout_is_the_same_in_both_passes(sess):
     assert abs(plain[0] - results[0][0]) > 1e-3
 
 
-def test_the_seed_decides_what_is_dropped(sess):
+def test_dropout_seed_decides_the_masks(sess):
     state = load(sess, oracle.random_weights(HPARAMS))
-    config = step_settings(batch_size=2, accumulate_gradients=2, dropout=0.5)
-    ops = step.build(sess, state, config, 12)
-    sess.run(ops.initialize)
-    share = np.full(ops.weights.shape, 1 / 22, np.float32)
+    settings = step_settings(batch_size=2, accumulate_gradients=2, dropout=0.5)
+    ops = step.build(sess, state, settings, 12)
+    sess.run(ops.initialize_state)
+    share = np.full(ops.loss_weights.shape, 1 / 22, np.float32)
 
     def loss(seed):
-        sess.run(ops.reset)
-        feed = {ops.tokens: TOKENS, ops.weights: share, ops.dropout_seed: seed}
-        sess.run(ops.micro_step, feed)
-        return sess.run(ops.apply, {ops.learning_rate: 0.0})
+        sess.run(ops.reset_gradients)
+        feed = {ops.tokens: TOKENS, ops.loss_weights: share, ops.dropout_seed: seed}
+        sess.run(ops.add_micro_batch, feed)
+        return sess.run(ops.apply_gradients, {ops.learning_rate: 0.0})
 
     assert loss([1, 2]) == loss([1, 2])
     assert len({float(loss([seed, 5])) for seed in range(6)}) == 6
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_sixteen_bits_reach_the_same_loss(precision):
+def test_half_precision_reaches_the_float32_loss(precision):
     hparams = dataclasses.replace(HPARAMS, n_embd=16)
     tokens = np.tile(np.random.default_rng(2).integers(0, 23, [2, 6]), 2)
     weights = oracle.random_weights(hparams, scale=0.05)
     last = {}
     for name in ("float32", precision):
-        config = step_settings(batch_size=2, accumulate_gradients=1, precision=name,
+        settings = step_settings(batch_size=2, accumulate_gradients=1, precision=name,
                             use_memory_saving_gradients=True)  # fmt: skip
         with tf.Graph().as_default(), tf.compat.v1.Session() as sess:
-            losses, after = train(sess, load(sess, weights, hparams), config, 50, tokens, 0.002)
+            losses, after = train(sess, load(sess, weights, hparams), settings, 50, tokens, 0.002)
             last[name] = losses[-1]
             assert all(value.dtype == np.float32 for value in after.values())
     assert last["float32"] < 2.9
     assert abs(last[precision] / last["float32"] - 1) < 0.02
 
 
-def test_a_float16_step_that_overflows_is_skipped_and_halves_the_scale(sess, monkeypatch):
+def test_float16_overflow_skips_the_step_and_halves_the_loss_scale(sess, monkeypatch):
     monkeypatch.setattr(step, "GOOD_STEPS", 3)
     weights = oracle.random_weights(HPARAMS)
     state = load(sess, weights)
-    config = step_settings(batch_size=2, accumulate_gradients=1, precision="float16")
-    ops = step.build(sess, state, config, 12)
-    sess.run(ops.initialize)
-    (scale,) = [v for v in ops.state if v.op.name.endswith("loss_scale/scale")]
+    settings = step_settings(batch_size=2, accumulate_gradients=1, precision="float16")
+    ops = step.build(sess, state, settings, 12)
+    sess.run(ops.initialize_state)
+    (scale,) = [v for v in ops.state_variables if v.op.name.endswith("loss_scale/scale")]
     give(sess, scale, 2.0**40)
-    share = np.full(ops.weights.shape, 1 / 22, np.float32)
+    share = np.full(ops.loss_weights.shape, 1 / 22, np.float32)
 
     def attempt():
-        sess.run(ops.reset)
-        sess.run(ops.micro_step, {ops.tokens: TOKENS, ops.weights: share})
-        finite = sess.run(ops.finite)
-        loss = sess.run(ops.apply if finite else ops.skip, {ops.learning_rate: 0.01})
+        sess.run(ops.reset_gradients)
+        sess.run(ops.add_micro_batch, {ops.tokens: TOKENS, ops.loss_weights: share})
+        finite = sess.run(ops.gradients_finite)
+        loss = sess.run(ops.apply_gradients if finite else ops.skip_step, {ops.learning_rate: 0.01})
         assert np.isfinite(loss)
         return finite
 
@@ -304,30 +306,34 @@ def test_a_float16_step_that_overflows_is_skipped_and_halves_the_scale(sess, mon
     assert sess.run(scale) == 2048.0
 
 
-def test_gradients_are_clipped_by_their_global_norm(plain):
+def test_gradient_clip_limits_the_global_norm(plain):
     weights = oracle.random_weights(HPARAMS, scale=0.2)
     gradients = plain.gradients(weights).values()
     norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradients))
     moves = {}
     for clip in (0.0, norm * 2, norm / 4):
-        config = step_settings(
+        settings = step_settings(
             batch_size=2, accumulate_gradients=1, optimizer="sgd", gradient_clip=float(clip)
         )
         with tf.Graph().as_default(), tf.compat.v1.Session() as sess:
-            _, after = train(sess, load(sess, weights), config, 1, rate=0.1)
+            _, after = train(sess, load(sess, weights), settings, 1, rate=0.1)
         moves[clip] = after["model/h0/mlp/c_fc/w"] - weights["model/h0/mlp/c_fc/w"]
     np.testing.assert_allclose(moves[norm * 2], moves[0.0], rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(moves[norm / 4] * 4, moves[0.0], rtol=1e-3, atol=1e-6)
 
 
-def test_weight_decay_spares_biases_and_gains(sess):
+def test_weight_decay_leaves_biases_and_gains(sess):
     weights = oracle.random_weights(HPARAMS)
     state = load(sess, weights)
-    config = step_settings(batch_size=2, accumulate_gradients=1, optimizer="sgd", weight_decay=0.5)
-    ops = step.build(sess, state, config, 12)
-    sess.run(ops.initialize)
-    none = np.zeros(ops.weights.shape, np.float32)  # no loss, no gradient: decay alone moves
-    sess.run(ops.apply, {ops.tokens: TOKENS, ops.weights: none, ops.learning_rate: 0.1})
+    settings = step_settings(
+        batch_size=2, accumulate_gradients=1, optimizer="sgd", weight_decay=0.5
+    )
+    ops = step.build(sess, state, settings, 12)
+    sess.run(ops.initialize_state)
+    none = np.zeros(ops.loss_weights.shape, np.float32)  # no loss, no gradient: decay alone moves
+    sess.run(
+        ops.apply_gradients, {ops.tokens: TOKENS, ops.loss_weights: none, ops.learning_rate: 0.1}
+    )
     for name, variable in session.named_variables(state).items():
         factor = 1.0 if name.endswith(("/b", "/g")) else 0.95
         np.testing.assert_allclose(sess.run(variable), weights[name] * factor, rtol=1e-5)
@@ -344,12 +350,12 @@ def test_weight_decay_spares_biases_and_gains(sess):
         ({"train_last_blocks": 0}, "train_last_blocks=0"),
     ],
 )
-def test_settings_out_of_range_are_refused(change, message):
+def test_step_settings_out_of_range_raise(change, message):
     with pytest.raises(ValueError, match=message):
         step_settings(**change)
 
 
-def test_more_blocks_than_there_are_cannot_be_trained(sess):
+def test_train_last_blocks_above_the_models_blocks_raises(sess):
     state = session.build_model(sess, HPARAMS, [])
     with pytest.raises(ValueError, match="the model has 3 blocks"):
         step.build(sess, state, step_settings(train_last_blocks=4), 12)

@@ -10,12 +10,9 @@ import tensorflow as tf
 
 from .. import memory_saving_gradients as recompute
 from .. import model, session
+from ..memory_saving_gradients import Gradient
 from ..storage.runs import LOSS_SCALE
-from .optimizer import (
-    AccumulatingOptimizer,
-    Gradient,
-    make_optimizer,
-)
+from .optimizer import AccumulatingOptimizer, make_optimizer
 from .settings import StepSettings
 
 # Rows of logits that exist at once, with their gradient: 256 of 50,257 float32 are 51 MB.
@@ -26,14 +23,14 @@ FIRST_LOSS_SCALE = 2.0**15
 GOOD_STEPS = 2000
 
 
-class Head(NamedTuple):
-    """The loss, and its gradient where the blocks end.
+class LossAndGradients(NamedTuple):
+    """The loss, and its gradients by what the logits are computed from.
 
     Attributes:
-        loss: sum of weights * cross-entropy, a scalar.
-        dh: its gradient by the hidden states, [rows, n_embd], in their type.
-        dwte: its gradient by the output projection, float32 [n_vocab, n_embd]; None if that is not
-            trained, or was handed out in parts.
+        loss: sum of loss_weights * cross-entropy, a scalar.
+        dh: by the hidden states, [rows, n_embd], in their type.
+        dwte: by the output projection, float32 [n_vocab, n_embd]; None if that is not trained, or
+            if `on_part` took the parts.
     """
 
     loss: tf.Tensor
@@ -44,31 +41,32 @@ class Head(NamedTuple):
 OnPart = Callable[[tf.Tensor], tf.Operation]
 
 
-def output_head(
+def linear_cross_entropy(
     h: tf.Tensor,
     wte: tf.Tensor,
     labels: tf.Tensor,
-    weights: tf.Tensor,
+    loss_weights: tf.Tensor,
     trains_wte: bool = True,
     on_part: OnPart | None = None,
     loss_scale: tf.Tensor | float = 1.0,
-) -> Head:
-    """Cross-entropy of wte's predictions and its gradient, LOSS_ROWS rows at a time.
+) -> LossAndGradients:
+    """Computes the cross-entropy of the logits h wte^T and its gradients, LOSS_ROWS rows at a time.
 
-    Gradients are computed along with the loss, so that no more than one chunk's logits exist at
-    once and none are computed twice.
+    Gradients are computed along with the loss. So only one chunk's logits exist at once, and none
+    are computed twice.
 
     Args:
         h: hidden states [rows, n_embd], in any float type; rows is static.
         wte: the output projection, float32 [n_vocab, n_embd].
         labels: int32 next tokens [rows].
-        weights: float32 [rows]: each row's share in the loss.
+        loss_weights: float32 [rows]: each row's share in the loss.
         trains_wte: whether wte's gradient is wanted.
-        on_part: takes each chunk's part of it, and returns the operation that adds it somewhere.
-        loss_scale: what gradients are multiplied by.
+        on_part: takes each chunk's part of wte's gradient; returns the operation that adds it to an
+            accumulator.
+        loss_scale: a factor for the gradients.
 
     Returns:
-        Head.
+        LossAndGradients.
     """
     table = model.cast_like(h, wte)
     losses, dhs, dwte = [], [], None
@@ -81,8 +79,8 @@ def output_head(
         loss, dlogits = tf.raw_ops.SparseSoftmaxCrossEntropyWithLogits(
             features=logits, labels=labels[rows]
         )
-        losses.append(tf.reduce_sum(loss * weights[rows]))
-        dlogits = tf.cast(dlogits * (weights[rows, tf.newaxis] * loss_scale), x.dtype)
+        losses.append(tf.reduce_sum(loss * loss_weights[rows]))
+        dlogits = tf.cast(dlogits * (loss_weights[rows, tf.newaxis] * loss_scale), x.dtype)
         dhs.append(tf.matmul(dlogits, table))
         finished = [dhs[-1]]
         if trains_wte:
@@ -94,52 +92,52 @@ def output_head(
                 finished.append(dwte)
     with tf.control_dependencies(finished):
         dh = tf.concat(dhs, axis=0)
-    return Head(tf.add_n(losses), dh, dwte)
+    return LossAndGradients(tf.add_n(losses), dh, dwte)
 
 
 class TrainOps(NamedTuple):
-    """What the loop feeds and runs.
+    """The placeholders and operations of a training step.
 
     Attributes:
         tokens: int32 [batch, time]; each but the first is to be predicted.
-        weights: float32 [batch, time - 1]: each prediction's share in the micro-batch's loss.
-        learning_rate: a scalar.
-        dropout_seed: int32 [2], another for each micro-batch; feeding it does nothing if there is
-            no dropout.
-        reset: empties the accumulators; None without them.
-        micro_step: adds a micro-batch's gradients; None without accumulators.
-        apply: takes the step and gives the loss.
-        finite: whether the step can be taken, None if it always can: with float16, see `skip`.
-        skip: gives the loss, and halves the loss scale instead of taking the step.
-        initialize: empties the optimizer's state.
-        state: the variables to save with a run beside its weights.
+        loss_weights: float32 [batch, time - 1]: each prediction's share in the micro-batch's loss.
+        learning_rate: float32 scalar.
+        dropout_seed: int32 [2], another for each micro-batch; has no effect without dropout.
+        initialize_state: sets the optimizer's state to its first values.
+        state_variables: the variables that a run saves beside the model's weights.
+        apply_gradients: takes the step; evaluates to the loss, a float32 scalar.
+        reset_gradients: sets the accumulators to 0; None if gradients are not accumulated.
+        add_micro_batch: adds a micro-batch's gradients; None if gradients are not accumulated.
+        gradients_finite: bool scalar, whether the step can be taken; None if it always can. With
+            float16, gradients may overflow: run `skip_step` then.
+        skip_step: halves the loss scale instead of taking the step; evaluates to the loss.
     """
 
     tokens: tf.Tensor
-    weights: tf.Tensor
+    loss_weights: tf.Tensor
     learning_rate: tf.Tensor
     dropout_seed: tf.Tensor
-    reset: tf.Operation | None
-    micro_step: tf.Operation | None
-    apply: tf.Tensor
-    finite: tf.Tensor | None
-    skip: tf.Tensor | None
-    initialize: tf.Operation
-    state: list[tf.Variable]
+    initialize_state: tf.Operation
+    state_variables: list[tf.Variable]
+    apply_gradients: tf.Tensor
+    reset_gradients: tf.Operation | None = None
+    add_micro_batch: tf.Operation | None = None
+    gradients_finite: tf.Tensor | None = None
+    skip_step: tf.Tensor | None = None
 
 
 def build(
     sess: tf.compat.v1.Session, state: session.GraphState, settings: StepSettings, time_: int
 ) -> TrainOps:
     """The training operations for windows of `time_` tokens, built once in a session's graph."""
-    # How many micro-batches there are is the loop's business, not the graph's.
+    # The graph of a micro-batch is the same for any number of them above 1.
     shared = dataclasses.replace(settings, accumulate_gradients=1 + settings.accumulates)
     return state.build_once(_build, state, shared, time_)
 
 
 def _build(state: session.GraphState, settings: StepSettings, time_: int) -> TrainOps:
     with tf.compat.v1.name_scope("train"):
-        return _Builder(state, settings, time_).build()
+        return _StepBuilder(state, settings, time_).build()
 
 
 def trained_variables(weights: model.Weights, settings: StepSettings) -> list[tf.Variable]:
@@ -151,62 +149,66 @@ def trained_variables(weights: model.Weights, settings: StepSettings) -> list[tf
     count = settings.trained_blocks(len(weights.blocks))
     if count is None:
         return model.flatten(weights)
-    return [leaf for block in weights.blocks[-count:] for part in block for leaf in part]
+    return model.flatten_blocks(weights.blocks[-count:])
 
 
 class _LossScale:
-    """The factor that keeps float16 gradients from vanishing: halved when they overflow."""
+    """The factor for the loss that keeps float16 gradients from becoming 0."""
 
     def __init__(self) -> None:
-        def variable(name: str, value: float) -> tf.Variable:
-            return tf.compat.v1.get_variable(
-                f"{LOSS_SCALE}/{name}", [], tf.float32, trainable=False,
-                initializer=tf.compat.v1.constant_initializer(value), use_resource=True,
-            )  # fmt: skip
-
         with tf.compat.v1.variable_scope(
             tf.compat.v1.get_variable_scope(), reuse=tf.compat.v1.AUTO_REUSE
         ):
-            self.scale = variable("scale", FIRST_LOSS_SCALE)
-            self.good = variable("good_steps", 0.0)
+            self.scale = self._variable("scale", FIRST_LOSS_SCALE)
+            self.good_steps = self._variable("good_steps", 0.0)
+
+    @staticmethod
+    def _variable(name: str, value: float) -> tf.Variable:
+        return tf.compat.v1.get_variable(
+            f"{LOSS_SCALE}/{name}", [], tf.float32, trainable=False,
+            initializer=tf.compat.v1.constant_initializer(value), use_resource=True,
+        )  # fmt: skip
 
     def grow(self) -> tf.Operation:
-        """Counts a good step; doubles the scale after GOOD_STEPS of them."""
-        enough = tf.cast(self.good.read_value() + 1 >= GOOD_STEPS, tf.float32)
-        good = (self.good.read_value() + 1) * (1 - enough)
+        """Counts a step that was taken; doubles the scale after GOOD_STEPS of them."""
+        enough = tf.cast(self.good_steps.read_value() + 1 >= GOOD_STEPS, tf.float32)
+        good = (self.good_steps.read_value() + 1) * (1 - enough)
         scale = self.scale.read_value() * (1 + enough)
         with tf.control_dependencies([good, scale]):
-            return tf.group(self.good.assign(good), self.scale.assign(scale))
+            return tf.group(self.good_steps.assign(good), self.scale.assign(scale))
 
     def halve(self) -> tf.Operation:
-        """Halves the scale after a step that was not finite."""
+        """Halves the scale after gradients that were not finite."""
         halved = tf.maximum(self.scale.read_value() / 2, 1.0)
         with tf.control_dependencies([halved]):
-            return tf.group(self.good.assign(0.0), self.scale.assign(halved))
+            return tf.group(self.good_steps.assign(0.0), self.scale.assign(halved))
 
 
-class _Builder:
+class _StepBuilder:
     """Adds a step's operations to the default graph."""
 
     def __init__(self, state: session.GraphState, settings: StepSettings, time_: int):
         self.hparams, self.gpus, self.settings = state.hparams, state.gpus, settings
         self.variables = state.weights
         self.xs = trained_variables(state.weights, settings)
-        self.trains_wte = any(x is self.variables.wte for x in self.xs)
         batch = settings.batch_size
         placeholder = tf.compat.v1.placeholder
         self.tokens = placeholder(tf.int32, [batch, time_], "tokens")
-        self.weights = placeholder(tf.float32, [batch, time_ - 1], "weights")
+        self.loss_weights = placeholder(tf.float32, [batch, time_ - 1], "loss_weights")
         self.learning_rate = placeholder(tf.float32, [], "learning_rate")
         self.seed = tf.compat.v1.placeholder_with_default([0, 0], [2], "dropout_seed")
         self.optimizer = make_optimizer(
-            settings.optimizer, self.learning_rate, weight_decay=settings.weight_decay
+            settings.optimizer, self.learning_rate, settings.weight_decay
         )
         self.loss_scale = _LossScale() if settings.precision == "float16" else None
         self.tensors = model.read(self.variables)
-        self.h, self.checkpoints = self.hidden()
+        self.h, self.checkpoints = self._forward()
 
-    def hidden(self) -> tuple[tf.Tensor, list[tf.Tensor]]:
+    def build(self) -> TrainOps:
+        """Adds all of the operations."""
+        return self._accumulating() if self.settings.accumulates else self._immediate()
+
+    def _forward(self) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """The hidden states [rows, n_embd], and the tensors to keep for the backward pass."""
         settings, graph = self.settings, tf.compat.v1.get_default_graph()
         graph.clear_collection(model.CHECKPOINTS)
@@ -220,108 +222,102 @@ class _Builder:
         ).h
         checkpoints = graph.get_collection(model.CHECKPOINTS)
         graph.clear_collection(model.CHECKPOINTS)
-        rows = self.weights.shape.num_elements()
+        rows = self.loss_weights.shape.num_elements()
         return tf.reshape(h, [rows, self.hparams.n_embd]), checkpoints
 
-    def head(self, on_part: OnPart | None = None) -> Head:
-        """The loss and where its gradient starts."""
+    def _loss(self, on_part: OnPart | None = None) -> LossAndGradients:
         rows = self.h.shape[0]
-        return output_head(
+        return linear_cross_entropy(
             self.h,
             self.tensors.wte,
             tf.reshape(self.tokens[:, 1:], [rows]),
-            tf.reshape(self.weights, [rows]),
-            self.trains_wte,
+            tf.reshape(self.loss_weights, [rows]),
+            any(x is self.variables.wte for x in self.xs),
             on_part,
             self.loss_scale.scale.read_value() if self.loss_scale else 1.0,
         )
 
-    def build(self) -> TrainOps:
-        """All of the operations."""
-        return self.accumulating() if self.settings.accumulates else self.immediate()
-
-    def immediate(self) -> TrainOps:
-        """Each variable is updated as soon as its gradient is there, if that saves memory."""
-        head = self.head()
+    def _immediate(self) -> TrainOps:
+        """Updates each variable as soon as its gradient is known, if that saves memory."""
+        loss = self._loss()
         updates: list[tf.Operation] = []
 
         def update(x: tf.Variable, gradient: Gradient) -> tf.Operation:
             if x is self.variables.wte:
-                gradient = recompute.add(head.dwte, gradient)
+                gradient = recompute.add(loss.dwte, gradient)
             updates.append(self.optimizer.apply(gradient, x))
             return updates[-1]
 
         if self.settings.use_memory_saving_gradients:
-            recompute.gradients(self.h, self.xs, head.dh, self.checkpoints, on_gradient=update)
+            recompute.gradients(self.h, self.xs, loss.dh, self.checkpoints, on_gradient=update)
         else:
-            found = tf.gradients(self.h, self.xs, grad_ys=head.dh)
-            # When all are there, each reader of a variable has run: no update needs a copy of it.
+            found = tf.gradients(self.h, self.xs, grad_ys=loss.dh)
+            # When all gradients are known, all readers of the variables have run: an update copies
+            # no variable.
             with tf.control_dependencies([getattr(g, "values", g) for g in found]):
                 updates.append(tf.no_op())
             for x, gradient in zip(self.xs, found, strict=True):
                 with tf.control_dependencies(updates[-1:]):
                     update(x, gradient)
         with tf.control_dependencies([self.optimizer.finish(updates)]):
-            apply = tf.identity(head.loss)
-        return self.ops(apply=apply)
+            apply = tf.identity(loss.loss)
+        return self._train_ops(apply)
 
-    def accumulating(self) -> TrainOps:
-        """Each gradient is added to its accumulator as soon as it is there."""
-        wte, settings = self.variables.wte, self.settings
+    def _accumulating(self) -> TrainOps:
+        """Adds gradients to accumulators, and applies them when all micro-batches have run."""
         total = AccumulatingOptimizer(self.optimizer, self.xs)
+        add_micro_batch = self._add_micro_batch(total)
+        apply = total.apply_gradients(self._gradient_factor(total))
+        ops = self._train_ops(apply, total.variables())
+        ops = ops._replace(reset_gradients=total.reset(), add_micro_batch=add_micro_batch)
+        if not self.loss_scale:
+            return ops
+        with tf.control_dependencies([apply]), tf.control_dependencies([self.loss_scale.grow()]):
+            apply = tf.identity(apply)
+        loss = total.mean_loss()
+        with tf.control_dependencies([self.loss_scale.halve()]):
+            skip = tf.identity(loss)
+        return ops._replace(
+            apply_gradients=apply, gradients_finite=total.all_finite(), skip_step=skip
+        )
+
+    def _add_micro_batch(self, total: AccumulatingOptimizer) -> tf.Operation:
+        """Adds each part of a gradient to its accumulator as soon as it is known."""
         additions: list[tf.Operation] = []
 
         def add(x: tf.Variable, part: Gradient) -> tf.Operation:
             additions.append(total.add(x, part))
             return additions[-1]
 
-        head = self.head(on_part=lambda part: add(wte, part))
-        if settings.use_memory_saving_gradients:
-            recompute.gradients(self.h, self.xs, head.dh, self.checkpoints, on_part=add)
+        loss = self._loss(on_part=lambda part: add(self.variables.wte, part))
+        if self.settings.use_memory_saving_gradients:
+            recompute.gradients(self.h, self.xs, loss.dh, self.checkpoints, on_part=add)
         else:
-            found = tf.gradients(self.h, self.xs, grad_ys=head.dh)
+            found = tf.gradients(self.h, self.xs, grad_ys=loss.dh)
             for x, gradient in zip(self.xs, found, strict=True):
                 add(x, gradient)
-        micro_step = total.count(head.loss, additions)
-        scale = 1.0 / self.loss_scale.scale.read_value() if self.loss_scale else 1.0
-        factor = scale
-        if settings.gradient_clip:
-            norm = total.global_norm() * scale
-            factor = scale * settings.gradient_clip / tf.maximum(norm, settings.gradient_clip)
-        apply = total.apply_gradients(factor)
-        reset, own = total.reset(), total.variables()
-        if not self.loss_scale:
-            return self.ops(apply, reset, micro_step, own=own)
-        with tf.control_dependencies([apply]), tf.control_dependencies([self.loss_scale.grow()]):
-            apply = tf.identity(apply)
-        loss = total.mean_loss()
-        with tf.control_dependencies([self.loss_scale.halve()]):
-            skip = tf.identity(loss)
-        return self.ops(apply, reset, micro_step, total.all_finite(), skip, own)
+        return total.end_micro_batch(loss.loss, additions)
 
-    def ops(
-        self,
-        apply: tf.Tensor,
-        reset: tf.Operation | None = None,
-        micro_step: tf.Operation | None = None,
-        finite: tf.Tensor | None = None,
-        skip: tf.Tensor | None = None,
-        own: Sequence[tf.Variable] = (),
+    def _gradient_factor(self, total: AccumulatingOptimizer) -> tf.Tensor | float:
+        """Takes the loss scale out of the gradients, and clips them by their global norm."""
+        scale = 1.0 / self.loss_scale.scale.read_value() if self.loss_scale else 1.0
+        clip = self.settings.gradient_clip
+        if not clip:
+            return scale
+        return scale * clip / tf.maximum(total.global_norm() * scale, clip)
+
+    def _train_ops(
+        self, apply_gradients: tf.Tensor, accumulators: Sequence[tf.Variable] = ()
     ) -> TrainOps:
-        """TrainOps of these and of what both ways share."""
         state = self.optimizer.variables()
         if self.loss_scale:
-            state += [self.loss_scale.scale, self.loss_scale.good]
+            state += [self.loss_scale.scale, self.loss_scale.good_steps]
         return TrainOps(
             tokens=self.tokens,
-            weights=self.weights,
+            loss_weights=self.loss_weights,
             learning_rate=self.learning_rate,
             dropout_seed=self.seed,
-            reset=reset,
-            micro_step=micro_step,
-            apply=apply,
-            finite=finite,
-            skip=skip,
-            initialize=tf.compat.v1.variables_initializer([*state, *own]),
-            state=state,
+            initialize_state=tf.compat.v1.variables_initializer([*state, *accumulators]),
+            state_variables=state,
+            apply_gradients=apply_gradients,
         )
