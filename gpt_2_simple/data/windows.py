@@ -44,8 +44,8 @@ def window_length(
         ValueError: there are fewer than the 2 tokens that it takes to predict one.
     """
     lengths = [len(chunk) for chunk in chunks]
-    reaches_over_chunks = sampling == "epoch" and not pad_documents
-    longest = sum(lengths) if reaches_over_chunks else max(lengths, default=0)
+    is_packed = _windows_class(sampling, pad_documents) is _PackedWindows
+    longest = sum(lengths) if is_packed else max(lengths, default=0)
     if longest < 2:
         raise ValueError(
             f"the dataset has {sum(lengths)} tokens in {len(lengths)} chunks: "
@@ -181,8 +181,8 @@ class _TokenStream:
         return tokens
 
 
-class _Windows:
-    """The windows of one length that a sampler draws from, numbered from 0.
+class _WindowsInChunks:
+    """Windows of one length that each lie within one chunk, numbered chunk by chunk.
 
     Attributes:
         length: tokens in a window.
@@ -190,24 +190,19 @@ class _Windows:
         per_epoch: how many windows predict as many tokens as the dataset has to predict.
     """
 
-    length: int
-    count: int
-    per_epoch: float
-
-    def locate(self, index: int) -> _Window:
-        """The window of this number."""
-        raise NotImplementedError
-
-
-class _WindowsInChunks(_Windows):
-    """Windows that each lie within one chunk, numbered chunk by chunk."""
-
     def __init__(self, stream: _TokenStream, length: int, counts: np.ndarray):
         """Takes the number of windows in each chunk."""
         self.length = length
-        self._stream = stream
-        self._cumulative_counts = np.cumsum(counts)
         self.count = int(counts.sum())
+        self.per_epoch: float = self.count
+        self._ends = stream.ends
+        self._starts = stream.ends - stream.lengths
+        self._cumulative_counts = np.cumsum(counts)
+
+    @staticmethod
+    def count_targets(stream: _TokenStream) -> int:
+        """How many tokens can be predicted from one before them in their chunk."""
+        return int(np.maximum(stream.lengths - 1, 0).sum())
 
     def _chunk_and_offset(self, index: int) -> tuple[int, int]:
         """A window's chunk, and its number within the chunk."""
@@ -225,12 +220,11 @@ class _RandomWindows(_WindowsInChunks):
                 f"no chunk of the dataset has {length} tokens in a row, the longest has "
                 f"{max(stream.lengths, default=0)}: window_length() tells how long windows can be"
             )
-        self.per_epoch = _targets_in_chunks(stream) / (length - 1)
+        self.per_epoch = self.count_targets(stream) / (length - 1)
 
     def locate(self, index: int) -> _Window:
         chunk, offset = self._chunk_and_offset(index)
-        start = int(self._stream.ends[chunk] - self._stream.lengths[chunk])
-        return _Window(start + offset, self.length)
+        return _Window(int(self._starts[chunk]) + offset, self.length)
 
 
 class _DocumentWindows(_WindowsInChunks):
@@ -242,19 +236,18 @@ class _DocumentWindows(_WindowsInChunks):
             raise ValueError(
                 "no document of the dataset has 2 tokens, so there is nothing to predict"
             )
-        self.per_epoch = self.count
 
     def locate(self, index: int) -> _Window:
         chunk, offset = self._chunk_and_offset(index)
-        end = int(self._stream.ends[chunk])
-        start = end - int(self._stream.lengths[chunk]) + offset * (self.length - 1)
-        return _Window(start, min(self.length, end - start))
+        start = int(self._starts[chunk]) + offset * (self.length - 1)
+        return _Window(start, min(self.length, int(self._ends[chunk]) - start))
 
 
-class _PackedWindows(_Windows):
+class _PackedWindows:
     """Windows side by side over all chunks; each starts with the last token of the one before.
 
     The last window is moved back so that it ends with the data, and predicts only what is new.
+    The attributes are those of _WindowsInChunks.
     """
 
     def __init__(self, stream: _TokenStream, length: int):
@@ -264,9 +257,13 @@ class _PackedWindows(_Windows):
                 "window_length() tells how long windows can be"
             )
         self.length = length
-        self.count = math.ceil((stream.size - 1) / (length - 1))
-        self.per_epoch = self.count
+        self.count = self.per_epoch = math.ceil(self.count_targets(stream) / (length - 1))
         self._last_start = stream.size - length
+
+    @staticmethod
+    def count_targets(stream: _TokenStream) -> int:
+        """How many tokens can be predicted from one before them."""
+        return max(stream.size - 1, 0)
 
     def locate(self, index: int) -> _Window:
         context = index * (self.length - 1)
@@ -274,9 +271,15 @@ class _PackedWindows(_Windows):
         return _Window(start, self.length, context - start + 1)
 
 
-def _targets_in_chunks(stream: _TokenStream) -> int:
-    """How many tokens of a dataset can be predicted from one before them in their chunk."""
-    return int(np.maximum(stream.lengths - 1, 0).sum())
+_Windows = _RandomWindows | _DocumentWindows | _PackedWindows
+
+
+def _windows_class(
+    sampling: str, pad_documents: bool
+) -> type[_RandomWindows] | type[_DocumentWindows] | type[_PackedWindows]:
+    if pad_documents:
+        return _DocumentWindows
+    return _PackedWindows if sampling == "epoch" else _RandomWindows
 
 
 class WindowSampler:
@@ -318,8 +321,8 @@ class WindowSampler:
         self.sampling = sampling
         self.pad_documents = pad_documents
         self.pad_id = pad_id
-        packed = sampling == "epoch" and not pad_documents
-        self._n_targets = self.total_size - 1 if packed else _targets_in_chunks(self._stream)
+        self._windows_class = _windows_class(sampling, pad_documents)
+        self._n_targets = self._windows_class.count_targets(self._stream)
         self._n_predicted = 0
         self._generator = np.random.default_rng(seed)
         self._windows: _Windows | None = None
@@ -366,15 +369,11 @@ class WindowSampler:
     def _windows_of(self, length: int) -> _Windows:
         if length < 2:
             raise ValueError(f"length={length} must be at least 2: a token, and the one after it")
-        if self.pad_documents:
-            return _DocumentWindows(self._stream, length)
-        if self.sampling == "random":
-            return _RandomWindows(self._stream, length)
-        return _PackedWindows(self._stream, length)
+        return self._windows_class(self._stream, length)
 
     def _tell_unreachable(self, length: int) -> None:
         """Prints how many tokens are in no window, if there are some."""
-        if self.sampling == "epoch" or self.pad_documents:
+        if self._windows_class is not _RandomWindows:
             return
         lengths = self._stream.lengths
         n_unreachable = int(lengths[lengths < length].sum())
@@ -392,7 +391,7 @@ class WindowSampler:
         return self._epoch.next_index()
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to draw on as if nothing had happened; JSON can hold it."""
+        """What restore() needs to draw the same windows that come next; JSON can hold it."""
         return {
             "dataset": self._identity(),
             "generator": self._generator.bit_generator.state,
@@ -403,10 +402,10 @@ class WindowSampler:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken; a state that is refused changes nothing.
+        """Continues where `state` was taken; a state that is refused changes nothing.
 
-        If the dataset or the sampling is another one now, the generator and the count of tokens
-        go on, a new epoch begins, and a line says so.
+        If the dataset or the sampling has changed since then, the generator and the count of
+        tokens continue, a new epoch begins, and a line says so.
 
         Args:
             state: what state() returned.
