@@ -188,7 +188,12 @@ def tokenize(
     Raises:
         ValueError: there is no text, or a file cannot be read as asked.
     """
-    parts = [_read_encoded(file, enc) for file in dataset.encoded_files]
+    parts: list[Sequence[np.ndarray]] = [
+        read_npz(file.path, enc.n_vocab)
+        if file.kind == "npz"
+        else read_saved_tokens(file.path, enc)
+        for file in dataset.encoded_files
+    ]
     if dataset.is_large:
         parts.append(_encode_into_cache(dataset, enc, cache_dir, processes))
     elif dataset.text_files:
@@ -199,12 +204,6 @@ def tokenize(
     if not any(len(chunk) for chunks in parts for chunk in chunks):
         raise ValueError(f"the dataset {dataset.path!r} is empty: there is no text in its files")
     return parts[0] if len(parts) == 1 else [chunk for chunks in parts for chunk in chunks]
-
-
-def _read_encoded(file: DataFile, enc: Any) -> Sequence[np.ndarray]:
-    if file.kind == "npz":
-        return read_npz(file.path, enc.n_vocab)
-    return read_saved_tokens(file.path, enc)
 
 
 def _encode_into_cache(

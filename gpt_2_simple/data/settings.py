@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from ..common.settings import Setting, Settings
 from ..encoder import END_OF_TEXT
@@ -53,8 +53,8 @@ START_TOKEN = "<|startoftext|>"
 FILES = "files"  # the one heading of `encode --help` and `encode_csv --help`
 
 
-def _in_files(setting: Setting) -> Setting:
-    return dataclasses.replace(setting, group=FILES)
+def _in_files(setting: Setting, **changes: Any) -> Setting:
+    return dataclasses.replace(setting, group=FILES, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ class EncodeCsvSettings(Settings):
     out_path: Annotated[
         str | os.PathLike[str], Setting(group=FILES, help="Text file to write, in UTF-8")
     ] = "csv_encoded.txt"
-    header: Annotated[bool | None, _in_files(HEADER)] = True
+    header: Annotated[bool | None, _in_files(HEADER, default_help=None)] = True
     start_token: Annotated[str, Setting(group=FILES, help="Text to put before each row")] = (
         START_TOKEN
     )
@@ -122,4 +122,9 @@ class EncodeCsvSettings(Settings):
     _: dataclasses.KW_ONLY
     column: Annotated[str | int | None, _in_files(COLUMN)] = None
     template: Annotated[str | None, _in_files(TEMPLATE)] = None
-    encoding: Annotated[str | None, _in_files(ENCODING)] = None
+    encoding: Annotated[
+        str | None,
+        _in_files(
+            ENCODING, help="Encoding of the table. None for UTF-8, or what a byte order mark tells"
+        ),
+    ] = None
