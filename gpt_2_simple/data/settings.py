@@ -63,40 +63,27 @@ class EncodeSettings(Settings):
 
     GROUPS: ClassVar = (FILES,)
 
-    file_path: Annotated[
-        str | Sequence[str],
-        Setting(
-            group=FILES,
-            help="Text to encode: a text file, a folder, a glob pattern, a .csv, .tsv or .jsonl, "
-            "or several of these",
-        ),
-    ]
-    model_dir: Annotated[str, Setting(group=FILES, help="Folder that holds the models")] = "models"
-    out_path: Annotated[
-        str | os.PathLike[str],
-        Setting(
-            group=FILES,
-            help="File to write: an .npz, which gpt-2-simple 0.8.1 reads too, or a .tokens file, "
-            "which is read without being loaded into memory",
-        ),
-    ] = "text_encoded.npz"
-    model_name: Annotated[str, Setting(group=FILES, help="Model whose vocabulary is used")] = "124M"
+    # fmt: off
+    file_path: Annotated[str | Sequence[str], Setting(
+        FILES, "Text to encode: a text file, a folder, a glob pattern, a .csv, .tsv or .jsonl, or "
+        "several of these")]
+    model_dir: Annotated[str, Setting(FILES, "Folder that holds the models")] = "models"
+    out_path: Annotated[str | os.PathLike[str], Setting(
+        FILES, "File to write: an .npz, which gpt-2-simple 0.8.1 reads too, or a .tokens file, "
+        "which is read without being loaded into memory")] = "text_encoded.npz"
+    model_name: Annotated[str, Setting(FILES, "Model whose vocabulary is used")] = "124M"
     combine: Annotated[int, _in_files(COMBINE)] = 50000
     _: dataclasses.KW_ONLY
     encoding: Annotated[str | None, _in_files(ENCODING)] = None
     column: Annotated[str | int | None, _in_files(COLUMN)] = None
     template: Annotated[str | None, _in_files(TEMPLATE)] = None
     header: Annotated[bool | None, _in_files(HEADER)] = None
-    pad_documents: Annotated[
-        bool,
-        Setting(
-            group=FILES,
-            help="Make each document (a file, a row) a chunk of its own, for "
-            "finetune(pad_documents=True)",
-        ),
-    ] = False
+    pad_documents: Annotated[bool, Setting(
+        FILES, "Make each document (a file, a row) a chunk of its own, for "
+        "finetune(pad_documents=True)")] = False
     cache_dir: Annotated[str | None, _in_files(CACHE_DIR)] = None
-    verbose: Annotated[int, Setting(group=FILES, help="0 prints nothing but errors")] = 1
+    verbose: Annotated[int, Setting(FILES, "0 prints nothing but errors")] = 1
+    # fmt: on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,26 +92,19 @@ class EncodeCsvSettings(Settings):
 
     GROUPS: ClassVar = (FILES,)
 
-    csv_path: Annotated[
-        str | os.PathLike[str],
-        Setting(group=FILES, help="Table to read: a .csv, .tsv or .jsonl, or one of these as .gz"),
-    ]
-    out_path: Annotated[
-        str | os.PathLike[str], Setting(group=FILES, help="Text file to write, in UTF-8")
-    ] = "csv_encoded.txt"
+    # fmt: off
+    csv_path: Annotated[str | os.PathLike[str], Setting(
+        FILES, "Table to read: a .csv, .tsv or .jsonl, or one of these as .gz")]
+    out_path: Annotated[str | os.PathLike[str], Setting(
+        FILES, "Text file to write, in UTF-8")] = "csv_encoded.txt"
     header: Annotated[bool | None, _in_files(HEADER, default_help=None)] = True
-    start_token: Annotated[str, Setting(group=FILES, help="Text to put before each row")] = (
-        START_TOKEN
-    )
-    end_token: Annotated[
-        str, Setting(group=FILES, help="Text to put after each row, before a line break")
-    ] = END_OF_TEXT
+    start_token: Annotated[str, Setting(FILES, "Text to put before each row")] = START_TOKEN
+    end_token: Annotated[str, Setting(
+        FILES, "Text to put after each row, before a line break")] = END_OF_TEXT
     _: dataclasses.KW_ONLY
     column: Annotated[str | int | None, _in_files(COLUMN)] = None
     template: Annotated[str | None, _in_files(TEMPLATE)] = None
-    encoding: Annotated[
-        str | None,
-        _in_files(
-            ENCODING, help="Encoding of the table. None for UTF-8, or what a byte order mark tells"
-        ),
-    ] = None
+    encoding: Annotated[str | None, _in_files(
+        ENCODING,
+        help="Encoding of the table. None for UTF-8, or what a byte order mark tells")] = None
+    # fmt: on

@@ -28,52 +28,29 @@ class LoadSettings(Settings):
 
     GROUPS: ClassVar = (MODEL_OR_RUN,)
 
-    checkpoint: Annotated[
-        str | int,
-        Setting(
-            group=MODEL_OR_RUN,
-            help="Checkpoint of the run to load: 'latest', 'best', a name such as 'model-1000', or "
-            "its step",
-        ),
-    ] = "latest"
-    run_name: Annotated[
-        str, Setting(group=MODEL_OR_RUN, help="Run to load: a folder in `checkpoint_dir`")
-    ] = "run1"
-    checkpoint_dir: Annotated[
-        str, Setting(group=MODEL_OR_RUN, help="Folder that holds the runs")
-    ] = "checkpoint"
-    model_name: Annotated[
-        str | None,
-        Setting(
-            group=MODEL_OR_RUN,
-            help="Load this model instead of a run: a folder in `model_dir`",
-            default_help="none: the run is loaded",
-        ),
-    ] = None
-    model_dir: Annotated[str, Setting(group=MODEL_OR_RUN, help=_MODEL_DIR_HELP)] = "models"
-    multi_gpu: Annotated[
-        bool,
-        Setting(
-            group=MODEL_OR_RUN, help="Spread the model's blocks over all GPUs, if there are several"
-        ),
-    ] = False
-    reuse: Annotated[
-        bool,
-        Setting(group=None, help="Accepted for old scripts; a session's model is always reused"),
-    ] = False
+    # fmt: off
+    checkpoint: Annotated[str | int, Setting(
+        MODEL_OR_RUN, "Checkpoint of the run to load: 'latest', 'best', a name such as "
+        "'model-1000', or its step")] = "latest"
+    run_name: Annotated[str, Setting(
+        MODEL_OR_RUN, "Run to load: a folder in `checkpoint_dir`")] = "run1"
+    checkpoint_dir: Annotated[str, Setting(
+        MODEL_OR_RUN, "Folder that holds the runs")] = "checkpoint"
+    model_name: Annotated[str | None, Setting(
+        MODEL_OR_RUN, "Load this model instead of a run: a folder in `model_dir`",
+        default_help="none: the run is loaded")] = None
+    model_dir: Annotated[str, Setting(MODEL_OR_RUN, _MODEL_DIR_HELP)] = "models"
+    multi_gpu: Annotated[bool, Setting(
+        MODEL_OR_RUN, "Spread the model's blocks over all GPUs, if there are several")] = False
+    reuse: Annotated[bool, Setting(
+        None, "Accepted for old scripts; a session's model is always reused")] = False
     _: dataclasses.KW_ONLY
-    precision: Annotated[
-        str | None,
-        Setting(
-            group=MODEL_OR_RUN,
-            help="Type that holds the blocks' matrices. 'bfloat16' and 'float16' take about half "
-            "the memory, and are for generating only. None for the type that the session has "
-            "already, or 'float32'",
-            choices=PRECISIONS,
-            default_help="float32",
-        ),
-    ] = None
-    verbose: Annotated[int, Setting(group=None, help="0 prints nothing but errors")] = 1
+    precision: Annotated[str | None, Setting(
+        MODEL_OR_RUN, "Type that holds the blocks' matrices. 'bfloat16' and 'float16' take about "
+        "half the memory, and are for generating only. None for the type that the session has "
+        "already, or 'float32'", choices=PRECISIONS, default_help="float32")] = None
+    verbose: Annotated[int, Setting(None, "0 prints nothing but errors")] = 1
+    # fmt: on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,69 +59,32 @@ class CreateSettings(Settings):
 
     GROUPS: ClassVar = (MODEL, SIZE)
 
-    dataset: Annotated[
-        str | Sequence[str] | None,
-        Setting(
-            group=MODEL,
-            help="Text to train a vocabulary on; needed only with `vocab_size`",
-            default_help="none",
-        ),
-    ] = None
-    model_name: Annotated[
-        str,
-        Setting(
-            group=MODEL,
-            help="Model to make: a new folder in `model_dir`. 'nano', 'micro' and 'mini' name a "
-            "size too. Any other name gets the size of 'nano'",
-        ),
-    ] = "nano"
-    model_dir: Annotated[str, Setting(group=MODEL, help=_MODEL_DIR_HELP)] = "models"
-    n_layer: Annotated[
-        int | None,
-        Setting(group=SIZE, help="Transformer blocks", at_least=1, default_help=_NAMED_SIZE),
-    ] = None
-    n_head: Annotated[
-        int | None,
-        Setting(
-            group=SIZE, help="Attention heads in a block", at_least=1, default_help=_NAMED_SIZE
-        ),
-    ] = None
-    n_embd: Annotated[
-        int | None,
-        Setting(
-            group=SIZE,
-            help="Width of the residual stream; a multiple of `n_head`",
-            at_least=1,
-            default_help=_NAMED_SIZE,
-        ),
-    ] = None
-    n_ctx: Annotated[
-        int | None,
-        Setting(
-            group=SIZE, help="Longest context, in tokens", at_least=2, default_help=_NAMED_SIZE
-        ),
-    ] = None
-    vocab_size: Annotated[
-        int | None,
-        Setting(
-            group=SIZE,
-            help="Tokens in the vocabulary. A number trains a byte-level BPE on `dataset`, and "
-            'needs pip install "gpt_2_simple[bpe]". None takes the 256 bytes and <|endoftext|>, '
-            "which fit any language",
-            at_least=257,
-            default_help="257: each byte, and <|endoftext|>",
-        ),
-    ] = None
-    seed: Annotated[
-        int | None,
-        Setting(
-            group=SIZE,
-            help="Whole number that makes the random weights repeatable",
-            at_least=0,
-            default_help="random",
-        ),
-    ] = None
-    overwrite: Annotated[bool, Setting(group=SIZE, help="Replace a model of this name")] = False
+    # fmt: off
+    dataset: Annotated[str | Sequence[str] | None, Setting(
+        MODEL, "Text to train a vocabulary on; needed only with `vocab_size`",
+        default_help="none")] = None
+    model_name: Annotated[str, Setting(
+        MODEL, "Model to make: a new folder in `model_dir`. 'nano', 'micro' and 'mini' name a size "
+        "too. Any other name gets the size of 'nano'")] = "nano"
+    model_dir: Annotated[str, Setting(MODEL, _MODEL_DIR_HELP)] = "models"
+    n_layer: Annotated[int | None, Setting(
+        SIZE, "Transformer blocks", at_least=1, default_help=_NAMED_SIZE)] = None
+    n_head: Annotated[int | None, Setting(
+        SIZE, "Attention heads in a block", at_least=1, default_help=_NAMED_SIZE)] = None
+    n_embd: Annotated[int | None, Setting(
+        SIZE, "Width of the residual stream; a multiple of `n_head`", at_least=1,
+        default_help=_NAMED_SIZE)] = None
+    n_ctx: Annotated[int | None, Setting(
+        SIZE, "Longest context, in tokens", at_least=2, default_help=_NAMED_SIZE)] = None
+    vocab_size: Annotated[int | None, Setting(
+        SIZE, "Tokens in the vocabulary. A number trains a byte-level BPE on `dataset`, and needs "
+        'pip install "gpt_2_simple[bpe]". None takes the 256 bytes and <|endoftext|>, which fit '
+        "any language", at_least=257, default_help="257: each byte, and <|endoftext|>")] = None
+    seed: Annotated[int | None, Setting(
+        SIZE, "Whole number that makes the random weights repeatable", at_least=0,
+        default_help="random")] = None
+    overwrite: Annotated[bool, Setting(SIZE, "Replace a model of this name")] = False
+    # fmt: on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,25 +93,15 @@ class DownloadSettings(Settings):
 
     GROUPS: ClassVar = (MODEL,)
 
-    model_dir: Annotated[str | os.PathLike[str], Setting(group=MODEL, help=_MODEL_DIR_HELP)] = (
-        "models"
-    )
-    model_name: Annotated[
-        str,
-        Setting(
-            group=MODEL,
-            help="Model to download: '124M' (500 MB), '355M' (1.4 GB), '774M' (3.1 GB) or '1558M' "
-            "(6.2 GB). '117M' and '345M' are older names of '124M' and '355M', and have folders of "
-            "their own",
-            choices=MODEL_NAMES,
-        ),
-    ] = "124M"
-    base_url: Annotated[
-        str | None,
-        Setting(
-            group=MODEL,
-            help="Mirror that has the files at <base_url>/models/<model_name>/. None for the "
-            f"environment variable {BASE_URL_VARIABLE}, or OpenAI's server if that is not set",
-            default_help=f"${BASE_URL_VARIABLE}, or OpenAI's server",
-        ),
-    ] = None
+    # fmt: off
+    model_dir: Annotated[str | os.PathLike[str], Setting(MODEL, _MODEL_DIR_HELP)] = "models"
+    model_name: Annotated[str, Setting(
+        MODEL, "Model to download: '124M' (500 MB), '355M' (1.4 GB), '774M' (3.1 GB) or '1558M' "
+        "(6.2 GB). '117M' and '345M' are older names of '124M' and '355M', and have folders of "
+        "their own", choices=MODEL_NAMES)] = "124M"
+    base_url: Annotated[str | None, Setting(
+        MODEL,
+        "Mirror that has the files at <base_url>/models/<model_name>/. None for the environment "
+        f"variable {BASE_URL_VARIABLE}, or OpenAI's server if that is not set",
+        default_help=f"${BASE_URL_VARIABLE}, or OpenAI's server")] = None
+    # fmt: on
