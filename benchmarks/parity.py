@@ -45,7 +45,7 @@ def ours(folder: str, size: str, time: int) -> dict:
     config = step_settings(
         batch_size=1, accumulate_gradients=windows.shape[1], use_memory_saving_gradients=True
     )
-    ops = step.build(sess, state, config, time)
+    ops = step.build_train_ops(state, config, time)
     sess.run(ops.initialize_state)
     shape = ops.loss_weights.shape.as_list()
     share = np.full(shape, 1 / np.prod(shape), np.float32)

@@ -42,7 +42,7 @@ class Ours:
         self.sess = session.start_tf_sess()
         state = session.build_model(self.sess, published_hparams(size), [])
         config = step_settings(accumulate_gradients=1, use_memory_saving_gradients=recompute)
-        self.ops = step.build(self.sess, state, config, TOKENS)
+        self.ops = step.build_train_ops(state, config, TOKENS)
         with self.sess.graph.as_default():
             self.sess.run(tf.compat.v1.global_variables_initializer())
         self.feed = {

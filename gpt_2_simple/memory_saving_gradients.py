@@ -219,12 +219,12 @@ def _kept(ops: Iterable[tf.Operation]) -> set[tf.Operation]:
 
 
 def _number_segments(forward: _Forward, checkpoints: set[str]) -> dict[tf.Operation, int]:
-    """Gives each operation that may be run again the number of its segment; the first is 0.
+    """Numbers the segment of each operation that may be run again; the first segment is 0.
 
-    The number is how many checkpoints data passes on its way to the operation. If it passes none,
-    as for the cast of a weight or for a mask, the operation belongs to the segment that first needs
-    its result. One that no gradient passes through may be needed by several segments: it then
-    belongs to none, and its result is kept.
+    The number is how many checkpoints the data passes on its way to the operation. If it passes
+    none, as for the cast of a weight, the operation belongs to the segment that first needs its
+    result. If no gradient passes through the operation, as for a mask, several segments may need
+    it: it then belongs to no segment, and its result is kept.
     """
     path = forward.path
 
@@ -318,8 +318,8 @@ class _Backward:
                     if part is not None:
                         self._receive(t, part)
             if self.on_gradient is not None:
-                names = [name for name, last in completed_by.items() if last == segment]
-                self._hand_out(names, self.on_gradient)
+                complete = [name for name, last in completed_by.items() if last == segment]
+                self._hand_out([name for name in complete if name in self.sums], self.on_gradient)
 
     def _completed_by(self) -> dict[str, int]:
         """By a source's name, the segment that gives the last part of its gradient."""
@@ -334,7 +334,7 @@ class _Backward:
         return completed_by
 
     def _subgraphs(self, segment: int) -> list[_Subgraph]:
-        """What of `segment` passes gradients on: all at once, but each kept operation alone."""
+        """The subgraphs of `segment` that pass gradients on; each kept operation is one alone."""
         forward = self.forward
         groups: dict[tf.Operation | None, list[tf.Tensor]] = {None: []}
         for name in self.sums:
@@ -416,9 +416,8 @@ class _Backward:
         with tf.control_dependencies([_tensor(g) for g in self.done]):
             last = tf.no_op("segment_done")
         for name in names:
-            if name in self.sums:
-                with tf.control_dependencies([last]):
-                    last = on_gradient(self.xs[name], self.sums[name])
+            with tf.control_dependencies([last]):
+                last = on_gradient(self.xs[name], self.sums[name])
         self.done = [last]
 
 
@@ -493,8 +492,6 @@ def _use_copies(
     for op in made:
         if any(t.name in copies or t.op in stale for t in op.inputs):
             stale.add(op)
-    if not stale:
-        return found
     renewed = dict(copies)
     _copy([op for op in made if op in stale], renewed)
 
@@ -508,7 +505,7 @@ def _use_copies(
 
 
 def _checkpoint_names(checkpoints: str | Sequence[tf.Tensor], forward: _Forward) -> set[str]:
-    """Names of the checkpoints; an x that is computed from another x is one as well."""
+    """Names of the checkpoints. The xs are checkpoints, too: one may be computed from another."""
     if not isinstance(checkpoints, str):
         tensors = list(checkpoints)
     elif checkpoints == "collection":
@@ -535,11 +532,11 @@ class _Bottleneck(NamedTuple):
 
 
 def _bottlenecks(forward: _Forward) -> list[_Bottleneck]:
-    """Finds the tensors that separate the ys from all that comes before, in order.
+    """Finds the tensors that separate the ys from all that comes before them, the first one first.
 
-    Operations are visited along the longest chain first. So a side branch, such as the cast of a
-    weight, comes after the chain it joins, and a tensor is a bottleneck if, when it has been made,
-    it is the only one that is still needed.
+    Operations are visited along the longest chain first, so that a side branch, such as the cast of
+    a weight, comes after the chain that it joins. A tensor is a bottleneck if, when it has been
+    made, no other tensor is still needed.
     """
     depth: dict[tf.Operation, int] = {}
     for op in forward.ops:
@@ -579,8 +576,8 @@ def _bytes(t: tf.Tensor) -> int:
 def _cheapest(bottlenecks: Sequence[_Bottleneck]) -> list[tf.Tensor]:
     """Chooses evenly spaced bottlenecks as checkpoints.
 
-    Of all numbers of segments, takes the one for which the bytes of the checkpoints and of the
-    largest segment are fewest in sum.
+    Tries each number of segments, and takes the one with the fewest bytes: those of the checkpoints
+    plus those of the largest segment.
     """
     total = bottlenecks[-1].size_so_far
 

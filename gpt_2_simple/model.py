@@ -147,7 +147,7 @@ def _layer_norm_variables(name: str, width: int) -> LayerNorm:
 
 
 def block_device(layer: int, n_layer: int, gpus: Sequence[str]) -> str | None:
-    """The device of a block when the blocks are spread evenly over `gpus`; None without any."""
+    """The device of a block when all are spread evenly over `gpus`; None if `gpus` is empty."""
     return gpus[layer * len(gpus) // n_layer] if gpus else None
 
 
@@ -249,12 +249,12 @@ def _gelu_gradient(op: tf.Operation, dy: tf.Tensor, *_: Any) -> list[Any]:
     x = op.inputs[1]
     gate = tf.sigmoid(_twice_tanh_argument(x))
     scale = 2.0 * GELU_SCALE
-    x_dz = x * (scale + 3 * GELU_CUBIC * scale * tf.square(x))
-    return [None, dy * gate * (1.0 + x_dz * (1.0 - gate))]
+    x_dz_dx = x * (scale + 3 * GELU_CUBIC * scale * tf.square(x))
+    return [None, dy * gate * (1.0 + x_dz_dx * (1.0 - gate))]
 
 
 def with_gradient(name: str, value: tf.Tensor, *stored: tf.Tensor) -> tf.Tensor:
-    """Returns `value`; its gradient is the function registered as `name`, of `stored`.
+    """Returns `value`, whose gradient the function registered as `name` computes from `stored`.
 
     The gradient function takes `stored` from the operation's inputs. That of tf.custom_gradient
     holds them by a closure instead: a copy of the operation (see memory_saving_gradients) would
@@ -336,7 +336,10 @@ def attention(
     mask: tf.Tensor,
     dropout: Dropout | None = None,
 ) -> tf.Tensor:
-    """softmax(q k^T + mask) v, the softmax in float32; stores it in q's type for its gradient."""
+    """Computes softmax(q k^T + mask) v.
+
+    The softmax is computed in float32, and stored in q's type for the gradient.
+    """
     scores = tf.cast(tf.matmul(q, k, transpose_b=True), mask.dtype) + mask
     weights = tf.cast(tf.nn.softmax(scores), q.dtype)  # [batch, head, query, key]
     if dropout is not None:
@@ -451,10 +454,10 @@ def hidden_states(
 
 
 def _each_mask_once() -> MakeMask:
-    """causal_mask for one forward pass: all blocks share its masks.
+    """Returns causal_mask for one forward pass: each mask is made once, for all blocks.
 
-    Where the number of queries is not static there is one mask only, since attention is not
-    computed in chunks then.
+    If the number of queries is not static, there is only one mask, since causal_attention makes no
+    chunks then.
     """
     masks: dict[tuple[str, str] | None, tf.Tensor] = {}
 

@@ -25,7 +25,7 @@ SMALL = model.HParams(n_vocab=101, n_ctx=64, n_embd=16, n_head=2, n_layer=3)
 def test_plan_of_weights_and_optimizer_state_equals_the_graph(sess, optimizer, change):
     state = session.build_model(sess, SMALL, [])
     config = step_settings(optimizer=optimizer, accumulate_gradients=2, **change)
-    ops = step.build(sess, state, config, 64)
+    ops = step.build_train_ops(state, config, 64)
     planned = memory.plan(SMALL, config)
 
     def size(variables):

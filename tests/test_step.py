@@ -28,7 +28,7 @@ def give(sess, variable, value):
 
 def train(sess, state, settings, steps, tokens=TOKENS, rate=0.05):
     """Losses of some steps, and the weights after them."""
-    ops = step.build(sess, state, settings, tokens.shape[1])
+    ops = step.build_train_ops(state, settings, tokens.shape[1])
     sess.run(ops.initialize_state)
     share = np.full(
         ops.loss_weights.shape, 1 / np.prod(ops.loss_weights.shape.as_list()), np.float32
@@ -117,7 +117,7 @@ def test_block_is_updated_before_the_block_below_is_recomputed(sess):
     """So no more than a block's gradients are ever alive; seen on the graph that ran."""
     state = load(sess, oracle.random_weights(HPARAMS))
     settings = step_settings(batch_size=2, accumulate_gradients=1, use_memory_saving_gradients=True)
-    ops = step.build(sess, state, settings, TOKENS.shape[1])
+    ops = step.build_train_ops(state, settings, TOKENS.shape[1])
     sess.run(ops.initialize_state)
     share = np.full(ops.loss_weights.shape, 1 / TOKENS.size, np.float32)
     options = tf.compat.v1.RunOptions(
@@ -211,7 +211,7 @@ def test_frozen_variables_stay_and_have_no_optimizer_state(sess, change, trained
     _, after = train(sess, state, settings, 2)
     for name, value in weights.items():
         assert np.array_equal(after[name], value) is not name.startswith(trained), name
-    ops = step.build(sess, state, settings, 12)
+    ops = step.build_train_ops(state, settings, 12)
     slots = [v.op.name for v in ops.state_variables if "/m/" in v.op.name]
     assert len(slots) == sum(name.startswith(trained) for name in weights)
     assert all(any(part in slot for part in trained) for slot in slots)
@@ -221,7 +221,7 @@ def test_backward_pass_stops_at_frozen_blocks(sess):
     state = load(sess, oracle.random_weights(HPARAMS))
     settings = step_settings(batch_size=2, accumulate_gradients=1, train_last_blocks=1)
     before = {op.name for op in sess.graph.get_operations()}
-    step.build(sess, state, settings, 12)
+    step.build_train_ops(state, settings, 12)
     made = [op.name for op in sess.graph.get_operations() if op.name not in before]
     gradients = [name for name in made if "gradients" in name]
     assert any("/h2/" in name for name in gradients)
@@ -247,7 +247,7 @@ def test_recomputed_dropout_equals_stored_dropout(sess):
 def test_dropout_seed_decides_the_masks(sess):
     state = load(sess, oracle.random_weights(HPARAMS))
     settings = step_settings(batch_size=2, accumulate_gradients=2, dropout=0.5)
-    ops = step.build(sess, state, settings, 12)
+    ops = step.build_train_ops(state, settings, 12)
     sess.run(ops.initialize_state)
     share = np.full(ops.loss_weights.shape, 1 / 22, np.float32)
 
@@ -283,7 +283,7 @@ def test_float16_overflow_skips_the_step_and_halves_the_loss_scale(sess, monkeyp
     weights = oracle.random_weights(HPARAMS)
     state = load(sess, weights)
     settings = step_settings(batch_size=2, accumulate_gradients=1, precision="float16")
-    ops = step.build(sess, state, settings, 12)
+    ops = step.build_train_ops(state, settings, 12)
     sess.run(ops.initialize_state)
     (scale,) = [v for v in ops.state_variables if v.op.name.endswith("loss_scale/scale")]
     give(sess, scale, 2.0**40)
@@ -328,7 +328,7 @@ def test_weight_decay_leaves_biases_and_gains(sess):
     settings = step_settings(
         batch_size=2, accumulate_gradients=1, optimizer="sgd", weight_decay=0.5
     )
-    ops = step.build(sess, state, settings, 12)
+    ops = step.build_train_ops(state, settings, 12)
     sess.run(ops.initialize_state)
     none = np.zeros(ops.loss_weights.shape, np.float32)  # no loss, no gradient: decay alone moves
     sess.run(
@@ -358,4 +358,4 @@ def test_step_settings_out_of_range_raise(change, message):
 def test_train_last_blocks_above_the_models_blocks_raises(sess):
     state = session.build_model(sess, HPARAMS, [])
     with pytest.raises(ValueError, match="the model has 3 blocks"):
-        step.build(sess, state, step_settings(train_last_blocks=4), 12)
+        step.build_train_ops(state, step_settings(train_last_blocks=4), 12)

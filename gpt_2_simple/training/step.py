@@ -126,18 +126,28 @@ class TrainOps(NamedTuple):
     skip_step: tf.Tensor | None = None
 
 
-def build(
-    sess: tf.compat.v1.Session, state: session.GraphState, settings: StepSettings, time_: int
-) -> TrainOps:
-    """The training operations for windows of `time_` tokens, built once in a session's graph."""
+def build_train_ops(state: session.GraphState, settings: StepSettings, time: int) -> TrainOps:
+    """Builds a training step, once in a session's graph.
+
+    Args:
+        state: what the graph remembers; it holds the model.
+        settings: the step's settings.
+        time: tokens in a window.
+
+    Returns:
+        TrainOps.
+
+    Raises:
+        ValueError: the model has fewer blocks than are to be trained.
+    """
     # The graph of a micro-batch is the same for any number of them above 1.
     shared = dataclasses.replace(settings, accumulate_gradients=1 + settings.accumulates)
-    return state.build_once(_build, state, shared, time_)
+    return state.build_once(_build, state, shared, time)
 
 
-def _build(state: session.GraphState, settings: StepSettings, time_: int) -> TrainOps:
+def _build(state: session.GraphState, settings: StepSettings, time: int) -> TrainOps:
     with tf.compat.v1.name_scope("train"):
-        return _StepBuilder(state, settings, time_).build()
+        return _StepBuilder(state, settings, time).build()
 
 
 def trained_variables(weights: model.Weights, settings: StepSettings) -> list[tf.Variable]:
@@ -187,14 +197,14 @@ class _LossScale:
 class _StepBuilder:
     """Adds a step's operations to the default graph."""
 
-    def __init__(self, state: session.GraphState, settings: StepSettings, time_: int):
+    def __init__(self, state: session.GraphState, settings: StepSettings, time: int):
         self.hparams, self.gpus, self.settings = state.hparams, state.gpus, settings
         self.variables = state.weights
         self.xs = trained_variables(state.weights, settings)
         batch = settings.batch_size
         placeholder = tf.compat.v1.placeholder
-        self.tokens = placeholder(tf.int32, [batch, time_], "tokens")
-        self.loss_weights = placeholder(tf.float32, [batch, time_ - 1], "loss_weights")
+        self.tokens = placeholder(tf.int32, [batch, time], "tokens")
+        self.loss_weights = placeholder(tf.float32, [batch, time - 1], "loss_weights")
         self.learning_rate = placeholder(tf.float32, [], "learning_rate")
         self.seed = tf.compat.v1.placeholder_with_default([0, 0], [2], "dropout_seed")
         self.optimizer = make_optimizer(

@@ -26,7 +26,7 @@ from .interruption import Interruption
 from .run_logger import RunLogger
 from .schedule import learning_rate_at, steps_of_epochs
 from .settings import TrainingSettings
-from .step import build
+from .step import build_train_ops
 from .validation import Validation
 
 SAMPLES_FOLDER = "samples"
@@ -114,7 +114,7 @@ class Trainer:
         self.sess, self.state, self.data, self.settings = sess, state, data, settings
         self.folder, self.start = folder, start
         window = training_window(data.chunks, settings, state.hparams.n_ctx)
-        self.ops = build(sess, state, settings.step, window)
+        self.ops = build_train_ops(state, settings.step, window)
         self.sampler = WindowSampler(
             data.chunks, settings.seed, settings.sampling, settings.pad_documents
         )
