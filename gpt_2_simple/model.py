@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from .common.hparams import PRECISIONS, HParams
+from .common.hparams import HParams
 from .common.hparams import default_hparams as default_hparams  # public here, as in OpenAI's code
 
 # If the sequence length is static, attention is computed for this many queries at a time, and only
@@ -27,12 +27,6 @@ MASKED_SCORE = -30000.0
 LAYER_NORM_EPSILON = 1e-5
 
 CHECKPOINTS = "checkpoints"
-
-
-def check_precision(precision: str) -> None:
-    """Raises ValueError for a name that is not in PRECISIONS."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} must be one of {list(PRECISIONS)}")
 
 
 class Linear(NamedTuple):

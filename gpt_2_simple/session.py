@@ -12,7 +12,6 @@ import tensorflow as tf
 from tensorflow.core.protobuf import rewriter_config_pb2
 
 from . import model
-from .common.report import say
 from .encoder import Encoder
 
 # A key that is no string is skipped when a graph is exported.
@@ -157,11 +156,8 @@ def build_model(
             graph has, or else float32.
 
     Raises:
-        ValueError: there is no such precision, or the graph holds a model of other sizes or
-            precision.
+        ValueError: the graph holds a model of other sizes or precision.
     """
-    if precision is not None:
-        model.check_precision(precision)
     state = graph_state(sess)
     with state.lock, state.graph.as_default():
         if state.built_model is None:
@@ -195,39 +191,6 @@ def check_model(sess: tf.compat.v1.Session, hparams: model.HParams, precision: s
 def named_variables(state: GraphState) -> dict[str, tf.Variable]:
     """The model's variables by their names in a checkpoint, such as 'model/wte'."""
     return {variable.op.name: variable for variable in model.flatten(state.weights)}
-
-
-def fitting_precision(precision: str, capability: tuple[int, int]) -> str:
-    """The wanted precision, or the next best one that a GPU of this compute capability has.
-
-    From 7.0 on a GPU has hardware for float16, whose speed makes up for the loss scale.
-    """
-    if precision == "bfloat16" and capability < (8, 0):
-        return "float16" if capability >= (7, 0) else "float32"
-    if precision == "float16" and capability < (5, 3):
-        return "float32"
-    return precision
-
-
-def fit_precision(sess: tf.compat.v1.Session, precision: str) -> str:
-    """The wanted precision, or the next best one that the session's GPUs have; then prints so.
-
-    CPUs, and GPUs whose compute capability is not known, get the wanted precision.
-    """
-    if not any(device.device_type == "GPU" for device in sess.list_devices()):
-        return precision
-    details = map(tf.config.experimental.get_device_details, tf.config.list_physical_devices("GPU"))
-    capabilities = [d["compute_capability"] for d in details if "compute_capability" in d]
-    if not capabilities:
-        return precision
-    least = min(capabilities)
-    fitting = fitting_precision(precision, least)
-    if fitting != precision:
-        say(
-            f"precision: this GPU (compute capability {least[0]}.{least[1]}) has no "
-            f"{precision}; using {fitting}"
-        )
-    return fitting
 
 
 def start_tf_sess(threads: int = -1, server: Any = None) -> tf.compat.v1.Session:

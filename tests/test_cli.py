@@ -289,12 +289,12 @@ def test_boolean_flags(calls, given, value):
 
 def sample_value(field):
     """A text for the flag, and the value that it stands for."""
-    if bool in field.kinds:
-        return str(not field.default), not field.default
     if field.setting.choices:
         return field.setting.choices[-1], field.setting.choices[-1]
     if int in field.kinds and str not in field.kinds:
         return "300", 300
+    if bool in field.kinds:
+        return str(not field.default), not field.default
     if float in field.kinds:
         return "0.5", 0.5
     text = f"some {field.name}"

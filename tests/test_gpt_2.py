@@ -326,7 +326,7 @@ def test_closed_session_is_an_error(workplace, use):
         ({"min_length": 3}, "min_length=3 needs a stop_token to hold back"),
         (
             {"top_k": 2**31},
-            r"top_k=2147483648 must be a whole number from 0 to 2\.?147",
+            r"top_k=2147483648 must be a whole number from 0 to 2147483647",
         ),
         ({"truncate": ["a"]}, r"truncate=\['a'\] must be a string; stop= takes several"),
         ({"prefix": 5}, "prefix=5 must be a string or a list of strings"),
@@ -518,9 +518,7 @@ def test_missing_dataset_is_an_error_before_any_work(workplace, sess, name):
         ),
     ],
 )
-def test_unusable_dataset_error_names_the_file(
-    workplace, sess, path, content, options, message
-):
+def test_unusable_dataset_error_names_the_file(workplace, sess, path, content, options, message):
     if isinstance(content, np.ndarray):
         np.savez(path, content)
     else:

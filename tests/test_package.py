@@ -23,7 +23,7 @@ PACKAGE = ROOT / "gpt_2_simple"
 # earlier layers only. A new room must be given its place here.
 LAYERS = [
     ["common"],
-    ["encoder", "model", "memory_saving_gradients"],
+    ["encoder", "model", "precision", "memory_saving_gradients"],
     ["data", "session"],
     ["storage"],
     ["generation"],

@@ -19,8 +19,8 @@ from gpt_2_simple.data.parallel_encode import (
     TextBlock,
     cut_into_blocks,
     encode_blocks,
-    split_safely,
     split_before_white_space,
+    split_safely,
 )
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from gpt_2_simple import model, session
-from gpt_2_simple.training import step
+from gpt_2_simple.training import loss_scale, step
 from gpt_2_simple.training.settings import step_settings
 
 HPARAMS = model.HParams(n_vocab=23, n_ctx=12, n_embd=8, n_head=2, n_layer=3)
@@ -279,7 +279,7 @@ def test_half_precision_reaches_the_float32_loss(precision):
 
 
 def test_float16_overflow_skips_the_step_and_halves_the_loss_scale(sess, monkeypatch):
-    monkeypatch.setattr(step, "GOOD_STEPS", 3)
+    monkeypatch.setattr(loss_scale, "GOOD_STEPS", 3)
     weights = oracle.random_weights(HPARAMS)
     state = load(sess, weights)
     settings = step_settings(batch_size=2, accumulate_gradients=1, precision="float16")

@@ -21,7 +21,7 @@ from gpt_2_simple import session
 from gpt_2_simple.common import report
 from gpt_2_simple.generation import text_stream
 from gpt_2_simple.storage import checkpoint, runs
-from gpt_2_simple.training import step
+from gpt_2_simple.training import loss_scale
 from gpt_2_simple.training import trainer as train
 from gpt_2_simple.training import validation as evaluate
 from gpt_2_simple.training.history import read_history
@@ -88,9 +88,9 @@ def small(tmp_path, monkeypatch):
         ({"precision": "float16"}, 0),
     ],
 )
-def test_10_steps_and_10_more_are_20(small, sess, monkeypatch, settings, tolerance):
+def test_resumed_run_equals_an_uninterrupted_one(small, sess, monkeypatch, settings, tolerance):
     # float16 then skips its first steps: those of a run that forgot its scale, too.
-    monkeypatch.setattr(step, "FIRST_LOSS_SCALE", 2.0**24)
+    monkeypatch.setattr(loss_scale, "FIRST_LOSS_SCALE", 2.0**24)
     with contextlib.ExitStack() as stack:
         if tolerance:
             sess = stack.enter_context(gpt2.start_tf_sess())
@@ -104,7 +104,7 @@ def test_10_steps_and_10_more_are_20(small, sess, monkeypatch, settings, toleran
     assert state.sampler == runs.read_state("checkpoint/whole/model-20").sampler
 
 
-def test_a_run_keeps_its_optimizer_when_the_precision_changes(small, capsys):
+def test_resume_keeps_optimizer_state_when_precision_changes(small, capsys):
     for count, precision in enumerate(("float32", "float16", "bfloat16", "float16"), 1):
         with gpt2.start_tf_sess(threads=1) as sess:
             finetune(sess, 1, precision=precision, verbose=1)
@@ -117,7 +117,7 @@ def test_a_run_keeps_its_optimizer_when_the_precision_changes(small, capsys):
     assert "anew" not in out
 
 
-def test_what_a_run_lacks_is_said_when_it_goes_on(small, sess, capsys):
+def test_resume_says_what_the_run_lacks(small, sess, capsys):
     finetune(sess, 2)
     os.remove("checkpoint/run1/optimizer-2.index")
     assert finetune(sess, 1, verbose=1).step == 3
@@ -138,11 +138,11 @@ def test_what_a_run_lacks_is_said_when_it_goes_on(small, sess, capsys):
 
     finetune(sess, 1, verbose=1, optimizer="sgd", learning_rate=0.02)
     out = capsys.readouterr().out
-    assert "goes on with other settings: optimizer adam -> sgd, learning_rate 0.01 -> 0.02\n" in out
+    assert "goes on with other settings: learning_rate 0.01 -> 0.02, optimizer adam -> sgd\n" in out
     assert "is of another optimizer" in out
 
 
-def test_overwriting_keeps_the_latest_checkpoint_and_what_is_written_from_then_on(small, sess):
+def test_overwrite_keeps_the_latest_checkpoint_and_later_ones(small, sess):
     finetune(sess, 3, save_every=1, max_checkpoints=0)
     (small / "checkpoint" / "run1" / "mine.txt").write_text("mine")
     finetune(sess, 1, overwrite=True)
@@ -156,7 +156,7 @@ def test_overwriting_keeps_the_latest_checkpoint_and_what_is_written_from_then_o
     assert [entry.step for entry in read_history("checkpoint/run1")] == [1, 2, 3, 4]
 
 
-def test_kills_at_random_moments_lose_no_run():
+def test_kill_at_random_moments_loses_no_run():
     script = Path(__file__).parents[1] / "benchmarks" / "faults.py"
     done = subprocess.run(
         [sys.executable, script, "--kills", "6"],
@@ -170,7 +170,7 @@ def test_kills_at_random_moments_lose_no_run():
     assert " 0 tensors differ " in done.stdout
 
 
-def test_a_run_that_is_being_trained_is_refused(small, sess):
+def test_run_locked_by_another_training_is_refused(small, sess):
     def on_step(entry):
         with (
             gpt2.start_tf_sess() as other,
@@ -181,7 +181,7 @@ def test_a_run_that_is_being_trained_is_refused(small, sess):
     assert finetune(sess, 1, on_step=on_step).step == 1
 
 
-def test_a_full_disk_ends_the_training_and_not_the_run(small, sess):
+def test_full_disk_keeps_earlier_checkpoints(small, sess):
     finetune(sess, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     least = os.path.getsize("checkpoint/run1/model-1.data-00000-of-00001") - 1
@@ -208,7 +208,7 @@ def send(number, at, times=1):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_returns(small, sess, capsys, number):
+def test_sigint_and_sigterm_save_and_return(small, sess, capsys, number):
     before = signal.getsignal(number)
     result = finetune(sess, -1, on_step=send(number, 3), verbose=1, sampling="epoch")
     assert (result.step, result.interrupted) == (3, True)
@@ -218,34 +218,34 @@ def test_a_signal_saves_and_returns(small, sess, capsys, number):
     assert signal.getsignal(number) is before
 
 
-def test_a_second_signal_stops_at_once(small, sess):
+def test_second_ctrl_c_raises_at_once(small, sess):
     with pytest.raises(KeyboardInterrupt):
         finetune(sess, -1, on_step=send(signal.SIGINT, 3, 2), save_every=2)
     assert checkpoint.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-2"
     assert finetune(sess, 1).step == 3
 
 
-def test_a_signal_within_a_step_leaves_the_step_for_later(small, sess, monkeypatch):
+def test_ctrl_c_within_a_step_undoes_the_sampler(small, sess, monkeypatch):
     finetune(sess, 4, "whole", accumulate_gradients=3)
-    draw = train.Trainer.draw
+    next_batches = train.Trainer.next_batches
 
     def draw_and_send(self):
         if self.run.step == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return draw(self)
+        return next_batches(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "draw", draw_and_send)
+        patch.setattr(train.Trainer, "next_batches", draw_and_send)
         assert finetune(sess, 4, "parts", accumulate_gradients=3).step == 2
     finetune(sess, 2, "parts", accumulate_gradients=3)
     assert distance("whole", "parts") == 0
 
 
-def test_a_signal_ends_samples_and_validation_at_once(small, sess, monkeypatch):
+def test_ctrl_c_ends_samples_and_validation_at_once(small, sess, monkeypatch):
     def endless(*_):
         os.kill(os.getpid(), signal.SIGINT)
         while True:
-            yield "text"
+            yield "", "text"
 
     monkeypatch.setattr(text_stream, "generate_texts", endless)
     result = finetune(sess, 9, sample_every=2)
@@ -261,7 +261,7 @@ def test_a_signal_ends_samples_and_validation_at_once(small, sess, monkeypatch):
     assert (result.step, result.interrupted, result.validation_loss) == (3, True, None)
 
 
-def test_the_callback_sees_each_step_and_may_end_the_training(small, sess):
+def test_on_step_gets_each_entry_and_can_end_training(small, sess):
     seen = []
 
     def on_step(entry):
@@ -289,18 +289,18 @@ def fail(at, before=lambda: None):
     return on_step
 
 
-def test_numpys_false_ends_the_training_too(small, sess):
+def test_on_step_returning_numpy_false_ends_training(small, sess):
     assert finetune(sess, 9, on_step=lambda entry: np.float32(entry.step) < 2).step == 2
     assert finetune(sess, 2, on_step=lambda entry: 0).step == 4  # an answer, but not that one
 
 
-def test_leaving_the_program_saves_first(small, sess):
+def test_sys_exit_in_on_step_saves_first(small, sess):
     with pytest.raises(SystemExit):
         finetune(sess, 9, on_step=lambda entry: sys.exit() if entry.step == 3 else None)
     assert checkpoint.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-3"
 
 
-def test_a_reader_that_leaves_costs_no_steps(small, sess, monkeypatch):
+def test_broken_pipe_saves_first(small, sess, monkeypatch):
     class Pipe(io.StringIO):
         def write(self, text):
             if "[3 |" in self.getvalue():
@@ -314,7 +314,7 @@ def test_a_reader_that_leaves_costs_no_steps(small, sess, monkeypatch):
     assert saved in (3, 4)
 
 
-def test_the_first_ctrl_c_is_answered_at_once(small, sess, capsys):
+def test_first_ctrl_c_prints_a_line_at_once(small, sess, capsys):
     def on_step(entry):
         capsys.readouterr()
         os.kill(os.getpid(), signal.SIGINT)
@@ -327,13 +327,13 @@ def test_the_first_ctrl_c_is_answered_at_once(small, sess, capsys):
 @pytest.mark.parametrize(
     ("name", "content"), [("settings.json", "[1, 2]"), ("state-2.json", '{"sampler": {}}')]
 )
-def test_a_damaged_note_beside_the_weights_does_not_stop_a_run(small, sess, name, content):
+def test_damaged_settings_or_state_file_does_not_stop_a_resume(small, sess, name, content):
     finetune(sess, 2)
     (small / "checkpoint" / "run1" / name).write_text(content)
     assert finetune(sess, 2).step == 4
 
 
-def test_the_average_of_a_short_run_is_its_last_loss(small, sess):
+def test_average_loss_of_an_unprinted_run_is_the_last_loss(small, sess):
     result = finetune(sess, 3, print_every=50)
     assert result.average_loss == result.loss
     result = finetune(sess, 4, print_every=2, run_name="run2")
@@ -342,7 +342,7 @@ def test_the_average_of_a_short_run_is_its_last_loss(small, sess):
     assert result.average_loss == pytest.approx(expected)
 
 
-def test_an_error_saves_first(small, sess):
+def test_error_in_on_step_saves_first(small, sess):
     with pytest.raises(Mishap):
         finetune(sess, 9, on_step=fail(3))
     assert checkpoint.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-3"
@@ -357,7 +357,7 @@ def poison(sess):
     return put
 
 
-def test_weights_that_are_no_numbers_are_never_saved(small, sess, monkeypatch, capsys):
+def test_nan_weights_are_never_saved(small, sess, monkeypatch, capsys):
     finetune(sess, 1)
     with pytest.raises(Mishap):
         finetune(sess, 9, on_step=fail(3, poison(sess)), verbose=1)
@@ -373,7 +373,7 @@ def test_weights_that_are_no_numbers_are_never_saved(small, sess, monkeypatch, c
     assert checkpoint.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-1"
 
 
-def test_a_checkpoint_that_is_no_better_is_said(small, sess):
+def test_diverged_says_when_the_last_checkpoint_is_nan_too(small, sess):
     finetune(sess, 1)
     poison(sess)()
     state = session.graph_state(sess)
@@ -385,7 +385,7 @@ def test_a_checkpoint_that_is_no_better_is_said(small, sess):
         finetune(sess, 1)
 
 
-def test_a_loss_that_is_no_number_goes_back_to_the_last_checkpoint(small, sess):
+def test_nan_loss_restores_the_last_checkpoint(small, sess):
     finetune(sess, 2)
     before = tensors("checkpoint/run1/model-2")
     with pytest.raises(
@@ -408,7 +408,7 @@ def script_losses(monkeypatch, losses):
     monkeypatch.setattr(evaluate, "mean_loss", lambda *_: next(remaining))
 
 
-def test_losses_of_another_validation_set_do_not_compare(small, sess, monkeypatch, capsys):
+def test_best_loss_starts_anew_with_another_validation_set(small, sess, monkeypatch, capsys):
     options = {"val_every": 1, "patience": 2, "verbose": 1}
     (small / "other.txt").write_text("nothing like it " * 9)
     script_losses(monkeypatch, [2.0, 2.5, 2.25, 2.1, 1.9, 3.0, 2.9, 3.1, 3.2])
@@ -422,7 +422,7 @@ def test_losses_of_another_validation_set_do_not_compare(small, sess, monkeypatc
     assert "The validation set is another than before" in capsys.readouterr().out
 
 
-def test_validation_keeps_documents_apart_too(small, sess, monkeypatch):
+def test_validation_with_pad_documents(small, sess, monkeypatch):
     rows = "".join(f"row {n}\n" for n in range(40))
     (small / "rows.csv").write_text("text\n" + rows)
     seen = []
@@ -439,7 +439,7 @@ def test_validation_keeps_documents_apart_too(small, sess, monkeypatch):
     assert sum("row" in text for text in shown) == 8
 
 
-def test_the_best_weights_are_kept_and_patience_ends_the_training(small, sess, monkeypatch, capsys):
+def test_best_checkpoint_and_early_stopping(small, sess, monkeypatch, capsys):
     script_losses(monkeypatch, [3.0, 2.0, 2.5, 2.25, 2.1])
     result = finetune(
         sess, 99, val_split=0.3, val_every=2, patience=3, save_every=1, max_checkpoints=0, verbose=1
@@ -463,7 +463,7 @@ def test_the_best_weights_are_kept_and_patience_ends_the_training(small, sess, m
         gpt2.load_gpt2(sess, "model-11")
 
 
-def test_patience_lives_on_in_a_resumed_run(small, sess, monkeypatch):
+def test_patience_continues_in_a_resumed_run(small, sess, monkeypatch):
     settings = {"val_split": 0.3, "val_every": 1, "patience": 3}
     script_losses(monkeypatch, [2.0, 3.0, 3.0])
     assert finetune(sess, 3, **settings).best_step == 1
@@ -473,7 +473,7 @@ def test_patience_lives_on_in_a_resumed_run(small, sess, monkeypatch):
     assert read_history("checkpoint/run1")[-1].validation_loss == 2.5
 
 
-def test_there_is_always_a_validation_after_the_last_step(small, sess):
+def test_last_step_is_always_validated(small, sess):
     (small / "other.txt").write_text("ten green bottles hanging on the wall\n" * 3)
     result = finetune(sess, 3, val_dataset="other.txt", val_every=2, val_batch_count=3)
     losses = [entry.validation_loss for entry in result.history]
@@ -484,7 +484,7 @@ def test_there_is_always_a_validation_after_the_last_step(small, sess):
     assert again.validation_loss == pytest.approx(losses[2], abs=1e-6)
 
 
-def test_a_validation_set_may_be_shorter_than_a_window(small, sess, capsys):
+def test_validation_set_shorter_than_a_window(small, sess, capsys):
     (small / "few.npz").write_bytes(b"")
     np.savez_compressed(small / "few.npz", np.arange(5, dtype=np.int32))
     assert finetune(sess, 1, val_dataset="few.npz", verbose=1).validation_loss > 0
@@ -499,7 +499,7 @@ def test_a_validation_set_may_be_shorter_than_a_window(small, sess, capsys):
 # --- how long, and how fast ---------------------------------------------------------------------
 
 
-def test_the_learning_rate_follows_its_schedule(small, sess):
+def test_learning_rate_follows_the_schedule(small, sess):
     settings = {"warmup_steps": 2, "lr_schedule": "linear", "min_learning_rate": 0.002}
     result = finetune(sess, 5, **settings)
     rates = [entry.learning_rate for entry in result.history]
@@ -519,7 +519,7 @@ def test_epochs_show_every_token_that_often(small, sess, capsys):
     assert 2 * (tokens - 1) <= state.sampler["predicted"] < 2.3 * tokens
 
 
-def test_padding_weighs_nothing_and_each_token_as_much(small, sess):
+def test_padding_has_no_weight_in_the_loss(small, sess):
     """Micro-batches of unequal windows take the step of one batch of them all."""
     rows = ["a", "green bottle", "ten green bottles hanging on the wall", "wall"] * 4
     (small / "rows.csv").write_text("text\n" + "\n".join(rows) + "\n")
@@ -544,7 +544,7 @@ def test_padding_weighs_nothing_and_each_token_as_much(small, sess):
         ({"lr_schedule": "cosine"}, "lr_schedule='cosine' falls until the last step: give steps"),
         ({"lr_schedule": "step"}, "lr_schedule='step' must be one of"),
         ({"warmup_steps": -1}, "warmup_steps=-1 must be"),
-        ({"sampling": "all"}, "sampling='all' must be one of random, epoch"),
+        ({"sampling": "all"}, "sampling='all' must be one of 'random', 'epoch'"),
         ({"val_every": 0}, "val_every=0 must be"),
         ({"val_batch_count": 0}, "val_batch_count=0 must be"),
         ({"patience": -1}, "patience=-1 must be"),
@@ -553,10 +553,10 @@ def test_padding_weighs_nothing_and_each_token_as_much(small, sess):
             "patience=2 needs a validation set: give val_dataset or",
         ),
         ({"val_split": 0.1, "val_dataset": "text.txt"}, "give val_dataset='text.txt' or val_split"),
-        ({"val_split": 1.5, "steps": 1}, "val_split=1.5 must be above 0 and below 1"),
+        ({"val_split": 1.5, "steps": 1}, "val_split=1.5 must be a number, 0 or above and below 1"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(small, sess, changes, message):
+def test_contradicting_settings_raise_value_error(small, sess, changes, message):
     with pytest.raises(ValueError, match=message):
         finetune(sess, **{"steps": -1, **changes})
     assert not os.path.exists("checkpoint/run1/checkpoint")
@@ -565,7 +565,7 @@ def test_settings_that_make_no_sense_are_refused(small, sess, changes, message):
 # --- what it writes -----------------------------------------------------------------------------
 
 
-def test_history_events_and_samples(small, sess):
+def test_history_tensorboard_events_and_samples(small, sess):
     finetune(sess, 4, print_every=2, val_split=0.3, val_every=3, sample_every=3, sample_length=5)
     found = read_history("checkpoint/run1")
     assert [entry.step for entry in found] == [2, 3, 4]
@@ -591,7 +591,7 @@ def test_history_events_and_samples(small, sess):
     assert values["perplexity"][0][1].simple_value == pytest.approx(math.exp(loss), rel=1e-4)
 
 
-def test_a_broken_history_harms_no_run(small, sess):
+def test_broken_history_does_not_stop_a_run(small, sess):
     finetune(sess, 2)
     with open("checkpoint/run1/history.jsonl", "a") as file:
         file.write('{"step": 3, "lo')
@@ -599,13 +599,13 @@ def test_a_broken_history_harms_no_run(small, sess):
     assert [entry.step for entry in read_history("checkpoint/run1")] == [1, 2, 3, 4]
 
 
-def test_nothing_is_printed_without_verbose(small, sess, capfd):
+def test_verbose_0_prints_nothing(small, sess, capfd):
     capfd.readouterr()
     finetune(sess, 4, val_split=0.3, val_every=2, sample_every=2, sample_length=5)
     assert capfd.readouterr().out == ""
 
 
-def test_a_bar_lives_with_the_lines(small, sess, monkeypatch, capsys):
+def test_progress_bar_and_lines_together(small, sess, monkeypatch, capsys):
     monkeypatch.setattr(report, "is_interactive", lambda: True)
     finetune(sess, 3, verbose=1)
     captured = capsys.readouterr()

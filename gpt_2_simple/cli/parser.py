@@ -274,12 +274,12 @@ def _add_flag(group: Any, field: Field, text: str) -> None:
 def _kind(field: Field) -> tuple[Callable[[str], Any], str]:
     """What makes the flag's value from its text, and how --help names the value."""
     kinds = set(field.kinds)
-    if bool in kinds:
-        return _boolean, "True|False"
     if {int, str} <= kinds:
         return _text_or_number, "TEXT"
     if int in kinds:
         return _number(int, field.setting.none_word), "N"
+    if bool in kinds:
+        return _boolean, "True|False"
     if float in kinds:
         return _number(float, field.setting.none_word), "X"
     return str, "TEXT"

@@ -190,6 +190,8 @@ def _as_kind(kind: type, value: Any) -> Any:
     number: Any = value
     if kind is float:
         return float(number)
+    if isinstance(value, (int, np.integer)):
+        return int(value)
     return int(number) if math.isfinite(number) and number == int(number) else None
 
 
@@ -199,7 +201,7 @@ def _is_in_range(setting: Setting, value: Any) -> bool:
     if isinstance(value, str):
         return not setting.choices or value in setting.choices
     return (
-        math.isfinite(value)
+        (isinstance(value, int) or math.isfinite(value))
         and (setting.at_least is None or value >= setting.at_least)
         and (setting.at_most is None or value <= setting.at_most)
         and (setting.above is None or value > setting.above)
@@ -220,15 +222,13 @@ def _wanted(field: Field) -> str:
     noun = "a whole number" if int in field.kinds else "a number"
     limits = []
     if setting.at_least is not None and setting.at_most is not None:
-        limits.append(f"from {setting.at_least:g} to {setting.at_most:g}")
+        limits.append(f"from {setting.at_least} to {setting.at_most}")
     elif setting.at_least is not None:
-        limits.append(f"{setting.at_least:g} or above")
-    elif setting.at_most is not None:
-        limits.append(f"{setting.at_most:g} or below")
+        limits.append(f"{setting.at_least} or above")
     if setting.above is not None:
-        limits.append(f"above {setting.above:g}")
+        limits.append(f"above {setting.above}")
     if setting.below is not None:
-        limits.append(f"below {setting.below:g}")
+        limits.append(f"below {setting.below}")
     limit = " and ".join(limits)
     wanted = f"{noun}{', ' if limit[:1].isdigit() else ' '}{limit}".strip()
     if setting.special is not None:

@@ -82,7 +82,7 @@ class EncodeSettings(Settings):
         FILES, "Make each document (a file, a row) a chunk of its own, for "
         "finetune(pad_documents=True)")] = False
     cache_dir: Annotated[str | None, _in_files(CACHE_DIR)] = None
-    verbose: Annotated[int, Setting(FILES, "0 prints nothing but errors")] = 1
+    verbose: Annotated[int | bool, Setting(FILES, "0 prints nothing but errors")] = 1
     # fmt: on
 
 

@@ -108,7 +108,7 @@ class GenerationSettings(Settings):
     stream: Annotated[bool, Setting(
         FILES, "Print each text while it is generated. In Python, generate_stream() gives the "
         "pieces instead. On the command line, no file is written then")] = False
-    verbose: Annotated[int, Setting(FILES, "0 prints nothing but errors")] = 1
+    verbose: Annotated[int | bool, Setting(FILES, "0 prints nothing but errors")] = 1
     # fmt: on
 
     def __post_init__(self) -> None:

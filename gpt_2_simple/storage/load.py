@@ -10,6 +10,7 @@ from .. import encoder, session
 from ..common.folders import model_folder, read_hparams, run_folder
 from ..common.report import is_silent, say, verbosity
 from ..common.settings import session_function
+from ..precision import fit_precision
 from . import checkpoint as checkpoints
 from . import runs
 from .settings import LOADED_RUN, LoadSettings
@@ -67,7 +68,7 @@ def load_checkpoint(
     encoder.check_vocabulary(vocabulary, hparams.n_vocab, folder)
     session.check_idle(sess)
     gpus = session.get_available_gpus() if multi_gpu else []
-    precision = precision and session.fit_precision(sess, precision)
+    precision = precision and fit_precision(sess, precision)
     state = session.build_model(sess, hparams, gpus, precision)
     checkpoints.check_shapes(prefix, session.named_variables(state), hparams)
     say(f"Loading {kind}", prefix)

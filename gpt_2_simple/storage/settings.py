@@ -49,7 +49,7 @@ class LoadSettings(Settings):
         MODEL_OR_RUN, "Type that holds the blocks' matrices. 'bfloat16' and 'float16' take about "
         "half the memory, and are for generating only. None for the type that the session has "
         "already, or 'float32'", choices=PRECISIONS, default_help="float32")] = None
-    verbose: Annotated[int, Setting(None, "0 prints nothing but errors")] = 1
+    verbose: Annotated[int | bool, Setting(None, "0 prints nothing but errors")] = 1
     # fmt: on
 
 

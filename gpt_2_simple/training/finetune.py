@@ -17,6 +17,7 @@ from ..data.dataset import Dataset, ReadOptions, find_dataset, tokenize
 from ..data.tables import RowFormat
 from ..data.windows import split_dataset
 from ..encoder import Encoder
+from ..precision import fit_precision
 from ..storage import runs
 from ..storage.load import load_checkpoint
 from . import memory_plan
@@ -52,9 +53,7 @@ def finetune(sess: tf.compat.v1.Session, settings: TrainingSettings) -> Result:
     session.check_model(sess, hparams, "float32")
     run = os.path.join(settings.checkpoint_dir, settings.run_name)
     with verbosity(settings.verbose), contextlib.ExitStack() as stack:
-        settings = dataclasses.replace(
-            settings, precision=session.fit_precision(sess, settings.precision)
-        )
+        settings = dataclasses.replace(settings, precision=fit_precision(sess, settings.precision))
         if settings.use_memory_saving_gradients is None:
             recompute = memory_plan.choose(sess, hparams, settings.step, settings.model_name)
             settings = dataclasses.replace(settings, use_memory_saving_gradients=recompute)

@@ -163,14 +163,15 @@ class TrainingSettings(Settings):
         None, "Called after each step with a history.Entry (step, seconds, loss, learning_rate, "
         "tokens_per_second, validation_loss); if it returns False, the training ends",
         recorded=False)] = None
-    verbose: Annotated[int, Setting(SAVING, "0 prints nothing but errors", recorded=False)] = 1
+    verbose: Annotated[int | bool, Setting(
+        SAVING, "0 prints nothing but errors", recorded=False)] = 1
     # fmt: on
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of its range, or settings that exclude each other."""
         super().__post_init__()
         if self.epochs is not None and self.steps != -1:
-            raise ValueError(f"give steps={self.steps} or epochs={self.epochs}, not both")
+            raise ValueError(f"give steps={self.steps} or epochs={self.epochs:g}, not both")
         if self.lr_schedule != "constant" and self.epochs is None and self.steps == -1:
             raise ValueError(
                 f"lr_schedule={self.lr_schedule!r} falls until the last step: give steps or epochs"
@@ -193,6 +194,11 @@ class TrainingSettings(Settings):
     def validates(self) -> bool:
         """Whether there is a validation set."""
         return self.val_dataset is not None or self.val_split > 0
+
+    @property
+    def samples(self) -> bool:
+        """Whether samples are generated."""
+        return self.sample_every > 0 and self.sample_num > 0
 
     @property
     def step(self) -> StepSettings:

@@ -11,16 +11,12 @@ import tensorflow as tf
 from .. import memory_saving_gradients as recompute
 from .. import model, session
 from ..memory_saving_gradients import Gradient
-from ..storage.runs import LOSS_SCALE
+from .loss_scale import LossScale
 from .optimizer import AccumulatingOptimizer, make_optimizer
 from .settings import StepSettings
 
 # Rows of logits that exist at once, with their gradient: 256 of 50,257 float32 are 51 MB.
 LOSS_ROWS = 256
-
-# Dynamic loss scaling (Micikevicius et al. 2018, arXiv:1710.03740) for float16.
-FIRST_LOSS_SCALE = 2.0**15
-GOOD_STEPS = 2000
 
 
 class LossAndGradients(NamedTuple):
@@ -162,38 +158,6 @@ def trained_variables(weights: model.Weights, settings: StepSettings) -> list[tf
     return model.flatten_blocks(weights.blocks[-count:])
 
 
-class _LossScale:
-    """The factor for the loss that keeps float16 gradients from becoming 0."""
-
-    def __init__(self) -> None:
-        with tf.compat.v1.variable_scope(
-            tf.compat.v1.get_variable_scope(), reuse=tf.compat.v1.AUTO_REUSE
-        ):
-            self.scale = self._variable("scale", FIRST_LOSS_SCALE)
-            self.good_steps = self._variable("good_steps", 0.0)
-
-    @staticmethod
-    def _variable(name: str, value: float) -> tf.Variable:
-        return tf.compat.v1.get_variable(
-            f"{LOSS_SCALE}/{name}", [], tf.float32, trainable=False,
-            initializer=tf.compat.v1.constant_initializer(value), use_resource=True,
-        )  # fmt: skip
-
-    def grow(self) -> tf.Operation:
-        """Counts a step that was taken; doubles the scale after GOOD_STEPS of them."""
-        enough = tf.cast(self.good_steps.read_value() + 1 >= GOOD_STEPS, tf.float32)
-        good = (self.good_steps.read_value() + 1) * (1 - enough)
-        scale = self.scale.read_value() * (1 + enough)
-        with tf.control_dependencies([good, scale]):
-            return tf.group(self.good_steps.assign(good), self.scale.assign(scale))
-
-    def halve(self) -> tf.Operation:
-        """Halves the scale after gradients that were not finite."""
-        halved = tf.maximum(self.scale.read_value() / 2, 1.0)
-        with tf.control_dependencies([halved]):
-            return tf.group(self.good_steps.assign(0.0), self.scale.assign(halved))
-
-
 class _StepBuilder:
     """Adds a step's operations to the default graph."""
 
@@ -210,7 +174,7 @@ class _StepBuilder:
         self.optimizer = make_optimizer(
             settings.optimizer, self.learning_rate, settings.weight_decay
         )
-        self.loss_scale = _LossScale() if settings.precision == "float16" else None
+        self.loss_scale = LossScale() if settings.precision == "float16" else None
         self.tensors = model.read(self.variables)
         self.h, self.checkpoints = self._forward()
 

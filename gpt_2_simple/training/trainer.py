@@ -217,7 +217,7 @@ class Trainer:
                 break  # train() saves
             if self._is_due(settings.save_every):
                 self.save()
-            if settings.sample_every and self._is_due(settings.sample_every):
+            if settings.samples and self._is_due(settings.sample_every):
                 self.write_samples(run.step)
 
     def _is_due(self, every: int, at_end: bool = False) -> bool:
@@ -411,5 +411,5 @@ def steps_to_take(sampler: WindowSampler, settings: TrainingSettings, window: in
         return None if settings.steps == -1 else settings.steps
     windows_per_step = settings.batch_size * settings.accumulate_gradients
     steps = steps_of_epochs(settings.epochs, sampler.windows_per_epoch(window), windows_per_step)
-    say(f"epochs={settings.epochs} are {steps} steps")
+    say(f"epochs={settings.epochs:g} are {steps} steps")
     return steps
