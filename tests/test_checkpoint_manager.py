@@ -84,33 +84,6 @@ def test_save_writes_a_step_once(saved_run, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_restore_optimizer_fills_its_variables(saved_run, capsys):
-    saved_run.save(3, saved_run.manager(resume=False))
-    saved_run.set(0)
-    assert saved_run.manager().restore_optimizer()
-    assert saved_run.sess.run(saved_run.optimizer["optimizer/adam/step"]) == 3
-    assert np.all(saved_run.sess.run(saved_run.optimizer["optimizer/adam/m/model/wpe"]) == 3)
-    assert capsys.readouterr().out.count("anew") == 0
-
-
-def test_optimizer_starts_anew_if_its_state_is_missing_damaged_or_of_another(saved_run, capsys):
-    saved_run.save(3, saved_run.manager(resume=False))
-    left_out = saved_run.optimizer.pop("optimizer/adam/m/model/wpe")
-    assert not saved_run.manager().restore_optimizer()
-    assert "is of another optimizer, or other variables: the optimizer starts anew" in (
-        capsys.readouterr().out
-    )
-    saved_run.optimizer["optimizer/adam/m/model/wpe"] = left_out
-    path = os.path.join(saved_run.folder, "optimizer-3.data-00000-of-00001")
-    with open(path, "r+b") as file:
-        file.write(b"\xff\xff\xff\xff")
-    assert not saved_run.manager().restore_optimizer()
-    assert "is damaged" in capsys.readouterr().out
-    os.remove(path)
-    assert not saved_run.manager().restore_optimizer()
-    assert "model-3 has no optimizer state beside it" in capsys.readouterr().out
-
-
 def test_are_weights_finite_finds_an_infinite_weight(saved_run):
     saved_run.set(1)
     assert saved_run.manager().are_weights_finite()

@@ -11,8 +11,9 @@ import tensorflow as tf
 
 from .. import session
 from ..common.report import say
-from . import checkpoint, checkpoint_index
-from .runs import LOSS_SCALE, MODEL, OPTIMIZER, STATE, RunState, path_beside, step_of
+from . import checkpoint
+from .optimizer_state import OptimizerState
+from .runs import MODEL, OPTIMIZER, STATE, RunState, step_of
 
 
 class CheckpointManager:
@@ -23,6 +24,7 @@ class CheckpointManager:
 
     Attributes:
         latest: the prefix of the latest checkpoint, None before the first.
+        optimizer_state: the optimizer's variables on disk.
         failed: whether the last save failed.
     """
 
@@ -49,42 +51,10 @@ class CheckpointManager:
         self.max_checkpoints, self.latest, self.failed = max_checkpoints, latest, False
         self._removal: threading.Thread | None = None
         self._names = checkpoint.named_checkpoints(folder) if latest else []
-        self._optimizer = {variable.op.name: variable for variable in optimizer}
         weights = session.named_variables(state).values()
         self._save_weights = state.build_once(checkpoint.build_save, *weights)
-        self._save_optimizer = state.build_once(checkpoint.build_save, *optimizer)
-        state.build_once(checkpoint.build_restore, *optimizer)
+        self.optimizer_state = OptimizerState(sess, state, optimizer)
         self._finite = state.build_once(_build_finite, *weights)
-
-    def restore_optimizer(self) -> bool:
-        """Fills the optimizer's variables from what was saved with the latest checkpoint.
-
-        The loss scale, which only float16 has, keeps its value if the checkpoint has none.
-
-        Returns:
-            Whether that succeeded. If not, prints why; the variables then hold anything.
-        """
-        if self.latest is None:
-            return False
-        path = path_beside(self.latest, OPTIMIZER)
-        if not checkpoint.is_whole(path):
-            say(f"{self.latest} has no optimizer state beside it: the optimizer starts anew")
-            return False
-        saved = checkpoint_index.read_index(f"{path}.index")
-        shared = [variable for name, variable in self._optimizer.items() if name in saved]
-        unshared = saved.keys() ^ self._optimizer.keys()
-        if not all(name.startswith(LOSS_SCALE) for name in unshared) or not all(
-            _fits(saved[variable.op.name], variable) for variable in shared
-        ):
-            say(f"{path} is of another optimizer, or other variables: the optimizer starts anew")
-            return False
-        try:
-            ops = self.state.build_once(checkpoint.build_restore, *shared)
-            checkpoint.restore(self.sess, ops, path)
-        except ValueError as error:
-            say(f"{error}; the optimizer starts anew")
-            return False
-        return True
 
     def are_weights_finite(self) -> bool:
         """Whether no weight is infinite or not a number."""
@@ -104,7 +74,7 @@ class CheckpointManager:
             return self.latest
         say("Saving", os.path.join(self.folder, base))
         names = [name for name in self._names if name != base] + [base]
-        saves = {base: self._save_weights, f"{OPTIMIZER}-{run.step}": self._save_optimizer}
+        saves = {base: self._save_weights, f"{OPTIMIZER}-{run.step}": self.optimizer_state.save_ops}
         texts = {
             f"{STATE}-{run.step}.json": run.to_json(),
             checkpoint.COUNTER: f"{run.step}\n",
@@ -159,11 +129,6 @@ class CheckpointManager:
         if self._removal is not None:
             self._removal.join()
             self._removal = None
-
-
-def _fits(entry: checkpoint_index.Entry, variable: tf.Variable) -> bool:
-    dtype = variable.dtype.base_dtype.as_datatype_enum
-    return (entry.shape, entry.dtype) == (tuple(variable.shape.as_list()), dtype)
 
 
 def _build_finite(*variables: tf.Variable) -> tf.Tensor:

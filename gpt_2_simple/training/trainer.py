@@ -154,7 +154,7 @@ class Trainer:
 
     def _resumed_run(self) -> runs.RunState:
         """The run as its latest checkpoint has it; what cannot be read starts anew."""
-        if not self.checkpoints.restore_optimizer():
+        if not self.checkpoints.optimizer_state.restore(self.start.checkpoint):
             self.sess.run(self.ops.initialize_state)
         run = runs.read_state(self.start.checkpoint) or self._fresh_state()
         run.step = runs.step_of(self.start.checkpoint)
