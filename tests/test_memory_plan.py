@@ -95,7 +95,7 @@ def limit(monkeypatch):
 
 
 def choose(sess):
-    return memory.choose(sess, SMALL, step_settings(), "small")
+    return memory.choose_recomputing(sess, SMALL, step_settings(), "small")
 
 
 def test_recomputing_is_chosen_only_where_needed(sess, limit, capsys):

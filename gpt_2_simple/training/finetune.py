@@ -55,7 +55,9 @@ def finetune(sess: tf.compat.v1.Session, settings: TrainingSettings) -> Result:
     with verbosity(settings.verbose), contextlib.ExitStack() as stack:
         settings = dataclasses.replace(settings, precision=fit_precision(sess, settings.precision))
         if settings.use_memory_saving_gradients is None:
-            recompute = memory_plan.choose(sess, hparams, settings.step, settings.model_name)
+            recompute = memory_plan.choose_recomputing(
+                sess, hparams, settings.step, settings.model_name
+            )
             settings = dataclasses.replace(settings, use_memory_saving_gradients=recompute)
         stack.enter_context(lock_run(run))
         runs.prepare(run, model)
@@ -67,7 +69,7 @@ def finetune(sess: tf.compat.v1.Session, settings: TrainingSettings) -> Result:
         data = _load_data(state.encoder, settings, dataset, val_dataset)
         per_call = [f.name for f in fields_of(TrainingSettings).values() if f.setting.per_call]
         runs.note_settings(run, settings.recorded(), start.resumes, per_call)
-        stack.enter_context(memory_plan.explained(hparams, settings.step))
+        stack.enter_context(memory_plan.explain_out_of_memory(hparams, settings.step))
         trainer = Trainer(sess, state, data, settings, run, start)
         stack.enter_context(session.training(state, run))
         return trainer.train()

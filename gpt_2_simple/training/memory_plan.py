@@ -243,7 +243,7 @@ def as_call(candidate: MemoryPlan, model_name: str) -> str:
     return f'gpt2.finetune(sess, "your.txt", {given})'
 
 
-def choose(
+def choose_recomputing(
     sess: tf.compat.v1.Session, hparams: model.HParams, settings: StepSettings, model_name: str
 ) -> bool:
     """Decides whether to recompute activations, and says why.
@@ -279,11 +279,11 @@ def choose(
             return recompute
     raise MemoryError(
         f"training needs about {plans[True].total / MEGABYTE:,.0f} MB, and the device has "
-        f"{limit / MEGABYTE:,.0f}. {_closest(hparams, limit, model_name)}"
+        f"{limit / MEGABYTE:,.0f}. {_what_fits(hparams, limit, model_name)}"
     )
 
 
-def _closest(hparams: model.HParams, limit: int, model_name: str) -> str:
+def _what_fits(hparams: model.HParams, limit: int, model_name: str) -> str:
     fitting = fitting_plans(hparams, limit)
     if fitting:
         return f"This fits: {as_call(fitting[0], model_name)}"
@@ -303,8 +303,8 @@ def _closest(hparams: model.HParams, limit: int, model_name: str) -> str:
 
 
 @contextlib.contextmanager
-def explained(hparams: model.HParams, settings: StepSettings) -> Iterator[None]:
-    """TensorFlow's error about too little memory, as one that says which setting to change.
+def explain_out_of_memory(hparams: model.HParams, settings: StepSettings) -> Iterator[None]:
+    """Turns TensorFlow's error about too little memory into one that says which setting to change.
 
     Raises:
         MemoryError: within the block the device's memory was too small.
