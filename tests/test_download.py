@@ -276,7 +276,7 @@ def small_world(monkeypatch, content, waits):
         name: hashlib.sha256(content[name]).hexdigest() for name in ("encoder.json", "vocab.bpe")
     }
     monkeypatch.setattr(download, "VOCABULARY_SHA256", pins)
-    monkeypatch.setattr(download, "_ADOPT_BYTES", 1000)
+    monkeypatch.setattr(download, "_MIN_LEFTOVER_BYTES", 1000)
     monkeypatch.setattr(download.os, "fsync", lambda file: None)  # it would take most of the time
     monkeypatch.delenv("GPT2_BASE_URL", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

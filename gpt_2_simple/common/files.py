@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -20,13 +21,7 @@ def write_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     If the block fails, `path` stays as it was, and the temporary file is removed. If `path` is a
     link, the file that it leads to is replaced. If it is a device or a named pipe, the block writes
-    to that.
-
-    Args:
-        path: the file to make or to replace; its folder must exist.
-
-    Raises:
-        OSError: the folder is missing or cannot be written, or the disk is full.
+    to that. The folder of `path` must exist.
     """
     if is_special(path):
         with open(path, "wb") as file:
@@ -52,6 +47,44 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file whole, in UTF-8, and keeps its line ends; see write_whole()."""
     with write_whole(path) as file:
         file.write(text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def write_folder_whole(path: str) -> Iterator[str]:
+    """Makes an empty folder beside `path`, which replaces the folder `path` if the block ends well.
+
+    If the block fails, `path` stays as it was. What a killed process left is removed. If `path` is
+    a link, the folder that it leads to is replaced.
+    """
+    path = os.path.realpath(path)
+    restore_replaced(path)
+    new, old = _hidden_sibling(path, "new"), _hidden_sibling(path, "old")
+    for leftover in (new, old):
+        if os.path.isdir(leftover):
+            shutil.rmtree(leftover)
+    os.makedirs(new)
+    try:
+        yield new
+        if os.path.isdir(path):
+            os.rename(path, old)
+        os.rename(new, path)
+    except BaseException:
+        restore_replaced(path)
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_replaced(path: str) -> None:
+    """Puts the earlier folder back if a process was killed between the two renames."""
+    old = _hidden_sibling(path, "old")
+    if os.path.isdir(old) and not os.path.exists(path):
+        os.rename(old, path)
+
+
+def _hidden_sibling(path: str, suffix: str) -> str:
+    folder, name = os.path.split(os.path.normpath(path))
+    return os.path.join(folder, f".{name}.{suffix}")
 
 
 def is_temporary(name: str) -> bool:

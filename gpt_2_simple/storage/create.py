@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from ..common.files import write_text
+from ..common.files import write_folder_whole
 from ..common.hparams import HParams
 from ..common.report import say
 from ..common.settings import settings_function
@@ -52,15 +50,9 @@ def create_gpt2(settings: CreateSettings) -> str:
         )
     vocabulary = _vocabulary(settings)
     hparams.n_vocab = vocabulary.n_vocab
-    os.makedirs(settings.model_dir, exist_ok=True)
-    temporary = tempfile.mkdtemp(prefix=".creating-", dir=settings.model_dir)
-    try:
-        save_vocabulary(vocabulary, temporary)
-        write_model(temporary, hparams, settings.seed)
-        os.chmod(temporary, 0o755)
-        _replace_folder(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with write_folder_whole(folder) as new:
+        save_vocabulary(vocabulary, new)
+        write_model(new, hparams, settings.seed)
     say(f"Created {folder}: {hparams}")
     return folder
 
@@ -90,31 +82,14 @@ def _texts(dataset: str | Sequence[str]) -> Iterator[str]:
     report.tell()
 
 
-def _replace_folder(new: str, folder: str) -> None:
-    """Renames `new` to `folder`; what was there is removed only after that."""
-    old = f"{new}.old"
-    if os.path.lexists(folder):
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def initial_value(
     name: str, shape: Sequence[int], n_layer: int, rng: np.random.Generator
 ) -> np.ndarray:
     """GPT-2's initial weights (Radford et al. 2019): normally distributed, biases 0, gains 1.
 
     The standard deviation is 0.02, or 0.01 for positions. Projections that end in the residual
-    stream are divided by sqrt(2 * n_layer).
-
-    Args:
-        name: the variable's name in a checkpoint, such as 'model/h0/attn/c_proj/w'.
-        shape: its shape.
-        n_layer: transformer blocks in the model.
-        rng: draws the values.
-
-    Returns:
-        float32 of that shape.
+    stream are divided by sqrt(2 * n_layer). `name` is the variable's name in a checkpoint, such as
+    'model/h0/attn/c_proj/w'. The values are float32.
     """
     if name.endswith("/g"):
         return np.ones(shape, np.float32)
@@ -129,10 +104,7 @@ def initial_value(
 def write_model(folder: str, hparams: HParams, seed: int | None) -> None:
     """Writes a randomly initialised model's checkpoint and hparams.json into an existing folder.
 
-    Args:
-        folder: the folder.
-        hparams: the model's sizes.
-        seed: makes the weights repeatable; None draws others each time.
+    A `seed` makes the weights repeatable; None draws others each time.
     """
     import tensorflow as tf
 
@@ -148,7 +120,6 @@ def write_model(folder: str, hparams: HParams, seed: int | None) -> None:
             value = initial_value(variable.op.name, shape, hparams.n_layer, rng)
             sess.run(variable.initializer, {variable.initializer.inputs[1]: value})
         base = checkpoint.MODEL_CHECKPOINT
-        checkpoint.save_model(sess, folder, base, hparams, {base: save})
-    sizes = json.dumps(dataclasses.asdict(hparams), indent=2)
-    write_text(os.path.join(folder, "hparams.json"), sizes + "\n")
-    checkpoint.write_list(folder, [base])
+        sizes = json.dumps(dataclasses.asdict(hparams), indent=2) + "\n"
+        texts = {"hparams.json": sizes, checkpoint.LIST_FILE: checkpoint.list_text([base])}
+        checkpoint.save_model(sess, folder, base, hparams, {base: save}, texts)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+import glob
 import os
 import posixpath
 import re
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
-from typing import IO, BinaryIO
+from typing import IO
 
-from ..common.files import write_whole
+from ..common.files import restore_replaced, write_folder_whole, write_whole
 
 MOUNT_POINT = "/content/drive"
 _DRIVE_NAMES = ("MyDrive", "My Drive")  # today's name first, then that of older mounts
 _TAR_ROOT = "checkpoint"  # gpt-2-simple 0.8.1 writes and expects checkpoint/<run> in its archives
+_HIDDEN = shutil.ignore_patterns(".*")
 
 
 def mount_gdrive() -> None:
@@ -42,7 +42,7 @@ def is_mounted() -> bool:
     Raises:
         RuntimeError: no Drive is mounted.
     """
-    _drive_root()
+    _drive_path(None)
     return True
 
 
@@ -89,22 +89,17 @@ def copy_checkpoint_to_gdrive(
     if not os.path.isdir(source):
         raise FileNotFoundError(
             f"There is no run {run_name!r} to copy: {source} is not a folder. "
-            f"Runs in {checkpoint_dir}: {_names(checkpoint_dir, os.DirEntry.is_dir)}"
+            f"Runs in {checkpoint_dir}: {_names(checkpoint_dir, '*/')}"
         )
-    if not copy_folder:
+    if copy_folder:
+        target = os.path.join(drive, *_inner_parts(source))
+        with write_folder_whole(target) as new:
+            shutil.copytree(source, new, False, _HIDDEN, _copy_file, dirs_exist_ok=True)
+    else:
         target = os.path.join(drive, get_tarfile_name(source))
-        with _new_file(target) as file:
+        os.makedirs(drive, exist_ok=True)
+        with write_whole(target) as file:
             _pack(source, f"{_TAR_ROOT}/{run_name}", file)
-        return target
-    target = os.path.join(drive, *_inner_parts(source))
-    with _new_folder(target) as new:
-        shutil.copytree(
-            source,
-            new,
-            copy_function=_copy_file,
-            ignore=shutil.ignore_patterns(".*"),
-            dirs_exist_ok=True,
-        )
     return target
 
 
@@ -139,17 +134,14 @@ def copy_checkpoint_from_gdrive(
     """
     target = _run_folder(checkpoint_dir, run_name)
     drive = _drive_path(drive_folder)
-    usual = _run_folder("checkpoint", run_name)
-    if copy_folder:
-        names = [os.path.join(*_inner_parts(path)) for path in (target, usual)]
-    else:
-        names = [get_tarfile_name(path) for path in (target, usual)]
-    source = _first_copy(drive, names, checkpoint_dir)
-    with _new_folder(target, keep_others=True) as new:
+    source = _find_copy(drive, checkpoint_dir, run_name, copy_folder)
+    with write_folder_whole(target) as new:
         if copy_folder:
             shutil.copytree(source, new, copy_function=_copy_file, dirs_exist_ok=True)
         else:
             _unpack(source, f"{_TAR_ROOT}/{run_name}", new)
+        if os.path.isdir(target):
+            shutil.copytree(target, new, copy_function=_link_missing, dirs_exist_ok=True)
     return target
 
 
@@ -193,18 +185,14 @@ def copy_file_from_gdrive(file_path: str, *, drive_folder: str | None = None) ->
     return file_path
 
 
-def _drive_root() -> str:
+def _drive_path(drive_folder: str | None) -> str:
     for name in _DRIVE_NAMES:
         path = os.path.join(MOUNT_POINT, name)
         if os.path.isdir(path):
-            return path
+            return os.path.join(path, drive_folder or "")
     raise RuntimeError(
         f"No Google Drive is mounted at {MOUNT_POINT}: call mount_gdrive() first, in Colaboratory"
     )
-
-
-def _drive_path(drive_folder: str | None) -> str:
-    return os.path.join(_drive_root(), drive_folder or "")
 
 
 def _inner_parts(path: str) -> list[str]:
@@ -221,86 +209,39 @@ def _run_folder(checkpoint_dir: str, run_name: str) -> str:
     return os.path.join(checkpoint_dir, run_name)
 
 
-def _names(folder: str, kind: Callable[[os.DirEntry[str]], bool], ending: str = "") -> str:
-    """The names of a folder's files, or folders, for an error message."""
-    if not os.path.isdir(folder):
-        return "none"
-    with os.scandir(folder) as entries:
-        names = sorted(e.name for e in entries if kind(e) and e.name.endswith(ending))
-    return ", ".join(name for name in names if not name.startswith(".")) or "none"
+def _names(folder: str, pattern: str) -> str:
+    """What a folder holds of a pattern, for an error message; '*/' matches folders."""
+    # glob leaves out names that start with a dot.
+    names = glob.glob(pattern, root_dir=folder)
+    return ", ".join(sorted(name.rstrip("/\\") for name in names)) or "none"
 
 
-def _first_copy(drive: str, names: list[str], checkpoint_dir: str) -> str:
-    """The first of these paths on the Drive that exists."""
-    for path in (os.path.join(drive, name) for name in names):
-        _undo_killed_swap(path)
+def _find_copy(drive: str, checkpoint_dir: str, run_name: str, copy_folder: bool) -> str:
+    """The copy of a run that is on the Drive: from this folder, or else from 'checkpoint'."""
+    runs = [_run_folder(folder, run_name) for folder in (checkpoint_dir, "checkpoint")]
+    parts = [_inner_parts(run) if copy_folder else [get_tarfile_name(run)] for run in runs]
+    paths = [os.path.join(drive, *names) for names in parts]
+    for path in paths:
+        restore_replaced(path)
         if os.path.exists(path):
             return path
     folder = os.path.join(drive, *_inner_parts(checkpoint_dir))
     raise FileNotFoundError(
-        f"There is no {names[0]} in {drive}. Archives there: "
-        f"{_names(drive, os.DirEntry.is_file, '.tar')}. "
-        f"Runs in {folder} (for copy_folder=True): {_names(folder, os.DirEntry.is_dir)}"
+        f"There is no {paths[0]}. Archives in {drive}: {_names(drive, '*.tar')}. "
+        f"Runs in {folder} (for copy_folder=True): {_names(folder, '*/')}"
     )
 
 
 def _copy_file(source: str, target: str) -> None:
+    """Copies a file whole, and makes the folder if it is missing."""
     if not os.path.isfile(source):
         folder = os.path.dirname(source) or "."
-        there = _names(folder, os.DirEntry.is_file)
-        raise FileNotFoundError(f"There is no file {source}. Files in {folder}: {there}")
-    with open(source, "rb") as original, _new_file(target) as copy:
-        shutil.copyfileobj(original, copy, 1 << 20)
-
-
-@contextlib.contextmanager
-def _new_file(target: str) -> Iterator[BinaryIO]:
-    """As write_whole(), and makes the folder if it is missing."""
+        raise FileNotFoundError(
+            f"There is no file {source}. The folder {folder} holds: {_names(folder, '*')}"
+        )
     os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-    with write_whole(target) as file:
-        yield file
-
-
-@contextlib.contextmanager
-def _new_folder(target: str, keep_others: bool = False) -> Iterator[str]:
-    """Yields an empty folder that replaces the folder `target` if the block succeeds.
-
-    If the block fails, `target` stays as it was.
-
-    Args:
-        target: path of a folder that may exist.
-        keep_others: whether files that only the earlier folder has are kept.
-    """
-    _undo_killed_swap(target)
-    new, old = _hidden_sibling(target, "new"), _hidden_sibling(target, "old")
-    for leftover in (new, old):
-        if os.path.isdir(leftover):
-            shutil.rmtree(leftover)
-    os.makedirs(new)
-    try:
-        yield new
-        if os.path.isdir(target):
-            if keep_others:
-                shutil.copytree(target, new, copy_function=_link_missing, dirs_exist_ok=True)
-            os.rename(target, old)
-        os.rename(new, target)
-    except BaseException:
-        _undo_killed_swap(target)
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _undo_killed_swap(target: str) -> None:
-    """Puts the earlier folder back if a process was killed between the two renames."""
-    old = _hidden_sibling(target, "old")
-    if os.path.isdir(old) and not os.path.exists(target):
-        os.rename(old, target)
-
-
-def _hidden_sibling(target: str, suffix: str) -> str:
-    parent, name = os.path.split(os.path.normpath(target))
-    return os.path.join(parent, f".{name}.{suffix}")
+    with open(source, "rb") as original, write_whole(target) as copy:
+        shutil.copyfileobj(original, copy, 1 << 20)
 
 
 def _link_missing(source: str, target: str) -> None:
