@@ -29,7 +29,7 @@ class Batch(NamedTuple):
 def window_length(
     chunks: Sequence[np.ndarray], wanted: int, sampling: str = "random", pad_documents: bool = False
 ) -> int:
-    """How long the training windows can be: as long as wanted, if the dataset has such texts.
+    """How many tokens the training windows have: `wanted`, or fewer if no text is that long.
 
     Args:
         chunks: the dataset.
@@ -37,14 +37,11 @@ def window_length(
         sampling: as in WindowSampler: only 'epoch' draws windows that reach over several chunks.
         pad_documents: as in WindowSampler: if True, no window reaches over several chunks.
 
-    Returns:
-        The number of tokens in a window.
-
     Raises:
         ValueError: there are fewer than the 2 tokens that it takes to predict one.
     """
     lengths = [len(chunk) for chunk in chunks]
-    is_packed = _windows_class(sampling, pad_documents) is _PackedWindows
+    is_packed = sampling == "epoch" and not pad_documents
     longest = sum(lengths) if is_packed else max(lengths, default=0)
     if longest < 2:
         raise ValueError(
@@ -72,28 +69,23 @@ def split_dataset(
     """
     if not 0 < val_split < 1:
         raise ValueError(f"val_split={val_split} must be above 0 and below 1, such as 0.05")
-    total = sum(len(chunk) for chunk in chunks)
+    stream = _TokenStream(chunks)
+    total = stream.size
     cut = total - math.ceil(total * val_split)
-    if whole_chunks:
-        ends = np.cumsum([len(chunk) for chunk in chunks])
-        ends = ends[(ends >= 2) & (ends <= total - 2)]
-        cut = int(ends[np.abs(ends - cut).argmin()]) if len(ends) else cut
+    cuts_between = stream.ends[(stream.ends >= 2) & (stream.ends <= total - 2)]
+    if whole_chunks and len(cuts_between):
+        cut = int(cuts_between[np.abs(cuts_between - cut).argmin()])
     if cut < 2 or total - cut < 2:
         raise ValueError(
             f"val_split={val_split} of {total} tokens leaves {cut} to train on and "
             f"{total - cut} to validate on: each needs at least 2"
         )
-    train: list[np.ndarray] = []
-    held_out: list[np.ndarray] = []
-    start = 0
-    for chunk in chunks:
-        n_train = min(max(cut - start, 0), len(chunk))
-        if n_train:
-            train.append(chunk[:n_train])
-        if n_train < len(chunk):
-            held_out.append(chunk[n_train:])
-        start += len(chunk)
-    return train, held_out
+    train, held_out = [], []
+    for chunk, end in zip(chunks, stream.ends.tolist(), strict=True):
+        n_train = max(cut - (end - len(chunk)), 0)
+        train.append(chunk[:n_train])
+        held_out.append(chunk[n_train:])
+    return [part for part in train if len(part)], [part for part in held_out if len(part)]
 
 
 def fixed_windows(
@@ -107,15 +99,12 @@ def fixed_windows(
         count: how many windows there are at most.
         pad_documents: whether each window lies within one chunk, filled up if it is shorter.
 
-    Returns:
-        The windows, all in one batch.
-
     Raises:
         ValueError: the dataset is shorter than one window, or has nothing to predict.
     """
     stream = _TokenStream(chunks)
     if pad_documents:
-        windows = _DocumentWindows(stream, length)
+        windows = _Windows(stream, length, "epoch", pad_documents)
         chosen = np.linspace(0, windows.count - 1, min(count, windows.count)).astype(np.int64)
         return stream.batch([windows.locate(index) for index in chosen.tolist()], length)
     if not 2 <= length <= stream.size:
@@ -144,7 +133,6 @@ class _TokenStream:
 
     Attributes:
         ends: where each chunk ends.
-        lengths: how many tokens each chunk has.
         size: how many tokens there are in all.
     """
 
@@ -154,8 +142,7 @@ class _TokenStream:
             self.ends = chunks.ends
         else:
             self.ends = np.cumsum([len(chunk) for chunk in chunks], dtype=np.int64)
-        self.lengths = np.diff(self.ends, prepend=0)
-        self.size = int(self.lengths.sum())
+        self.size = int(self.ends[-1]) if len(self.ends) else 0
 
     def batch(self, windows: Sequence[_Window], length: int, pad_id: int = 0) -> Batch:
         """Reads windows of at most `length` tokens, each filled up with `pad_id`."""
@@ -181,105 +168,71 @@ class _TokenStream:
         return tokens
 
 
-class _WindowsInChunks:
-    """Windows of one length that each lie within one chunk, numbered chunk by chunk.
+def _span_ends(stream: _TokenStream, sampling: str, pad_documents: bool) -> np.ndarray:
+    """Where the spans end that windows lie within: the chunks, or the whole stream as one span."""
+    is_packed = sampling == "epoch" and not pad_documents
+    return stream.ends[-1:] if is_packed else stream.ends
+
+
+def _count_targets(lengths: np.ndarray) -> int:
+    """How many tokens can be predicted from one before them in their span."""
+    return int(np.maximum(lengths - 1, 0).sum())
+
+
+class _Windows:
+    """Windows of one length, numbered from 0, span by span.
+
+    With sampling='random' they start at every token. With sampling='epoch' or pad_documents they
+    lie side by side: each starts with the last token of the one before. The last one of a span is
+    shorter with pad_documents; without, it is moved back, and predicts only what is new.
 
     Attributes:
         length: tokens in a window.
         count: how many windows there are.
         per_epoch: how many windows predict as many tokens as the dataset has to predict.
+        n_unreachable: how many tokens are in spans too short for a window.
     """
 
-    def __init__(self, stream: _TokenStream, length: int, counts: np.ndarray):
-        """Takes the number of windows in each chunk."""
+    def __init__(self, stream: _TokenStream, length: int, sampling: str, pad_documents: bool):
+        if length < 2:
+            raise ValueError(f"length={length} must be at least 2: a token, and the one after it")
+        self._ends = _span_ends(stream, sampling, pad_documents)
+        lengths = np.diff(self._ends, prepend=0)
+        self._starts = self._ends - lengths
+        _check_longest_span(max(lengths, default=0), length, sampling, pad_documents)
         self.length = length
+        self._pad_documents = pad_documents
+        self.n_unreachable = 0 if pad_documents else int(lengths[lengths < length].sum())
+        is_random = sampling == "random" and not pad_documents
+        self._stride = 1 if is_random else length - 1
+        if is_random:
+            counts = np.maximum(lengths - length + 1, 0)
+        else:
+            counts = -(-np.maximum(lengths - 1, 0) // self._stride)
         self.count = int(counts.sum())
-        self.per_epoch: float = self.count
-        self._ends = stream.ends
-        self._starts = stream.ends - stream.lengths
-        self._cumulative_counts = np.cumsum(counts)
-
-    @staticmethod
-    def count_targets(stream: _TokenStream) -> int:
-        """How many tokens can be predicted from one before them in their chunk."""
-        return int(np.maximum(stream.lengths - 1, 0).sum())
-
-    def _chunk_and_offset(self, index: int) -> tuple[int, int]:
-        """A window's chunk, and its number within the chunk."""
-        chunk = int(np.searchsorted(self._cumulative_counts, index, side="right"))
-        return chunk, index - (int(self._cumulative_counts[chunk - 1]) if chunk else 0)
-
-
-class _RandomWindows(_WindowsInChunks):
-    """Every window that lies within a chunk, wherever it starts."""
-
-    def __init__(self, stream: _TokenStream, length: int):
-        super().__init__(stream, length, np.maximum(stream.lengths - length + 1, 0))
-        if not self.count:
-            raise ValueError(
-                f"no chunk of the dataset has {length} tokens in a row, the longest has "
-                f"{max(stream.lengths, default=0)}: window_length() tells how long windows can be"
-            )
-        self.per_epoch = self.count_targets(stream) / (length - 1)
+        self.per_epoch = _count_targets(lengths) / (length - 1) if is_random else self.count
+        self._first_indices = np.cumsum(counts) - counts
 
     def locate(self, index: int) -> _Window:
-        chunk, offset = self._chunk_and_offset(index)
-        return _Window(int(self._starts[chunk]) + offset, self.length)
-
-
-class _DocumentWindows(_WindowsInChunks):
-    """Windows that each lie within one chunk, side by side; a chunk's last may be shorter."""
-
-    def __init__(self, stream: _TokenStream, length: int):
-        super().__init__(stream, length, -(-np.maximum(stream.lengths - 1, 0) // (length - 1)))
-        if not self.count:
-            raise ValueError(
-                "no document of the dataset has 2 tokens, so there is nothing to predict"
-            )
-
-    def locate(self, index: int) -> _Window:
-        chunk, offset = self._chunk_and_offset(index)
-        start = int(self._starts[chunk]) + offset * (self.length - 1)
-        return _Window(start, min(self.length, int(self._ends[chunk]) - start))
-
-
-class _PackedWindows:
-    """Windows side by side over all chunks; each starts with the last token of the one before.
-
-    The last window is moved back so that it ends with the data, and predicts only what is new.
-    The attributes are those of _WindowsInChunks.
-    """
-
-    def __init__(self, stream: _TokenStream, length: int):
-        if stream.size < length:
-            raise ValueError(
-                f"the dataset has {stream.size} tokens, fewer than a window of {length}: "
-                "window_length() tells how long windows can be"
-            )
-        self.length = length
-        self.count = self.per_epoch = math.ceil(self.count_targets(stream) / (length - 1))
-        self._last_start = stream.size - length
-
-    @staticmethod
-    def count_targets(stream: _TokenStream) -> int:
-        """How many tokens can be predicted from one before them."""
-        return max(stream.size - 1, 0)
-
-    def locate(self, index: int) -> _Window:
-        context = index * (self.length - 1)
-        start = min(context, self._last_start)
+        span = int(np.searchsorted(self._first_indices, index, side="right")) - 1
+        number = index - int(self._first_indices[span])
+        context, end = int(self._starts[span]) + number * self._stride, int(self._ends[span])
+        if self._pad_documents:
+            return _Window(context, min(self.length, end - context))
+        start = min(context, end - self.length)
         return _Window(start, self.length, context - start + 1)
 
 
-_Windows = _RandomWindows | _DocumentWindows | _PackedWindows
-
-
-def _windows_class(
-    sampling: str, pad_documents: bool
-) -> type[_RandomWindows] | type[_DocumentWindows] | type[_PackedWindows]:
-    if pad_documents:
-        return _DocumentWindows
-    return _PackedWindows if sampling == "epoch" else _RandomWindows
+def _check_longest_span(longest: int, length: int, sampling: str, pad_documents: bool) -> None:
+    """Raises ValueError if there is no window."""
+    if pad_documents and longest < 2:
+        raise ValueError("no document of the dataset has 2 tokens, so there is nothing to predict")
+    if pad_documents or longest >= length:
+        return
+    reason = f"no chunk of the dataset has {length} tokens in a row, the longest has {longest}"
+    if sampling == "epoch":
+        reason = f"the dataset has {longest} tokens, fewer than a window of {length}"
+    raise ValueError(f"{reason}: window_length() tells how long windows can be")
 
 
 class WindowSampler:
@@ -321,8 +274,8 @@ class WindowSampler:
         self.sampling = sampling
         self.pad_documents = pad_documents
         self.pad_id = pad_id
-        self._windows_class = _windows_class(sampling, pad_documents)
-        self._n_targets = self._windows_class.count_targets(self._stream)
+        span_ends = _span_ends(self._stream, sampling, pad_documents)
+        self._n_targets = _count_targets(np.diff(span_ends, prepend=0))
         self._n_predicted = 0
         self._generator = np.random.default_rng(seed)
         self._windows: _Windows | None = None
@@ -360,27 +313,22 @@ class WindowSampler:
         """
         if self._windows is None or self._windows.length != length:
             self._windows, self._epoch = self._windows_of(length), None
-            self._tell_unreachable(length)
+            self._tell_unreachable(self._windows)
         count = self._windows.count
         drawn = [self._windows.locate(self._next_index(count)) for _ in range(batch_size)]
         self._n_predicted += sum(window.size - window.first_target for window in drawn)
         return self._stream.batch(drawn, length, self.pad_id)
 
     def _windows_of(self, length: int) -> _Windows:
-        if length < 2:
-            raise ValueError(f"length={length} must be at least 2: a token, and the one after it")
-        return self._windows_class(self._stream, length)
+        return _Windows(self._stream, length, self.sampling, self.pad_documents)
 
-    def _tell_unreachable(self, length: int) -> None:
+    def _tell_unreachable(self, windows: _Windows) -> None:
         """Prints how many tokens are in no window, if there are some."""
-        if self._windows_class is not _RandomWindows:
-            return
-        lengths = self._stream.lengths
-        n_unreachable = int(lengths[lengths < length].sum())
-        if n_unreachable:
+        if windows.n_unreachable:
             say(
-                f"{n_unreachable:,} of the {self.total_size:,} tokens are in chunks shorter than "
-                f"a window of {length} and are never drawn; sampling='epoch' draws all"
+                f"{windows.n_unreachable:,} of the {self.total_size:,} tokens are in chunks "
+                f"shorter than a window of {windows.length} and are never drawn; "
+                "sampling='epoch' draws all"
             )
 
     def _next_index(self, count: int) -> int:
@@ -429,7 +377,7 @@ class WindowSampler:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"this is not the state of a WindowSampler: {error!r}") from error
         if windows is not None and (self._windows is None or self._windows.length != length):
-            self._tell_unreachable(length)
+            self._tell_unreachable(windows)
         self._generator, self._n_predicted = generator, n_predicted
         self._windows, self._epoch = windows, epoch
         if not is_same:
