@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import datetime
 import email.utils
 import errno
@@ -55,33 +56,22 @@ _BACK_OFF = (0.5, 30.0)  # seconds before the second try, and the most before an
 _MAX_WAIT = 120.0  # seconds that a server's Retry-After may ask for
 _TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504)
 _LOGIN_HINT = " (a web page? perhaps this network wants you to log in first)"
+_UNENCODED = {"Accept-Encoding": "identity"}  # so that bytes can be counted and continued
 _sleep = time.sleep
 
 
+@dataclasses.dataclass(eq=False)
 class _FetchError(Exception):
-    """A request failed.
+    """A request failed."""
 
-    Attributes:
-        final: another request would fail, too.
-        damaged: a file came, but it failed its checks.
-        status: the HTTP status, if that is the reason.
-        wait: seconds that the server asks to wait before another request.
-    """
+    reason: str
+    final: bool = False  # whether another request would fail, too
+    damaged: bool = False  # whether a file came that failed its checks
+    status: int | None = None  # the HTTP status, if that is the reason
+    wait: float | None = None  # seconds that the server asks to wait before another request
 
-    def __init__(
-        self,
-        reason: str,
-        *,
-        final: bool = False,
-        damaged: bool = False,
-        status: int | None = None,
-        wait: float | None = None,
-    ) -> None:
-        super().__init__(reason)
-        self.final = final
-        self.damaged = damaged
-        self.status = status
-        self.wait = wait
+    def __str__(self) -> str:
+        return self.reason
 
 
 @settings_function(DownloadSettings)
@@ -223,32 +213,23 @@ def _data_defect(path: Path) -> str | None:
 
 def _min_data_bytes(folder: Path) -> int:
     try:
-        return checkpoint_index.data_sizes(checkpoint_index.read_index(folder / INDEX_FILE)).get(
-            0, 0
-        )
+        entries = checkpoint_index.read_index(folder / INDEX_FILE)
     except FileNotFoundError as error:
         raise ValueError("its index is missing") from error
+    return checkpoint_index.data_sizes(entries).get(0, 0)
 
 
 # --- a file that is being downloaded ------------------------------------------------------------
 
 
 class _Version(NamedTuple):
-    """The version of a file that a server has, from its headers.
-
-    Attributes:
-        url: the file's address.
-        etag: the header ETag, if it is a strong one.
-        last_modified: the header Last-Modified.
-        total: the file's length in bytes.
-        md5: the header Content-MD5.
-    """
+    """The version of a file that a server has, from its headers."""
 
     url: str
-    etag: str | None = None
+    etag: str | None = None  # only a strong one: If-Range must not use a weak one
     last_modified: str | None = None
-    total: int | None = None
-    md5: str | None = None
+    total: int | None = None  # the file's length in bytes
+    md5: str | None = None  # the header Content-MD5
 
     @classmethod
     def announced(cls, url: str, headers: Mapping[str, str]) -> _Version:
@@ -260,7 +241,7 @@ class _Version(NamedTuple):
         chunked = "Transfer-Encoding" in headers
         return cls(
             url,
-            etag if etag.startswith('"') else None,  # If-Range must not use a weak one.
+            etag if etag.startswith('"') else None,
             headers.get("Last-Modified"),
             int(length) if length.isdecimal() and not chunked else None,
             _md5(headers),
@@ -274,13 +255,8 @@ class _Version(NamedTuple):
     def contradicts(self, headers: Mapping[str, str]) -> bool:
         """Whether the answer to a range request is about another version of the file."""
         other = _Version.announced(self.url, headers)
-        return (
-            _is_encoded(headers)
-            or None not in (self.etag, other.etag)
-            and self.etag != other.etag
-            or None not in (self.last_modified, other.last_modified)
-            and self.last_modified != other.last_modified
-        )
+        pairs = (self.etag, other.etag), (self.last_modified, other.last_modified)
+        return _is_encoded(headers) or any(a != b for a, b in pairs if None not in (a, b))
 
 
 def _is_encoded(headers: Mapping[str, str]) -> bool:
@@ -371,36 +347,26 @@ def _continue_leftover(session: requests.Session, url: str, partial: _Partial) -
     the MD5 of the whole file, to compare the result with.
     """
     target = partial.target
-    if (
-        partial.resumable(url)
-        or not target.is_file()
-        or target.stat().st_size < _MIN_LEFTOVER_BYTES
-    ):
+    leftover = target.stat().st_size if target.is_file() else 0
+    if leftover < _MIN_LEFTOVER_BYTES or partial.resumable(url):
         return
     try:
         with session.head(
-            url, headers={"Accept-Encoding": "identity"}, timeout=_TIMEOUT, allow_redirects=True
+            url, headers=_UNENCODED, timeout=_TIMEOUT, allow_redirects=True
         ) as response:
             version = _Version.announced(url, response.headers)
             known = response.status_code == 200 and version.md5 and version.validator
     except requests.RequestException:
         return
-    if known and target.stat().st_size < (version.total or 0):
+    if known and leftover < (version.total or 0):
         partial.begin(version)
         os.replace(target, partial.path)
 
 
 def _receive(session: requests.Session, url: str, partial: _Partial, min_bytes: int) -> None:
-    """Makes one request; returns if the partial file then has all its bytes.
+    """Makes one request; raises _FetchError if the partial file then lacks any of its bytes.
 
-    Args:
-        session: makes the request.
-        url: the file's address.
-        partial: the file so far. It is continued if the server allows that, else begun anew.
-        min_bytes: bytes that the file must have.
-
-    Raises:
-        _FetchError: the file is not complete.
+    The file is continued if the server allows that, or else begun anew.
     """
     try:
         _request(session, url, partial, min_bytes)
@@ -430,9 +396,9 @@ def _request(session: requests.Session, url: str, partial: _Partial, min_bytes: 
     offset = partial.size() if version else 0
     if version and version.total == offset:
         return
-    headers = {"Accept-Encoding": "identity"}
+    headers = _UNENCODED
     if version:
-        headers |= {"Range": f"bytes={offset}-", "If-Range": str(version.validator)}
+        headers = headers | {"Range": f"bytes={offset}-", "If-Range": str(version.validator)}
     with session.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
         if response.status_code == 200:
             _check_offer(response, offset, min_bytes)
@@ -543,7 +509,6 @@ def _back_off(name: str, tries: int, error: _FetchError) -> None:
     first, longest = _BACK_OFF
     # The random factor keeps the clients of a server that failed from all returning at once.
     seconds = min(longest, first * 2 ** (tries - 1)) * random.uniform(0.5, 1.0)
-    if error.wait is not None:
-        seconds = max(seconds, error.wait)
+    seconds = max(seconds, error.wait or 0)
     report.say(f"Fetching {name}: {error}; trying again in {seconds:.1f} s")
     _sleep(seconds)
