@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import itertools
 import json
@@ -76,9 +75,6 @@ def read_rows(
         row_format: which columns to read, and what to put around them.
         report: takes the number of blank rows, and what is odd about the table.
 
-    Yields:
-        start_token + the row's text + end_token + a line break.
-
     Raises:
         ValueError: a column does not exist (the message lists those that do), or a line is
             malformed.
@@ -101,25 +97,33 @@ def _csv_cells(
     lines: Iterable[str], file: DataFile, row_format: RowFormat, report: ReadReport
 ) -> Iterator[list[str]]:
     """Yields the cells of the columns to read, row by row."""
-    quotes = _QuoteCounter(lines)
-    reader = csv.reader(quotes, delimiter="\t" if file.kind == "tsv" else ",")
-    n_wider = row_start = 0
-    with _long_fields_allowed():
-        try:
-            first = next((row for row in reader if row), [])
-            has_header = _has_header(first, row_format)
-            columns = [_column_index(c, first, has_header, file.path) for c in row_format.columns]
-            report.lines += _guesses(first, has_header, row_format, file.path)
-            row_end = reader.line_num
-            for row in itertools.chain([] if has_header or not first else [first], reader):
-                row_start, row_end = row_end, reader.line_num
-                n_wider += len(row) > len(first)
-                yield [row[index] if index < len(row) else "" for index in columns]
-        except csv.Error as error:
-            raise ValueError(
-                f"{file.path!r}, line {reader.line_num}: {error}. Is a quote left open?"
-            ) from error
-    if quotes.count % 2 and reader.line_num - row_start > 1:
+    n_quotes = n_wider = row_start = 0
+
+    def quotes_counted() -> Iterator[str]:
+        nonlocal n_quotes
+        for line in lines:
+            n_quotes += line.count('"')
+            yield line
+
+    reader = csv.reader(quotes_counted(), delimiter="\t" if file.kind == "tsv" else ",")
+    default_limit = csv.field_size_limit(MAX_FIELD_CHARACTERS)  # 128 kB
+    try:
+        first = next((row for row in reader if row), [])
+        has_header = _has_header(first, row_format)
+        columns = [_column_index(c, first, has_header, file.path) for c in row_format.columns]
+        report.lines += _guesses(first, has_header, row_format, file.path)
+        row_end = reader.line_num
+        for row in itertools.chain([] if has_header or not first else [first], reader):
+            row_start, row_end = row_end, reader.line_num
+            n_wider += len(row) > len(first)
+            yield [row[index] if index < len(row) else "" for index in columns]
+    except csv.Error as error:
+        raise ValueError(
+            f"{file.path!r}, line {reader.line_num}: {error}. Is a quote left open?"
+        ) from error
+    finally:
+        csv.field_size_limit(default_limit)
+    if n_quotes % 2 and reader.line_num - row_start > 1:
         report.warnings.append(
             f"{file.path!r}: a quote is left open: lines {row_start + 1:,} to "
             f"{reader.line_num:,} were read as one row"
@@ -129,29 +133,6 @@ def _csv_cells(
             f"{file.path!r}: {n_wider:,} rows have more columns than the first, which has "
             f"{len(first)}; text that holds the delimiter must be in quotes, or is cut there"
         )
-
-
-class _QuoteCounter:
-    """Passes lines on, and counts the quotes in them."""
-
-    def __init__(self, lines: Iterable[str]):
-        self.lines = lines
-        self.count = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for line in self.lines:
-            self.count += line.count('"')
-            yield line
-
-
-@contextlib.contextmanager
-def _long_fields_allowed() -> Iterator[None]:
-    """The csv module refuses fields of more than 128 kB by default."""
-    before = csv.field_size_limit(MAX_FIELD_CHARACTERS)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
 
 
 def _has_header(first: list[str], row_format: RowFormat) -> bool:
@@ -211,7 +192,12 @@ def _json_cells(
             yield [""]
             continue
         where = f"{file.path!r}, line {number}"
-        record = _json_object(line, where)
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: {type(record).__name__}, where an object was expected")
         names = names or [_json_name(name, record) for name in row_format.columns]
         seen |= record.keys()
         yield [_json_text(record.get(name), name, where) for name in names]
@@ -221,16 +207,6 @@ def _json_cells(
             f"{file.path!r} has no column {missing[0]!r}: "
             f"its columns are {', '.join(map(repr, sorted(seen)))}"
         )
-
-
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: {type(record).__name__}, where an object was expected")
-    return record
 
 
 def _json_name(name: str | int | None, record: dict[str, Any]) -> str:

@@ -60,6 +60,11 @@ class DataFile(NamedTuple):
         return self.kind in ("csv", "tsv", "jsonl")
 
     @property
+    def is_gzip(self) -> bool:
+        """Whether it is packed."""
+        return self.path.lower().endswith(".gz")
+
+    @property
     def is_encoded(self) -> bool:
         """Whether it holds token ids, not text."""
         return self.kind in ("npz", "tokens")
@@ -164,10 +169,7 @@ def _not_found(path: str) -> str:
 
 @contextlib.contextmanager
 def open_text(
-    file: DataFile,
-    encoding: str | None,
-    report: ReadReport,
-    on_bytes: Callable[[int], object] = lambda count: None,
+    file: DataFile, encoding: str | None, report: ReadReport, on_bytes: Callable[[int], object]
 ) -> Iterator[TextIO]:
     """Opens a file as text, unpacked if it is a .gz; bytes that cannot be decoded are left out.
 
@@ -179,15 +181,13 @@ def open_text(
         report: takes the warnings.
         on_bytes: is called with the number of bytes, each time that some of the file are read.
 
-    Yields:
-        The text.
-
     Raises:
         ValueError: the encoding is unknown, the gzip file is damaged, or a file that the user
             named is not text.
     """
     try:
-        head = _read_head(file.path)
+        with gzip.open(file.path) if file.is_gzip else open(file.path, "rb") as binary:
+            head = binary.read(HEAD_BYTES)
         encoding = _choose_encoding(head, encoding)
         shown = "UTF-8" if encoding == "utf-8-sig" else encoding
         if not _is_text(head, encoding):
@@ -200,7 +200,7 @@ def open_text(
             yield io.StringIO()
             return
         _undecodable.count = 0
-        with _decoded(file.path, encoding, on_bytes) as text:
+        with _decoded(file, encoding, on_bytes) as text:
             yield text
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{file.path!r} is not a whole gzip file: {error}") from error
@@ -209,11 +209,6 @@ def open_text(
             f"{file.path!r}: {_undecodable.count:,} bytes are not {shown} and were left out; "
             "if it is in another encoding, name it, as in encoding='latin-1'"
         )
-
-
-def _read_head(path: str) -> bytes:
-    with gzip.open(path) if _is_gzip(path) else open(path, "rb") as binary:
-        return binary.read(HEAD_BYTES)
 
 
 def _choose_encoding(head: bytes, encoding: str | None) -> str:
@@ -236,15 +231,7 @@ def _is_text(head: bytes, encoding: str) -> bool:
 
 
 COUNT_AND_LEAVE_OUT = "gpt_2_simple.count_and_leave_out"
-
-
-class _Undecodable(threading.local):
-    """How many bytes this thread's decoders have left out."""
-
-    count = 0
-
-
-_undecodable = _Undecodable()
+_undecodable = threading.local()  # its count: how many bytes this thread's decoders left out
 
 
 def _count_and_leave_out(error: UnicodeError) -> tuple[str, int]:
@@ -257,15 +244,16 @@ def _count_and_leave_out(error: UnicodeError) -> tuple[str, int]:
 codecs.register_error(COUNT_AND_LEAVE_OUT, _count_and_leave_out)
 
 
-def _is_gzip(path: str) -> bool:
-    return path.lower().endswith(".gz")
-
-
-def _decoded(path: str, encoding: str, on_bytes: Callable[[int], object]) -> io.TextIOWrapper:
-    binary: BinaryIO = io.BufferedReader(_CountingFile(path, on_bytes), READ_BYTES)
-    if _is_gzip(path):
-        binary = io.BufferedReader(_Gzip(binary), READ_BYTES)
-    return io.TextIOWrapper(binary, encoding=encoding, errors=COUNT_AND_LEAVE_OUT)
+@contextlib.contextmanager
+def _decoded(
+    file: DataFile, encoding: str, on_bytes: Callable[[int], object]
+) -> Iterator[io.TextIOWrapper]:
+    with _CountingFile(file.path, on_bytes) as on_disk:
+        binary: BinaryIO = io.BufferedReader(on_disk, READ_BYTES)
+        if file.is_gzip:
+            binary = io.BufferedReader(gzip.GzipFile(fileobj=binary), READ_BYTES)
+        with io.TextIOWrapper(binary, encoding=encoding, errors=COUNT_AND_LEAVE_OUT) as text:
+            yield text
 
 
 class _CountingFile(io.FileIO):
@@ -279,17 +267,3 @@ class _CountingFile(io.FileIO):
         count = super().readinto(buffer)
         self.on_bytes(count or 0)
         return count
-
-
-class _Gzip(gzip.GzipFile):
-    """A gzip stream that also closes the file below it, which a GzipFile leaves open."""
-
-    def __init__(self, binary: BinaryIO):
-        super().__init__(fileobj=binary)
-        self.binary = binary
-
-    def close(self) -> None:
-        try:
-            super().close()
-        finally:
-            self.binary.close()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, overload
+from collections.abc import Iterable, Sequence
+from typing import Any, BinaryIO, NamedTuple, overload
 
 import numpy as np
 
@@ -53,28 +54,24 @@ def id_dtype(n_vocab: int) -> np.dtype:
     return np.dtype(np.uint16 if n_vocab <= 1 << 16 else np.uint32)
 
 
-class _ChunkEnds:
-    """The token counts at which chunks end, found while blocks pass by."""
-
-    def __init__(self) -> None:
-        self.ends: list[int] = []
-
-    def ids_of(self, blocks: Iterable[TokenBlock]) -> Iterator[bytes]:
-        """Yields each block's ids, and takes down the ends of its chunks; none is empty."""
-        n_tokens = 0
-        for block in blocks:
-            for count, ends_chunk in zip(block.counts, block.ends_chunk, strict=True):
-                n_tokens += count
-                if ends_chunk and n_tokens > (self.ends[-1] if self.ends else 0):
-                    self.ends.append(n_tokens)
-            yield block.ids
+def _write_ids(blocks: Iterable[TokenBlock], file: BinaryIO) -> list[int]:
+    """Writes the blocks' ids; returns the token counts at which chunks end. No chunk is empty."""
+    ends: list[int] = []
+    n_tokens = 0
+    for block in blocks:
+        file.write(block.ids)
+        for count, ends_chunk in zip(block.counts, block.ends_chunk, strict=True):
+            n_tokens += count
+            if ends_chunk and n_tokens > (ends[-1] if ends else 0):
+                ends.append(n_tokens)
+    return ends
 
 
 def join_blocks(blocks: Iterable[TokenBlock], dtype: np.dtype) -> TokenChunks:
     """Joins blocks of ids in memory."""
-    chunk_ends = _ChunkEnds()
-    ids = b"".join(chunk_ends.ids_of(blocks))
-    return TokenChunks(np.frombuffer(ids, dtype), chunk_ends.ends)
+    file = io.BytesIO()
+    ends = _write_ids(blocks, file)
+    return TokenChunks(np.frombuffer(file.getvalue(), dtype), ends)
 
 
 # --- .tokens --------------------------------------------------------------------------------------
@@ -99,21 +96,14 @@ def write_tokens(path: str, blocks: Iterable[TokenBlock], enc: Any, report: Read
 
     The file is MAGIC, the ids, a JSON object (dtype, ends of the chunks, vocabulary, and the
     report's lines and warnings), the length of that object in eight bytes (little-endian), and
-    MAGIC.
-
-    Args:
-        path: the file.
-        blocks: the blocks, written as they come.
-        enc: the encoder that made them.
-        report: what to keep with them; it may still grow while the blocks come.
+    MAGIC. The report may still grow while the blocks come.
     """
-    chunk_ends = _ChunkEnds()
     with write_whole(path) as file:
         file.write(MAGIC)
-        file.writelines(chunk_ends.ids_of(blocks))
+        ends = _write_ids(blocks, file)
         footer = {
             "dtype": id_dtype(enc.n_vocab).str,
-            "ends": chunk_ends.ends,
+            "ends": ends,
             "lines": report.lines,
             "warnings": report.warnings,
             "vocabulary": hash_vocabulary(enc),
@@ -153,13 +143,7 @@ def read_tokens(path: str) -> TokenFile:
 
 
 def save_tokens(path: str | os.PathLike[str], chunks: Iterable[np.ndarray], enc: Any) -> None:
-    """Writes chunks as a token file, which is read without being loaded into memory.
-
-    Args:
-        path: the file, whose name should end in '.tokens'.
-        chunks: 1-D arrays of ids.
-        enc: the encoder that made them.
-    """
+    """Writes chunks (1-D arrays of ids) as a token file, which is read from disk as it is used."""
     dtype = id_dtype(enc.n_vocab)
     blocks = (
         TokenBlock(part.astype(dtype).tobytes(), [len(part)], [start + BLOCK_TOKENS >= len(chunk)])
@@ -191,9 +175,7 @@ def read_saved_tokens(path: str, enc: Any) -> TokenChunks:
 def save_npz(path: str | os.PathLike[str], chunks: Iterable[np.ndarray]) -> None:
     """Writes chunks as gpt-2-simple's encode_dataset does: a compressed .npz of arr_0, arr_1...
 
-    Args:
-        path: the file; '.npz' is added if it does not end so.
-        chunks: 1-D arrays of ids.
+    If the path does not end in '.npz', that is added.
     """
     path = os.fspath(path)
     with write_whole(path if path.endswith(".npz") else f"{path}.npz") as file:
@@ -257,8 +239,6 @@ def hash_vocabulary(enc: Any) -> str:
 
 def cache_folder() -> str:
     """Where encoded datasets are kept: $GPT_2_SIMPLE_CACHE, or gpt_2_simple in the user's cache."""
-    chosen = os.environ.get("GPT_2_SIMPLE_CACHE")
-    if chosen:
-        return os.path.expanduser(chosen)
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    return os.path.join(os.path.expanduser(caches), "gpt_2_simple")
+    chosen = os.environ.get("GPT_2_SIMPLE_CACHE") or os.path.join(caches, "gpt_2_simple")
+    return os.path.expanduser(chosen)
