@@ -91,11 +91,6 @@ class Dataset:
     options: ReadOptions
 
     @property
-    def encoded_files(self) -> list[DataFile]:
-        """The files that hold tokens."""
-        return [file for file in self.files if file.is_encoded]
-
-    @property
     def text_files(self) -> list[DataFile]:
         """The files that hold text, tables among them."""
         return [file for file in self.files if not file.is_encoded]
@@ -104,7 +99,7 @@ class Dataset:
     def is_large(self) -> bool:
         """Whether there is so much text that its tokens are worth a place on disk."""
         sizes = (
-            os.path.getsize(file.path) * (GZIP_RATIO if file.path.lower().endswith(".gz") else 1)
+            os.path.getsize(file.path) * (GZIP_RATIO if file.is_gzip else 1)
             for file in self.text_files
         )
         return sum(sizes) > LARGE_BYTES
@@ -129,36 +124,17 @@ class Dataset:
 def find_dataset(path: Any, options: ReadOptions = ReadOptions()) -> Dataset:
     """Finds the files of a dataset, and reads none of them.
 
-    Args:
-        path: a file, a folder, a glob pattern, or a list of these. Files are read by their suffix:
-            .csv, .tsv and .jsonl as tables, .npz and .tokens as encode_dataset() wrote them, others
-            as text; with .gz after it, unpacked.
-        options: how they are to be read.
-
-    Returns:
-        The dataset, for tokenize().
-
-    Raises:
-        FileNotFoundError: there is nothing of that name.
-        ValueError: a folder holds no file, the list is empty, or it is not a path.
+    Files are read by their suffix: .csv, .tsv and .jsonl as tables, .npz and .tokens as
+    encode_dataset() wrote them, others as text; with .gz after it, unpacked. Which paths there are,
+    and which errors, find_files() tells.
     """
     return Dataset(path, find_files(path), options)
 
 
 def load_dataset(enc: Any, path: Any, combine: int = 50000) -> Sequence[np.ndarray]:
-    """Reads a dataset and encodes it, as gpt-2-simple 0.8.1's function of this name does.
+    """Reads a dataset and encodes it: tokenize(find_dataset(path)), as gpt-2-simple 0.8.1 has it.
 
-    Args:
-        enc: the encoder.
-        path: see find_dataset().
-        combine: how many characters of plain text a chunk has at least, except the last.
-
-    Returns:
-        The chunks; see tokenize().
-
-    Raises:
-        FileNotFoundError: there is nothing of that name.
-        ValueError: there is no text, or a file cannot be read as text.
+    A chunk has at least `combine` characters of plain text, except the last.
     """
     return tokenize(find_dataset(path, ReadOptions(combine)), enc)
 
@@ -188,12 +164,12 @@ def tokenize(
     Raises:
         ValueError: there is no text, or a file cannot be read as asked.
     """
-    parts: list[Sequence[np.ndarray]] = [
-        read_npz(file.path, enc.n_vocab)
-        if file.kind == "npz"
-        else read_saved_tokens(file.path, enc)
-        for file in dataset.encoded_files
-    ]
+    parts: list[Sequence[np.ndarray]] = []
+    for file in dataset.files:
+        if file.kind == "npz":
+            parts.append(read_npz(file.path, enc.n_vocab))
+        elif file.kind == "tokens":
+            parts.append(read_saved_tokens(file.path, enc))
     if dataset.is_large:
         parts.append(_encode_into_cache(dataset, enc, cache_dir, processes))
     elif dataset.text_files:
@@ -210,7 +186,7 @@ def _encode_into_cache(
     dataset: Dataset, enc: Any, cache_dir: str | os.PathLike[str] | None, processes: int | None
 ) -> TokenChunks:
     """Encodes text into a token file, or finds the one that an earlier call made."""
-    folder = cache_folder() if cache_dir is None else os.path.expanduser(os.fspath(cache_dir))
+    folder = os.path.expanduser(cache_folder() if cache_dir is None else cache_dir)
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"{dataset.cache_key(enc)}.tokens")
     try:
@@ -248,9 +224,6 @@ def chunk_parts(
         dataset: the dataset, whose encoded files are left out.
         report: takes what the user should know.
         on_bytes: is called with the number of bytes, each time that some are read.
-
-    Yields:
-        The chunks' text, in parts.
     """
     options, files = dataset.options, dataset.text_files
     end_token = options.row_format.end_token
@@ -286,9 +259,9 @@ def read_text(
     Args:
         file: what to read; not an .npz or .tokens file.
         row_format: how a row of a table becomes a document.
-        encoding: the text's encoding; None for UTF-8, or what a byte order mark tells.
+        encoding: as in open_text().
         report: takes what the user should know.
-        on_bytes: is called with the number of bytes, each time that some are read.
+        on_bytes: as in open_text().
 
     Yields:
         Parts of a text file; of a table each row's document.
