@@ -110,12 +110,12 @@ class BeamSearch(Generation):
         try:
             self.start()
         except BaseException:
-            self.free()
+            self.free(self.keys)
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.free()
+        self.free(self.keys)
 
     @property
     def done(self) -> bool:
@@ -140,8 +140,8 @@ class BeamSearch(Generation):
         ops = build_once(self.sess, build_beam_step)
         n_vocab = session.graph_state(self.sess).hparams.n_vocab
         feeds = {
-            **self.step_feeds(ops.inputs, 1),
-            ops.inputs.text_tokens: self.text_tokens(0),
+            **self.step_feeds(ops, 1),
+            ops.text_tokens: self.text_tokens(0),
             ops.parents: self.cache_rows,
             # Even if every beam has an end among its candidates, enough others are left.
             ops.count: min(2 * self.settings.count, n_vocab),

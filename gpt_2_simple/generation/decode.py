@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from .. import model
-from .kv_cache import build_once, grow_cache, head_width, placeholder, store_cache, take_cache
+from .kv_cache import fetched, grow_cache, head_width, placeholder, store_cache, take_cache
 from .sampling import (
     BROKEN,
     HEALTHY,
@@ -20,132 +21,96 @@ from .sampling import (
     TextTokens,
     next_token,
     process_logits,
-    sampling_placeholders,
 )
 
 
-class Prefill(NamedTuple):
-    """Writes the keys and values of given tokens to a cache.
+@dataclasses.dataclass
+class Prefill:
+    """Writes the keys and values of given tokens to a cache."""
 
-    Attributes:
-        cache_key: the cache's key.
-        tokens: the tokens [rows, time].
-        left_pads: columns at the left that a row does not see [rows].
-        cache_length: columns of the cache that are in use; the tokens come after them.
-        run: the operation.
-    """
-
-    cache_key: Any
-    tokens: Any
-    left_pads: Any
-    cache_length: Any
-    run: Any
+    cache_key: Any = placeholder(tf.int64)
+    cache_length: Any = placeholder(tf.int32)  # columns in use; the tokens come after them
+    tokens: Any = placeholder(tf.int32, None, None)  # [rows, time]
+    left_pads: Any = placeholder(tf.int32, None)  # columns at the left that a row does not see
+    run: Any = fetched()
 
 
-class StepInputs(NamedTuple):
+@dataclasses.dataclass
+class StepInputs:
     """What is fed to make new tokens.
 
-    Attributes:
-        cache_key: the cache's key.
-        last_tokens: each text's last token [rows], which is not in the cache yet.
-        left_pads: columns at the left that a row does not see [rows].
-        cache_length: columns of the cache that are in use.
-        added_columns: columns to add to the cache.
-        text_tokens: the texts [rows, time], padded with -1 on the left; without columns if the
-            penalties are off.
-        n_generated: new tokens that each text has.
-        sampling: how to choose.
+    `text_tokens` [rows, time] are the texts, padded with -1 on the left; without columns if the
+    penalties are off.
     """
 
-    cache_key: Any
-    last_tokens: Any
-    left_pads: Any
-    cache_length: Any
-    added_columns: Any
-    text_tokens: Any
-    n_generated: Any
-    sampling: SamplingPlaceholders
+    cache_key: Any = placeholder(tf.int64)
+    last_tokens: Any = placeholder(tf.int32, None)  # each text's last [rows], not in the cache yet
+    left_pads: Any = placeholder(tf.int32, None)  # columns at the left that a row does not see
+    cache_length: Any = placeholder(tf.int32)  # columns in use
+    added_columns: Any = placeholder(tf.int32)  # columns by which the cache grows first
+    text_tokens: Any = placeholder(tf.int32, None, None)
+    n_generated: Any = placeholder(tf.int32)  # new tokens that each text has
+    sampling: SamplingPlaceholders = dataclasses.field(default_factory=SamplingPlaceholders)
 
 
-class Decode(NamedTuple):
+@dataclasses.dataclass
+class Decode(StepInputs):
     """Generates some tokens for each text, one after the other.
 
-    Attributes:
-        inputs: what is fed; its text_tokens have a further -1 on the right for each step.
-        uniform: a random number in [0, 1) for each new token [steps, rows].
-        ended: rows that need no more tokens [rows].
-        tokens: the new tokens [rows, steps], -1 after a row's end; fewer steps if all rows end.
-        status: whether the logits made sense [rows]; see sampling.check_status.
-        run: keeps the cache in the session.
+    `text_tokens` have a further -1 on the right for each step.
     """
 
-    inputs: StepInputs
-    uniform: Any
-    ended: Any
-    tokens: Any
-    status: Any
-    run: Any
+    uniform: Any = placeholder(tf.float64, None, None)  # numbers in [0, 1) [steps, rows]
+    ended: Any = placeholder(tf.bool, None)  # rows that need no more tokens [rows]
+    tokens: Any = fetched()  # [rows, steps], -1 after a row's end; fewer steps if all rows end
+    status: Any = fetched()  # [rows]; see sampling.check_status
+    run: Any = fetched()  # keeps the cache in the session
 
 
-class BeamStep(NamedTuple):
-    """Finds the likeliest next tokens of each text.
+@dataclasses.dataclass
+class BeamStep(StepInputs):
+    """Finds the likeliest next tokens of each text."""
 
-    Attributes:
-        inputs: what is fed.
-        parents: the row of the cache that each text continues from [rows].
-        count: how many next tokens to find.
-        tokens: the likeliest next tokens [rows, count], the likeliest first.
-        log_probabilities: theirs [rows, count].
-        status: whether the logits made sense [rows]; see sampling.check_status.
-        run: keeps the cache in the session.
-    """
-
-    inputs: StepInputs
-    parents: Any
-    count: Any
-    tokens: Any
-    log_probabilities: Any
-    status: Any
-    run: Any
-
-
-def decode_ops(sess: tf.compat.v1.Session, rows: int) -> Decode:
-    """The operations of Decode for this many rows; the first call adds them to the graph."""
-    return build_once(sess, _build_decode, ONE_ROW if rows == 1 else FEW_ROWS)
+    parents: Any = placeholder(tf.int32, None)  # the cache's row that a text continues from [rows]
+    count: Any = placeholder(tf.int32)  # how many next tokens to find
+    tokens: Any = fetched()  # [rows, count], the likeliest first
+    log_probabilities: Any = fetched()  # [rows, count]
+    status: Any = fetched()  # [rows]; see sampling.check_status
+    run: Any = fetched()  # keeps the cache in the session
 
 
 def build_prefill(weights: model.Weights, hparams: model.HParams) -> Prefill:
     """Adds the operations of Prefill to the graph."""
-    key, cache_length = placeholder(tf.int64), placeholder(tf.int32)
-    tokens, left_pads = placeholder(tf.int32, None, None), placeholder(tf.int32, None)
-    cache = take_cache(key, hparams)
-    shape, n_tokens = tf.shape(cache[0]), tf.shape(tokens)[1]
-    forward = _CachedForward(weights, hparams, shape, left_pads, n_tokens, MANY_ROWS)
-    _, cache = forward(cache, tokens, cache_length)
-    return Prefill(key, tokens, left_pads, cache_length, store_cache(key, cache))
+    ops = Prefill()
+    cache = take_cache(ops.cache_key, hparams)
+    shape, n_tokens = tf.shape(cache[0]), tf.shape(ops.tokens)[1]
+    forward = _CachedForward(weights, hparams, shape, ops.left_pads, n_tokens, MANY_ROWS)
+    _, cache = forward(cache, ops.tokens, ops.cache_length)
+    ops.run = store_cache(ops.cache_key, cache)
+    return ops
 
 
-def _build_decode(weights: model.Weights, hparams: model.HParams, matmul: Matmul) -> Decode:
-    inputs, uniform = _step_inputs(), placeholder(tf.float64, None, None)
-    ended = placeholder(tf.bool, None)
-    n_steps = tf.shape(uniform)[0]
-    cache = grow_cache(take_cache(inputs.cache_key, hparams), inputs.added_columns)
+def build_decode(weights: model.Weights, hparams: model.HParams, one_row: bool) -> Decode:
+    """Adds the operations of Decode, for one row or for several, to the graph."""
+    ops, matmul = Decode(), ONE_ROW if one_row else FEW_ROWS
+    n_steps = tf.shape(ops.uniform)[0]
+    cache = grow_cache(take_cache(ops.cache_key, hparams), ops.added_columns)
     shape = tf.shape(cache[0])
-    forward = _CachedForward(weights, hparams, shape, inputs.left_pads, 1, matmul)
+    forward = _CachedForward(weights, hparams, shape, ops.left_pads, 1, matmul)
 
     def body(step: Any, cache: Any, last: Any, text: Any, ended: Any, status: Any, out: Any) -> Any:
-        h, cache = forward(cache, last[:, tf.newaxis], inputs.cache_length + step)  # [rows, embd]
+        h, cache = forward(cache, last[:, tf.newaxis], ops.cache_length + step)  # [rows, embd]
         logits = matmul.unembed(h, weights.wte)
         text_length = tf.shape(text)[1] - n_steps + step
-        so_far = TextTokens(text, text_length, inputs.n_generated + step)
-        token, fault = next_token(logits, uniform[step], so_far, inputs.sampling)
+        so_far = TextTokens(text, text_length, ops.n_generated + step)
+        token, fault = next_token(logits, ops.uniform[step], so_far, ops.sampling)
         is_here = tf.equal(tf.range(tf.shape(text)[1]), text_length)
         return (
             step + 1,
             cache,
             token,
             tf.where(is_here, token[:, tf.newaxis], text),
-            ended | tf.equal(token, inputs.sampling.stop_token),
+            ended | tf.equal(token, ops.sampling.stop_token),
             tf.maximum(status, tf.where(ended, HEALTHY, fault)),
             out.write(step, tf.where(ended, -1, token)),
         )
@@ -156,49 +121,36 @@ def _build_decode(weights: model.Weights, hparams: model.HParams, matmul: Matmul
     start = [
         tf.constant(0),
         cache,
-        inputs.last_tokens,
-        inputs.text_tokens,
-        ended,
-        tf.fill(tf.shape(inputs.last_tokens), HEALTHY),
+        ops.last_tokens,
+        ops.text_tokens,
+        ops.ended,
+        tf.fill(tf.shape(ops.last_tokens), HEALTHY),
         tf.TensorArray(tf.int32, n_steps, element_shape=[None]),
     ]
     with _loops_of_single_operations():
-        n_done, cache, _, _, _, status, out = tf.while_loop(
+        n_done, cache, _, _, _, ops.status, out = tf.while_loop(
             has_more, body, start, parallel_iterations=1
         )
-    tokens = tf.transpose(out.gather(tf.range(n_done)))  # [rows, steps]
-    return Decode(inputs, uniform, ended, tokens, status, store_cache(inputs.cache_key, cache))
+    ops.tokens = tf.transpose(out.gather(tf.range(n_done)))
+    ops.run = store_cache(ops.cache_key, cache)
+    return ops
 
 
 def build_beam_step(weights: model.Weights, hparams: model.HParams) -> BeamStep:
     """Adds the operations of BeamStep to the graph."""
-    inputs, parents, count = _step_inputs(), placeholder(tf.int32, None), placeholder(tf.int32)
-    taken = take_cache(inputs.cache_key, hparams)
-    cache = grow_cache([tf.gather(part, parents) for part in taken], inputs.added_columns)
+    ops = BeamStep()
+    taken = take_cache(ops.cache_key, hparams)
+    cache = grow_cache([tf.gather(part, ops.parents) for part in taken], ops.added_columns)
     shape = tf.shape(cache[0])
-    forward = _CachedForward(weights, hparams, shape, inputs.left_pads, 1, FEW_ROWS)
-    h, cache = forward(cache, inputs.last_tokens[:, tf.newaxis], inputs.cache_length)
+    forward = _CachedForward(weights, hparams, shape, ops.left_pads, 1, FEW_ROWS)
+    h, cache = forward(cache, ops.last_tokens[:, tf.newaxis], ops.cache_length)
     logits = FEW_ROWS.unembed(h, weights.wte)
-    text_length = tf.shape(inputs.text_tokens)[1]
-    text = TextTokens(inputs.text_tokens, text_length, inputs.n_generated)
-    logits, is_broken = process_logits(logits, text, inputs.sampling)
-    log_probabilities, tokens = tf.math.top_k(tf.nn.log_softmax(logits), count)
-    status = tf.where(is_broken, BROKEN, HEALTHY)
-    run = store_cache(inputs.cache_key, cache)
-    return BeamStep(inputs, parents, count, tokens, log_probabilities, status, run)
-
-
-def _step_inputs() -> StepInputs:
-    return StepInputs(
-        cache_key=placeholder(tf.int64),
-        last_tokens=placeholder(tf.int32, None),
-        left_pads=placeholder(tf.int32, None),
-        cache_length=placeholder(tf.int32),
-        added_columns=placeholder(tf.int32),
-        text_tokens=placeholder(tf.int32, None, None),
-        n_generated=placeholder(tf.int32),
-        sampling=sampling_placeholders(),
-    )
+    text = TextTokens(ops.text_tokens, tf.shape(ops.text_tokens)[1], ops.n_generated)
+    logits, is_broken = process_logits(logits, text, ops.sampling)
+    ops.log_probabilities, ops.tokens = tf.math.top_k(tf.nn.log_softmax(logits), ops.count)
+    ops.status = tf.where(is_broken, BROKEN, HEALTHY)
+    ops.run = store_cache(ops.cache_key, cache)
+    return ops
 
 
 @contextlib.contextmanager
@@ -220,26 +172,18 @@ def _loops_of_single_operations() -> Iterator[None]:
 
 
 class Matmul(NamedTuple):
-    """Matrix products for some number of rows: TensorFlow's quickest kernel depends on it.
+    """Matrix products for some number of rows: TensorFlow's quickest kernel depends on it."""
 
-    Attributes:
-        linear: x [rows, nx], w [nx, nf], terms -> x w + terms, [rows, nf].
-        unembed: h [rows, embd], wte [n_vocab, embd] -> logits [rows, n_vocab].
-    """
-
-    linear: Callable[..., tf.Tensor]
-    unembed: Callable[..., tf.Tensor]
-
-
-def _n_parts() -> int:
-    # TensorFlow computes the products of a BatchMatMulV3 of one row in a thread each, and one
-    # thread alone cannot read memory fast enough. Twice as many parts as cores leave less to do for
-    # a thread that is late.
-    return min(16, 2 ** (2 * (os.cpu_count() or 1) - 1).bit_length())
+    linear: Callable[..., tf.Tensor]  # x [rows, nx], w [nx, nf], terms -> x w + terms, [rows, nf]
+    unembed: Callable[..., tf.Tensor]  # h [rows, embd], wte [n_vocab, embd] -> [rows, n_vocab]
 
 
 def _linear_one_row(x: tf.Tensor, w: tf.Tensor, *terms: tf.Tensor) -> tf.Tensor:
-    n_parts = math.gcd(_n_parts(), w.shape[0])
+    # TensorFlow computes the products of a BatchMatMulV3 of one row in a thread each, and one
+    # thread alone cannot read memory fast enough. Twice as many parts as cores leave less to do for
+    # a thread that is late.
+    n_parts = min(16, 2 ** (2 * (os.cpu_count() or 1) - 1).bit_length())
+    n_parts = math.gcd(n_parts, w.shape[0])
     x = tf.reshape(x, [n_parts, 1, w.shape[0] // n_parts])
     w = tf.reshape(w, [n_parts, w.shape[0] // n_parts, w.shape[1]])
     # oneDNN has no kernel for V3, and the one that it has for MatMul is slower here.
@@ -286,21 +230,11 @@ class _CachedForward:
         self,
         weights: model.Weights,
         hparams: model.HParams,
-        cache_shape: tf.Tensor,
-        left_pads: tf.Tensor,
-        n_tokens: Any,
+        cache_shape: tf.Tensor,  # [rows, n_head, capacity, width]
+        left_pads: tf.Tensor,  # [rows]
+        n_tokens: Any,  # tokens a row; the number 1 saves transposes
         matmul: Matmul,
     ) -> None:
-        """Adds what does not depend on the step.
-
-        Args:
-            weights: tensors.
-            hparams: sizes.
-            cache_shape: [rows, n_head, capacity, width].
-            left_pads: columns at the left that a row does not see [rows].
-            n_tokens: tokens a row; the number 1 saves transposes.
-            matmul: how to multiply.
-        """
         self.weights, self.hparams, self.matmul = weights, hparams, matmul
         self.cache_shape, self.left_pads, self.n_tokens = cache_shape, left_pads, n_tokens
         self.width, heads = head_width(hparams), hparams.n_head
@@ -315,15 +249,9 @@ class _CachedForward:
     def __call__(
         self, cache: list[tf.Tensor], tokens: tf.Tensor, column: tf.Tensor
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """Computes hidden states, and adds the tokens' keys and values to the cache.
+        """Hidden states [rows * n_tokens, embd], and the cache with the tokens' keys and values.
 
-        Args:
-            cache: the cache.
-            tokens: [rows, n_tokens].
-            column: the cache's column for the first of them.
-
-        Returns:
-            Hidden states [rows * n_tokens, embd], and the cache with the tokens.
+        The first of the tokens [rows, n_tokens] belongs to this column of the cache.
         """
         cache = list(cache)
         columns = column + tf.range(self.n_tokens)
@@ -352,11 +280,7 @@ class _CachedForward:
     def _write(
         self, part: tf.Tensor, indices: tf.Tensor, new: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Writes new keys, or values, into their part of the cache.
-
-        Returns:
-            The part, in the cache's shape and as [rows * n_head, capacity, width].
-        """
+        """A part with new keys or values: in its shape, and [rows * n_head, capacity, width]."""
         new = tf.reshape(new, [-1, self.width])
         flat = tf.reshape(part, [-1, self.width])
         flat = tf.raw_ops.InplaceUpdate(x=flat, i=indices, v=new)

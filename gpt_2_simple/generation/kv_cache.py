@@ -6,8 +6,9 @@ Between two runs it stays in the session under a number, its key, in a staging a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
@@ -17,54 +18,38 @@ from .. import model, session
 _STAGING_AREA = "gpt_2_simple"
 
 
-class Allocate(NamedTuple):
-    """Stores an empty cache.
-
-    Attributes:
-        rows: how many rows it has.
-        capacity: how many columns it has.
-        run: the operation.
-    """
-
-    rows: Any
-    capacity: Any
-    run: Any
+def placeholder(dtype: tf.DType, *shape: int | None) -> Any:
+    """A field of a dataclass: each instance makes a placeholder; without a shape, of a scalar."""
+    return dataclasses.field(default_factory=lambda: tf.compat.v1.placeholder(dtype, shape))
 
 
-class CacheOps(NamedTuple):
-    """What is done to a cache as a whole.
-
-    Attributes:
-        key: the cache's key.
-        allocate: stores an empty cache under `key`.
-        free: removes the cache under `key`, if there is one.
-        n_caches: how many caches the session holds.
-    """
-
-    key: Any
-    allocate: Allocate
-    free: Any
-    n_caches: Any
+def fetched() -> Any:
+    """A field of a dataclass that is set once its operation is built."""
+    return dataclasses.field(init=False)
 
 
-class Merge(NamedTuple):
-    """Replaces a cache by chosen rows of it and of a second cache.
+@dataclasses.dataclass
+class CacheOps:
+    """What is done to a cache as a whole."""
 
-    Attributes:
-        key: the first cache's key.
-        other_key: the second cache's key; that cache is removed.
-        cache_lengths: columns in use of the first and of the second cache [2].
-        kept_columns: how many of these columns are kept, the last ones [2].
-        rows: numbers of the rows to keep; the second cache's rows count on from the first's.
-        run: the operation.
-    """
+    key: Any = placeholder(tf.int64)
+    rows: Any = placeholder(tf.int32)
+    capacity: Any = placeholder(tf.int32)  # columns
+    allocate: Any = fetched()  # stores an empty cache of these rows and columns under `key`
+    free: Any = fetched()  # removes the cache under `key`, if there is one
+    n_caches: Any = fetched()  # caches that the session holds
 
-    key: Any
-    other_key: Any
-    cache_lengths: Any
-    kept_columns: Any
-    rows: Any
-    run: Any
+
+@dataclasses.dataclass
+class Merge:
+    """Replaces a cache by chosen rows of it and of a second cache."""
+
+    key: Any = placeholder(tf.int64)  # of the first cache
+    other_key: Any = placeholder(tf.int64)  # of the second cache, which is removed
+    cache_lengths: Any = placeholder(tf.int32, 2)  # columns in use of the first and of the second
+    kept_columns: Any = placeholder(tf.int32, 2)  # how many of these are kept, the last ones
+    rows: Any = placeholder(tf.int32, None)  # the second cache's rows count on from the first's
+    run: Any = fetched()
 
 
 def cache_ops(sess: tf.compat.v1.Session) -> CacheOps:
@@ -91,11 +76,6 @@ def _read_weights(state: session.GraphState) -> model.Weights:
     return model.read(state.weights)
 
 
-def placeholder(dtype: tf.DType, *shape: int | None) -> tf.Tensor:
-    """A placeholder; without a shape it is a scalar."""
-    return tf.compat.v1.placeholder(dtype, shape)
-
-
 def head_width(hparams: model.HParams) -> int:
     """Numbers in a key or a value of one attention head."""
     return hparams.n_embd // hparams.n_head
@@ -103,70 +83,63 @@ def head_width(hparams: model.HParams) -> int:
 
 def store_cache(key: tf.Tensor, cache: list[tf.Tensor]) -> tf.Operation:
     """Keeps the cache in the session; does nothing if there already is one under this key."""
-    indices = list(range(len(cache)))
+    indices, dtypes = list(range(len(cache))), [tf.float32] * len(cache)
     return tf.raw_ops.MapStage(
-        key=key, indices=indices, values=cache, dtypes=_types(cache), shared_name=_STAGING_AREA
+        key=key, indices=indices, values=cache, dtypes=dtypes, shared_name=_STAGING_AREA
     )
 
 
 def take_cache(key: tf.Tensor, hparams: model.HParams) -> list[tf.Tensor]:
     """Removes the cache from the session, so that its memory is freed after its last use."""
     indices = list(range(2 * hparams.n_layer))
+    dtypes = [tf.float32] * len(indices)
     cache = tf.raw_ops.MapUnstage(
-        key=key, indices=indices, dtypes=_types(indices), shared_name=_STAGING_AREA
+        key=key, indices=indices, dtypes=dtypes, shared_name=_STAGING_AREA
     )
     return [tf.ensure_shape(x, [None, hparams.n_head, None, head_width(hparams)]) for x in cache]
 
 
 def grow_cache(cache: list[tf.Tensor], added_columns: tf.Tensor) -> list[tf.Tensor]:
     """The cache with so many more empty columns; without a copy if there are none to add."""
-    return [_grow(part, added_columns) for part in cache]
 
+    def grow(part: tf.Tensor) -> tf.Tensor:
+        _, heads, _, width = part.shape
+        added = tf.zeros([tf.shape(part)[0], heads, added_columns, width])
+        return tf.cond(added_columns > 0, lambda: tf.concat([part, added], axis=2), lambda: part)
 
-def _grow(part: tf.Tensor, added_columns: tf.Tensor) -> tf.Tensor:
-    _, heads, _, width = part.shape
-    added = tf.zeros([tf.shape(part)[0], heads, added_columns, width])
-    return tf.cond(added_columns > 0, lambda: tf.concat([part, added], axis=2), lambda: part)
+    return [grow(part) for part in cache]
 
 
 def build_merge(_weights: model.Weights, hparams: model.HParams) -> Merge:
     """Adds the operations of Merge to the graph."""
-    key, other_key = placeholder(tf.int64), placeholder(tf.int64)
-    rows = placeholder(tf.int32, None)
-    cache_lengths, kept_columns = placeholder(tf.int32, 2), placeholder(tf.int32, 2)
+    ops = Merge()
 
     def last_columns(part: tf.Tensor, i: int) -> tf.Tensor:
-        part = part[:, :, cache_lengths[i] - kept_columns[i] : cache_lengths[i]]
-        left = tf.reduce_max(kept_columns) - kept_columns[i]
-        return tf.pad(part, [[0, 0], [0, 0], [left, 0], [0, 0]])
+        length, kept = ops.cache_lengths[i], ops.kept_columns[i]
+        left = tf.reduce_max(ops.kept_columns) - kept
+        return tf.pad(part[:, :, length - kept : length], [[0, 0], [0, 0], [left, 0], [0, 0]])
 
-    pairs = zip(take_cache(key, hparams), take_cache(other_key, hparams), strict=True)
+    pairs = zip(take_cache(ops.key, hparams), take_cache(ops.other_key, hparams), strict=True)
     merged = [
-        tf.gather(tf.concat([last_columns(first, 0), last_columns(second, 1)], axis=0), rows)
+        tf.gather(tf.concat([last_columns(first, 0), last_columns(second, 1)], axis=0), ops.rows)
         for first, second in pairs
     ]
-    return Merge(key, other_key, cache_lengths, kept_columns, rows, store_cache(key, merged))
+    ops.run = store_cache(ops.key, merged)
+    return ops
 
 
 def _build_cache_ops(_weights: model.Weights, hparams: model.HParams) -> CacheOps:
-    key, rows, capacity = placeholder(tf.int64), placeholder(tf.int32), placeholder(tf.int32)
+    ops, n_parts = CacheOps(), 2 * hparams.n_layer
 
     def empty(rows: Any, capacity: Any) -> list[tf.Tensor]:
         # Parts of one tensor: TensorFlow would replace equal tensors by one, and all would write
         # to that.
-        shape = [2 * hparams.n_layer, rows, hparams.n_head, capacity, head_width(hparams)]
-        return tf.unstack(tf.zeros(shape), 2 * hparams.n_layer)
+        shape = [n_parts, rows, hparams.n_head, capacity, head_width(hparams)]
+        return tf.unstack(tf.zeros(shape), n_parts)
 
     # MapUnstage waits until there is something under the key, so something is put there first.
-    with tf.control_dependencies([store_cache(key, empty(0, 0))]):
-        taken = take_cache(key, hparams)
-    return CacheOps(
-        key=key,
-        allocate=Allocate(rows, capacity, store_cache(key, empty(rows, capacity))),
-        free=tf.group(*taken),
-        n_caches=tf.raw_ops.MapSize(dtypes=_types(taken), shared_name=_STAGING_AREA),
-    )
-
-
-def _types(cache: Sequence[Any]) -> list[tf.DType]:
-    return [tf.float32] * len(cache)
+    with tf.control_dependencies([store_cache(ops.key, empty(0, 0))]):
+        ops.free = tf.group(*take_cache(ops.key, hparams))
+    ops.allocate = store_cache(ops.key, empty(ops.rows, ops.capacity))
+    ops.n_caches = tf.raw_ops.MapSize(dtypes=[tf.float32] * n_parts, shared_name=_STAGING_AREA)
+    return ops

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -20,84 +22,31 @@ NUCLEUS_CANDIDATES = 1024
 BUCKET_SIZE = 256
 
 
-class SamplingPlaceholders(NamedTuple):
-    """SamplingParams as placeholders.
+@dataclasses.dataclass
+class SamplingPlaceholders:
+    """SamplingParams as placeholders."""
 
-    All are scalars except bad_words [words, length of the longest], padded with -1 on the left.
-    `stop_token` is -1 for none.
-    """
-
-    temperature: Any
-    top_k: Any
-    top_p: Any
-    repetition_penalty: Any
-    no_repeat_ngram_size: Any
-    min_length: Any
-    bad_words: Any
-    stop_token: Any
-    changes_logits: Any
+    temperature: Any = placeholder(tf.float32)
+    top_k: Any = placeholder(tf.int32)
+    top_p: Any = placeholder(tf.float32)
+    repetition_penalty: Any = placeholder(tf.float32)
+    no_repeat_ngram_size: Any = placeholder(tf.int32)
+    min_length: Any = placeholder(tf.int32)
+    bad_words: Any = placeholder(tf.int32, None, None)  # [words, longest], -1 at the left of others
+    stop_token: Any = placeholder(tf.int32)  # -1 for none
+    changes_logits: Any = placeholder(tf.bool)
 
 
 class TextTokens(NamedTuple):
-    """The texts so far, for the penalties.
+    """The texts so far, for the penalties."""
 
-    Attributes:
-        tokens: [rows, time], -1 where there is none.
-        text_length: the column at which the texts end.
-        n_generated: new tokens that each text has.
-    """
-
-    tokens: Any
-    text_length: Any
-    n_generated: Any
-
-
-class ProcessedLogits(NamedTuple):
-    """Logits after the penalties.
-
-    Attributes:
-        logits: [rows, n_vocab]; -inf for tokens that must not come.
-        is_broken: whether the model's own logits were not finite [rows].
-    """
-
-    logits: Any
-    is_broken: Any
-
-
-class NextToken(NamedTuple):
-    """The tokens that were chosen.
-
-    Attributes:
-        tokens: [rows].
-        status: HEALTHY, BROKEN or NOTHING_LEFT [rows].
-    """
-
-    tokens: Any
-    status: Any
-
-
-def sampling_placeholders() -> SamplingPlaceholders:
-    """Adds the placeholders to the graph."""
-    return SamplingPlaceholders(
-        temperature=placeholder(tf.float32),
-        top_k=placeholder(tf.int32),
-        top_p=placeholder(tf.float32),
-        repetition_penalty=placeholder(tf.float32),
-        no_repeat_ngram_size=placeholder(tf.int32),
-        min_length=placeholder(tf.int32),
-        bad_words=placeholder(tf.int32, None, None),
-        stop_token=placeholder(tf.int32),
-        changes_logits=placeholder(tf.bool),
-    )
+    tokens: Any  # [rows, time], -1 where there is none
+    text_length: Any  # the column at which the texts end
+    n_generated: Any  # new tokens that each text has
 
 
 def check_status(status: np.ndarray) -> None:
-    """Raises an error if a row's status is not HEALTHY.
-
-    Raises:
-        RuntimeError: logits that are not finite.
-        ValueError: no token was left to choose.
-    """
+    """Raises RuntimeError if a row is BROKEN, and ValueError if NOTHING_LEFT."""
     if BROKEN in status:
         raise RuntimeError(
             "the model's weights are broken: they give logits that are not finite numbers; "
@@ -111,31 +60,27 @@ def check_status(status: np.ndarray) -> None:
 
 def next_token(
     logits: tf.Tensor, uniform: tf.Tensor, text: TextTokens, params: SamplingPlaceholders
-) -> NextToken:
-    """Chooses the next tokens.
-
-    Args:
-        logits: [rows, n_vocab].
-        uniform: a random number in [0, 1) for each row [rows].
-        text: the texts so far.
-        params: how to choose.
-    """
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Next tokens [rows], and HEALTHY, BROKEN or NOTHING_LEFT [rows]; arguments: choose_token."""
     logits, is_broken = process_logits(logits, text, params)
     tokens = choose_token(logits, uniform, params)
     is_allowed = tf.math.is_finite(tf.gather(logits, tokens, batch_dims=1))
-    status = tf.where(is_broken, BROKEN, tf.where(is_allowed, HEALTHY, NOTHING_LEFT))
-    return NextToken(tokens, status)
+    return tokens, tf.where(is_broken, BROKEN, tf.where(is_allowed, HEALTHY, NOTHING_LEFT))
 
 
 def process_logits(
     logits: tf.Tensor, text: TextTokens, params: SamplingPlaceholders
-) -> ProcessedLogits:
-    """Applies the penalties to logits [rows, n_vocab], if there are any."""
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Applies the penalties to logits [rows, n_vocab], if there are any.
+
+    Returns:
+        The logits, -inf for tokens that must not come; and whether they came in broken [rows].
+    """
     is_broken = ~tf.math.is_finite(tf.reduce_sum(logits, axis=1))
     logits = tf.cond(
         params.changes_logits, lambda: _apply_penalties(logits, text, params), lambda: logits
     )
-    return ProcessedLogits(logits, is_broken)
+    return logits, is_broken
 
 
 def _apply_penalties(
@@ -162,11 +107,9 @@ def _apply_penalties(
 
 
 def _repeated_ngram_ends(tokens: tf.Tensor, n: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Finds the tokens that would repeat an n-gram of the text.
+    """The last token of each n-gram [rows, n-grams], and whether it would repeat the n-gram.
 
-    Returns:
-        The last token of each n-gram [rows, n-grams], and whether the n-gram's other tokens equal
-        the last n - 1 tokens of the text [rows, n-grams].
+    It would if the n-gram's other tokens equal the last n - 1 tokens of the text.
     """
     length = tf.shape(tokens)[1]
     before = tf.maximum(n - 1, 0)
@@ -178,12 +121,7 @@ def _repeated_ngram_ends(tokens: tf.Tensor, n: tf.Tensor) -> tuple[tf.Tensor, tf
 
 
 def _bad_word_ends(tokens: tf.Tensor, words: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Finds the tokens that would complete a bad word.
-
-    Returns:
-        The last token of each word [rows, words], and whether the text ends with the word's other
-        tokens [rows, words].
-    """
+    """The last token of each word [rows, words], and whether the text ends with its others."""
     rows, length = tf.unstack(tf.shape(tokens))
     starts, last = words[:, :-1], words[:, -1]
     tail = tokens[:, length - tf.shape(starts)[1] :][:, tf.newaxis]
@@ -211,17 +149,19 @@ def choose_token(logits: tf.Tensor, uniform: tf.Tensor, params: SamplingPlacehol
         values, tokens = tf.math.top_k(logits, k)
         return tokens, _cumulate(weights(values, values[:, :1]))
 
+    def draw(tokens: tf.Tensor, cumulative: tf.Tensor, cutoff: tf.Tensor) -> tf.Tensor:
+        return tf.gather(tokens, _draw(cumulative, uniform, cutoff)[0], batch_dims=1)
+
     def top_k_then_top_p() -> tf.Tensor:
         tokens, cumulative = likeliest(params.top_k)
-        cutoff = cumulative[:, -1] * tf.where(is_top_p_on, top_p, 1.0)
-        return tf.gather(tokens, _draw(cumulative, uniform, cutoff).index, batch_dims=1)
+        return draw(tokens, cumulative, cumulative[:, -1] * tf.where(is_top_p_on, top_p, 1.0))
 
     def top_p_alone() -> tf.Tensor:
         cutoff = top_p * tf.cast(tf.reduce_sum(all_weights(), axis=1), tf.float64)
         few = likeliest(tf.minimum(NUCLEUS_CANDIDATES, n_vocab))
         are_enough = tf.reduce_all(few[1][:, -1] >= cutoff)
         tokens, cumulative = tf.cond(are_enough, lambda: few, lambda: likeliest(n_vocab))
-        return tf.gather(tokens, _draw(cumulative, uniform, cutoff).index, batch_dims=1)
+        return draw(tokens, cumulative, cutoff)
 
     def from_all() -> tf.Tensor:
         return _draw_in_two_stages(all_weights(), uniform)
@@ -232,37 +172,24 @@ def choose_token(logits: tf.Tensor, uniform: tf.Tensor, params: SamplingPlacehol
             is_top_k_on, top_k_then_top_p, lambda: tf.cond(is_top_p_on, top_p_alone, from_all)
         )
 
-    def greedy() -> tf.Tensor:
-        return tf.argmax(logits, axis=1, output_type=tf.int32)
-
+    greedy = functools.partial(tf.argmax, logits, axis=1, output_type=tf.int32)
     return tf.cond(params.temperature > 0, sample, greedy)
-
-
-class _Draw(NamedTuple):
-    """What was drawn.
-
-    Attributes:
-        index: [rows].
-        uniform: [rows], what is left of the random number: uniform in [0, 1) too, and independent
-            of `index`.
-    """
-
-    index: Any
-    uniform: Any
 
 
 def _cumulate(weights: tf.Tensor) -> tf.Tensor:
     return tf.cumsum(tf.cast(weights, tf.float64), axis=1)
 
 
-def _draw(cumulative: tf.Tensor, uniform: tf.Tensor, cutoff: tf.Tensor | None = None) -> _Draw:
-    """Draws an index for each row by inverse transform sampling.
+def _draw(
+    cumulative: tf.Tensor, uniform: tf.Tensor, cutoff: tf.Tensor | None = None
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Draws an index for each row by inverse transform sampling, from weights [rows, n].
 
-    Args:
-        cumulative: cumulative weights [rows, n].
-        uniform: random numbers in [0, 1) [rows].
-        cutoff: the first index whose cumulative weight reaches this is the last that may be drawn
-            [rows]; None for all.
+    The first index whose cumulative weight reaches the cutoff [rows] is the last that may be drawn.
+
+    Returns:
+        The indices [rows], and what is left of the random numbers [rows]: uniform in [0, 1) too,
+        and independent of the indices.
     """
 
     def first_not_below(is_below: tf.Tensor) -> tf.Tensor:
@@ -277,7 +204,7 @@ def _draw(cumulative: tf.Tensor, uniform: tf.Tensor, cutoff: tf.Tensor | None = 
     index = first_not_below(cumulative <= target[:, tf.newaxis])
     start = tf.gather(tf.pad(cumulative, [[0, 0], [1, 0]]), index, batch_dims=1)
     end = tf.gather(cumulative, index, batch_dims=1)
-    return _Draw(index, tf.minimum((target - start) / (end - start), 1.0 - 2.0**-53))
+    return index, tf.minimum((target - start) / (end - start), 1.0 - 2.0**-53)
 
 
 def _draw_in_two_stages(weights: tf.Tensor, uniform: tf.Tensor) -> tf.Tensor:

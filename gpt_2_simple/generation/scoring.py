@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import tensorflow as tf
 from .. import model, session
 from ..common.checks import check_whole
 from ..storage.load import ensure_loaded
-from .kv_cache import build_once, placeholder
+from .kv_cache import build_once, fetched, placeholder
 from .request import build_prompt, encode_text
 from .sampling import BROKEN, HEALTHY, check_status
 from .sequences import MAX_TOKENS_PER_RUN, check_tokens
@@ -21,20 +22,14 @@ from .settings import as_strings
 MAX_LOGITS_ROWS = 256
 
 
-class ScoreOps(NamedTuple):
-    """What the model predicts; natural logarithms of probabilities.
+@dataclasses.dataclass
+class ScoreOps:
+    """What the model predicts; natural logarithms of probabilities."""
 
-    Attributes:
-        tokens: what it reads [rows, time].
-        targets: the token after each of them [rows, time].
-        log_probabilities: of the targets [rows, time].
-        next_log_probabilities: of all tokens after the last column [rows, n_vocab].
-    """
-
-    tokens: Any
-    targets: Any
-    log_probabilities: Any
-    next_log_probabilities: Any
+    tokens: Any = placeholder(tf.int32, None, None)  # what it reads [rows, time]
+    targets: Any = placeholder(tf.int32, None, None)  # the token after each of them [rows, time]
+    log_probabilities: Any = fetched()  # of the targets [rows, time]
+    next_log_probabilities: Any = fetched()  # of all tokens after the last column [rows, n_vocab]
 
 
 class TextScore(NamedTuple):
@@ -222,29 +217,26 @@ def likeliest_next_tokens(
 
 
 def _build_score(weights: model.Weights, hparams: model.HParams) -> ScoreOps:
-    tokens, targets = (placeholder(tf.int32, None, None) for _ in range(2))
-    time = tf.shape(tokens)[1]
+    ops = ScoreOps()
+    time = tf.shape(ops.tokens)[1]
     mask = model.causal_mask(time, time)
-    x = tf.gather(weights.wte, tokens) + weights.wpe[:time]
+    x = tf.gather(weights.wte, ops.tokens) + weights.wpe[:time]
     for block in weights.blocks:
         x, _ = model.transformer_block(x, block, hparams.n_head, None, lambda *_: mask)
     h = model.layer_norm(x, weights.ln_f)  # [rows, time, embd]
     rows = tf.reshape(h, [-1, hparams.n_embd])
-    found = target_log_probabilities(weights, rows, tf.reshape(targets, [-1]))
-    following = tf.nn.log_softmax(model.unembed(weights, h[:, -1]))
-    return ScoreOps(tokens, targets, tf.reshape(found, tf.shape(targets)), following)
+    found = _target_log_probabilities(weights, rows, tf.reshape(ops.targets, [-1]))
+    ops.log_probabilities = tf.reshape(found, tf.shape(ops.targets))
+    ops.next_log_probabilities = tf.nn.log_softmax(model.unembed(weights, h[:, -1]))
+    return ops
 
 
-def target_log_probabilities(weights: model.Weights, h: tf.Tensor, targets: tf.Tensor) -> tf.Tensor:
-    """Log-probabilities of given next tokens; never more than MAX_LOGITS_ROWS rows of logits exist.
+def _target_log_probabilities(
+    weights: model.Weights, h: tf.Tensor, targets: tf.Tensor
+) -> tf.Tensor:
+    """Log-probabilities [rows] of the tokens `targets` [rows] after hidden states h [rows, embd].
 
-    Args:
-        weights: tensors.
-        h: hidden states [rows, embd].
-        targets: the tokens after them [rows].
-
-    Returns:
-        float32 [rows].
+    Never more than MAX_LOGITS_ROWS rows of logits exist.
     """
 
     def body(start: tf.Tensor, out: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:

@@ -18,7 +18,7 @@ import tensorflow as tf
 from .. import session
 from ..common.checks import check_whole
 from ..common.report import warn
-from .decode import StepInputs, build_prefill, decode_ops
+from .decode import StepInputs, build_decode, build_prefill
 from .kv_cache import build_merge, build_once, cache_ops
 from .sampling import SamplingPlaceholders, check_status
 from .settings import SamplingParams
@@ -220,7 +220,7 @@ class Generation:
                     for row, has_ended in zip(self.rows, ended, strict=True):
                         row.ended = row.ended or bool(has_ended)
         finally:
-            self.free()
+            self.free(self.keys)
 
     def start(self) -> None:
         """Fills the cache with the prefixes."""
@@ -259,7 +259,7 @@ class Generation:
             }
             self.sess.run(merge.run, feeds)
         else:
-            self.run(self.cache_ops.free, {}, self.key)
+            self.free([self.key])
             self.key = new_key
         self.live = [*kept, *rows]
         self.cache_rows = list(range(len(self.live)))
@@ -267,9 +267,9 @@ class Generation:
 
     def build_cache(self, key: int, contexts: list[tuple[int, ...]]) -> int:
         """Makes a cache of these contexts, as wide as the longest; returns its width."""
-        allocate = self.cache_ops.allocate
-        longest = max(map(len, contexts), default=0)
-        self.run(allocate.run, {allocate.rows: len(contexts), allocate.capacity: longest}, key)
+        ops, longest = self.cache_ops, max(map(len, contexts), default=0)
+        shape = {ops.rows: len(contexts), ops.capacity: longest}
+        self.sess.run(ops.allocate, {ops.key: key, **shape})
         if not longest:
             return 0
         prefill = build_once(self.sess, build_prefill)
@@ -288,10 +288,10 @@ class Generation:
 
     def decode(self, steps: int) -> np.ndarray:
         """Generates up to `steps` tokens, int32 [rows, time]."""
-        ops = decode_ops(self.sess, len(self.live))
-        feeds = {
-            **self.step_feeds(ops.inputs, steps),
-            ops.inputs.text_tokens: self.text_tokens(steps),
+        ops = build_once(self.sess, build_decode, len(self.live) == 1)
+        feeds: dict[Any, Any] = {
+            **self.step_feeds(ops, steps),
+            ops.text_tokens: self.text_tokens(steps),
             ops.uniform: np.array([row.draw(steps) for row in self.live]).T,
             ops.ended: [row.ended for row in self.live],
         }
@@ -334,20 +334,16 @@ class Generation:
             line[width - len(row.tokens) : width] = row.tokens
         return tokens
 
-    def run(self, fetches: Any, feeds: dict[Any, Any], key: int) -> None:
-        """Runs one of `cache_ops` for the cache under `key`."""
-        self.sess.run(fetches, {self.cache_ops.key: key, **feeds})
-
     def new_key(self) -> int:
         """A key that no other generation uses; `free` removes what is under it."""
         self.keys.append(random.SystemRandom().getrandbits(62))
         return self.keys[-1]
 
-    def free(self) -> None:
-        """Removes the generation's caches from the session."""
+    def free(self, keys: list[int]) -> None:
+        """Removes the caches under these keys from the session."""
         if not getattr(self.sess, "_closed", False):
-            for key in self.keys:
-                self.run(self.cache_ops.free, {}, key)
+            for key in keys:
+                self.sess.run(self.cache_ops.free, {self.cache_ops.key: key})
 
 
 def _sampling_feeds(placeholders: SamplingPlaceholders, sampling: SamplingParams) -> dict[Any, Any]:
