@@ -46,10 +46,8 @@ def latest_checkpoint(folder: str) -> str | None:
     """The newest whole checkpoint of a folder.
 
     The file `checkpoint` names it. If that checkpoint is missing or cut short, the newest one of
-    the others that is whole is taken.
-
-    Returns:
-        A prefix such as 'checkpoint/run1/model-100', None if there is none.
+    the others that is whole is taken. A prefix such as 'checkpoint/run1/model-100' is returned, or
+    None.
     """
     named = [os.path.join(folder, name) for name in reversed(named_checkpoints(folder))]
     by_step = [os.path.join(folder, name) for name in reversed(_checkpoints_on_disk(folder))]
@@ -82,15 +80,9 @@ def named_checkpoints(folder: str) -> list[str]:
 
 def _checkpoints_on_disk(folder: str) -> list[str]:
     """Base names of the checkpoints in a folder by rising step; model.ckpt counts as step -1."""
-    try:
-        files = os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    steps = {}
-    for file in files:
-        match = re.fullmatch(r"(model(?:-(\d+)|\.ckpt))\.index", file)
-        if match:
-            steps[match[1]] = int(match[2]) if match[2] else -1
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    found = [re.fullmatch(r"(model(?:-(\d+)|\.ckpt))\.index", name) for name in names]
+    steps = {match[1]: int(match[2] or -1) for match in found if match}
     return sorted(steps, key=steps.__getitem__)
 
 
@@ -108,14 +100,10 @@ def is_whole(prefix: str) -> bool:
 
 
 def restore_path(folder: str, checkpoint: str = "latest") -> str:
-    """The checkpoint to load from a folder.
-
-    Args:
-        folder: a model or run folder.
-        checkpoint: 'latest', or a base name such as 'model-100' or 'best'.
+    """The checkpoint to load: 'latest', or a base name such as 'model-100' or 'best'.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint, or it is not whole.
+        FileNotFoundError: there is no such checkpoint in the folder, or it is not whole.
     """
     if checkpoint == "latest":
         prefix = latest_checkpoint(folder)
@@ -136,14 +124,14 @@ def restore_path(folder: str, checkpoint: str = "latest") -> str:
 # --- restore ------------------------------------------------------------------------------------
 
 
-class RestoreOps(NamedTuple):
-    """Reads variables from a checkpoint whose prefix is fed."""
+class CheckpointOps(NamedTuple):
+    """Reads variables from a checkpoint, or writes them to one, whose prefix is fed."""
 
     prefix: tf.Tensor
     done: tf.Operation
 
 
-def build_restore(*variables: tf.Variable) -> RestoreOps:
+def build_restore(*variables: tf.Variable) -> CheckpointOps:
     """Adds the operations that read variables; each has its own name in the checkpoint.
 
     They are read one after the other: when a model is loaded over another, at most one variable is
@@ -163,15 +151,11 @@ def build_restore(*variables: tf.Variable) -> RestoreOps:
                 value.set_shape(variable.shape)
                 value = tf.cast(value, variable.dtype)
             last = [variable.assign(value, read_value=False)]
-        return RestoreOps(prefix, tf.group(*last))
+        return CheckpointOps(prefix, tf.group(*last))
 
 
 def check_shapes(prefix: str, variables: Mapping[str, tf.Variable], hparams: Any) -> None:
-    """Compares a checkpoint with the variables that it is to fill.
-
-    Raises:
-        ValueError: a variable is missing from it, or has another shape; names the first.
-    """
+    """Raises ValueError if a checkpoint lacks one of the variables, or has it in another shape."""
     entries = checkpoint_index.read_index(f"{prefix}.index")
     for name, variable in variables.items():
         expected = tuple(variable.shape.as_list())
@@ -184,7 +168,7 @@ def check_shapes(prefix: str, variables: Mapping[str, tf.Variable], hparams: Any
             )
 
 
-def restore(sess: tf.compat.v1.Session, ops: RestoreOps, prefix: str) -> None:
+def restore(sess: tf.compat.v1.Session, ops: CheckpointOps, prefix: str) -> None:
     """Fills the variables of `ops` from a checkpoint.
 
     Raises:
@@ -223,14 +207,7 @@ def _without_brackets(prefix: str) -> Iterator[str]:
 # --- save ---------------------------------------------------------------------------------------
 
 
-class SaveOps(NamedTuple):
-    """Writes variables to a checkpoint whose prefix is fed."""
-
-    prefix: tf.Tensor
-    done: tf.Operation
-
-
-def build_save(*variables: tf.Variable) -> SaveOps:
+def build_save(*variables: tf.Variable) -> CheckpointOps:
     """Adds the operation that writes variables, each under its own name."""
     with tf.compat.v1.name_scope("save"), tf.device("/cpu:0"):
         prefix = tf.compat.v1.placeholder(tf.string, [], name="prefix")
@@ -240,7 +217,7 @@ def build_save(*variables: tf.Variable) -> SaveOps:
             shape_and_slices=[""] * len(variables),
             tensors=[variable.read_value() for variable in variables],
         )
-    return SaveOps(prefix, done)
+    return CheckpointOps(prefix, done)
 
 
 @functools.lru_cache(maxsize=4)
@@ -261,8 +238,8 @@ def save_model(
     folder: str,
     base: str,
     hparams: model.HParams,
-    saves: Mapping[str, SaveOps],
-    texts: Mapping[str, str] | None = None,
+    saves: Mapping[str, CheckpointOps],
+    texts: Mapping[str, str],
 ) -> str:
     """Writes a model's `<base>.data-...`, `.index` and `.meta`, and other files: all or nothing.
 
@@ -273,23 +250,19 @@ def save_model(
     Args:
         sess: holds the variables.
         folder: a model or run folder; nobody else may save there now.
-        base: the base name of the model's checkpoint.
+        base: the base name of the model's checkpoint. Its prefix is returned.
         hparams: the model's sizes.
-        saves: operations by the base name of the checkpoint that they write: `base`, and others
-            that belong to it.
-        texts: contents of files that belong to it, by their names.
-
-    Returns:
-        The checkpoint's prefix, `<folder>/<base>`.
+        saves: operations by the base name of the checkpoint that they write.
+        texts: contents of other files, by their names.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
     prefix = os.path.join(folder, base)
-    contents = {name: text.encode("utf-8") for name, text in (texts or {}).items()}
-    with _file_errors(prefix):
+    contents = {name: text.encode("utf-8") for name, text in texts.items()}
+    contents[f"{base}.meta"] = _meta_graph(dataclasses.astuple(hparams))
+    try:
         finish_saves(folder)
-        contents[f"{base}.meta"] = _meta_graph(dataclasses.astuple(hparams))
         unfinished = tempfile.mkdtemp(prefix=UNFINISHED, dir=folder)
         try:
             _write_all(sess, unfinished, saves, contents)
@@ -299,13 +272,18 @@ def save_model(
             raise
         sync(folder)
         _move_into_place(folder, base)
+    except (tf.errors.OpError, OSError) as error:
+        raise OSError(
+            f"could not save {prefix}: {_reason(error)}. Earlier checkpoints are untouched; "
+            "free some space on the disk or give another checkpoint_dir"
+        ) from error
     return prefix
 
 
 def _write_all(
     sess: tf.compat.v1.Session,
     folder: str,
-    saves: Mapping[str, SaveOps],
+    saves: Mapping[str, CheckpointOps],
     contents: Mapping[str, bytes],
 ) -> None:
     """Writes checkpoints and other files into an empty folder, and flushes all to disk."""
@@ -325,8 +303,7 @@ def _write_all(
     sync(folder)
 
 
-def _write_checkpoint(sess: tf.compat.v1.Session, ops: SaveOps, prefix: str) -> None:
-    """Writes one checkpoint, and flushes it to disk."""
+def _write_checkpoint(sess: tf.compat.v1.Session, ops: CheckpointOps, prefix: str) -> None:
     sess.run(ops.done, {ops.prefix: prefix})
     folder, base = os.path.split(prefix)
     for name in os.listdir(folder):
@@ -375,9 +352,6 @@ def move_to_trash(folder: str, names: Sequence[str]) -> str:
 
     Moving them is instant; removing large files is not. remove_trash() does that later, or
     finish_saves() if this process is killed.
-
-    Returns:
-        The trash folder.
     """
     trash = tempfile.mkdtemp(prefix=TRASH, dir=folder)
     for name in names:
@@ -389,18 +363,6 @@ def move_to_trash(folder: str, names: Sequence[str]) -> str:
 def remove_trash(trash: str) -> None:
     """Removes a folder from move_to_trash()."""
     shutil.rmtree(trash, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _file_errors(prefix: str) -> Iterator[None]:
-    """Turns TensorFlow's and Python's errors about files into one OSError that says the remedy."""
-    try:
-        yield
-    except (tf.errors.OpError, OSError) as error:
-        raise OSError(
-            f"could not save {prefix}: {_reason(error)}. Earlier checkpoints are untouched; "
-            "free some space on the disk or give another checkpoint_dir"
-        ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -424,8 +386,3 @@ def list_text(names: Sequence[str]) -> str:
     lines = [f'model_checkpoint_path: "{names[-1]}"']
     lines += [f'all_model_checkpoint_paths: "{name}"' for name in names]
     return "\n".join(lines) + "\n"
-
-
-def write_list(folder: str, names: Sequence[str]) -> None:
-    """Writes the file `checkpoint`, see list_text()."""
-    files.write_text(os.path.join(folder, LIST_FILE), list_text(names))

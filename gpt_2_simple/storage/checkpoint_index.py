@@ -23,31 +23,17 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 class Entry(NamedTuple):
-    """Where one tensor lies.
+    """Where one tensor lies."""
 
-    Attributes:
-        dtype: TensorFlow's DataType number (1 is float32, 9 is int64).
-        shape: the tensor's shape.
-        shard: which data file holds it, counted from 0.
-        offset: its first byte in that file.
-        size: how many bytes it takes.
-    """
-
-    dtype: int
+    dtype: int  # TensorFlow's DataType number (1 is float32, 9 is int64)
     shape: tuple[int, ...]
-    shard: int
-    offset: int
-    size: int
+    shard: int  # which data file holds it, counted from 0
+    offset: int  # its first byte in that file
+    size: int  # in bytes
 
 
 def read_index(path: str | os.PathLike[str]) -> dict[str, Entry]:
-    """Reads the index of a TensorFlow checkpoint, checking each block's CRC.
-
-    Args:
-        path: the file, such as 'models/124M/model.ckpt.index'.
-
-    Returns:
-        Each tensor's place, by name. Empty for a checkpoint that holds no tensor.
+    """Reads each tensor's place, by name, and checks each block's CRC.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -68,14 +54,7 @@ def read_index(path: str | os.PathLike[str]) -> dict[str, Entry]:
 
 
 def data_sizes(entries: dict[str, Entry]) -> dict[int, int]:
-    """How long each data file of a checkpoint must at least be.
-
-    Args:
-        entries: from read_index().
-
-    Returns:
-        For each shard the byte at which its last tensor ends.
-    """
+    """How many bytes each shard must at least have: its last tensor ends there."""
     sizes: dict[int, int] = {}
     for entry in entries.values():
         sizes[entry.shard] = max(sizes.get(entry.shard, 0), entry.offset + entry.size)
@@ -84,9 +63,6 @@ def data_sizes(entries: dict[str, Entry]) -> dict[int, int]:
 
 def message_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     """Walks the fields of a serialized protocol buffer, top level only.
-
-    Args:
-        message: the serialized message.
 
     Yields:
         Field number and value: an int for numbers, bytes for strings and nested messages.
@@ -200,13 +176,9 @@ _CRC32C_TABLE = [_crc32c_of_byte(byte) for byte in range(256)]
 
 
 def masked_crc32c(data: bytes) -> int:
-    """Computes the CRC-32C that LevelDB and TensorFlow store: rotated, plus a constant.
+    """The CRC-32C that LevelDB and TensorFlow store: rotated, plus a constant.
 
-    Args:
-        data: the bytes; meant for kilobytes, at about 10 MB/s.
-
-    Returns:
-        The masked checksum, 32 bits.
+    It is meant for kilobytes, at about 10 MB/s.
     """
     crc = 0xFFFFFFFF
     for byte in data:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import tensorflow as tf
 
 from .. import session
+from ..common.files import write_text
 from ..common.report import say
 from . import checkpoint
 from .optimizer_state import OptimizerState
@@ -42,7 +43,7 @@ class CheckpointManager:
         Args:
             sess: holds the variables.
             state: what its graph remembers.
-            folder: the run's.
+            folder: the run's folder.
             max_checkpoints: how many to keep, 0 for all.
             optimizer: the optimizer's variables.
             latest: the checkpoint from which the run is continued, None for a new run.
@@ -61,10 +62,7 @@ class CheckpointManager:
         return bool(self.sess.run(self._finite))
 
     def save(self, run: RunState) -> str:
-        """Saves a run, unless its latest checkpoint is of this step already.
-
-        Returns:
-            The checkpoint's prefix.
+        """Saves a run, unless its latest checkpoint is of this step already; returns the prefix.
 
         Raises:
             OSError: it cannot be written; earlier checkpoints are as they were.
@@ -92,7 +90,7 @@ class CheckpointManager:
         self._write(checkpoint.BEST, {checkpoint.BEST: self._save_weights}, {})
 
     def _write(
-        self, base: str, saves: Mapping[str, checkpoint.SaveOps], texts: Mapping[str, str]
+        self, base: str, saves: Mapping[str, checkpoint.CheckpointOps], texts: Mapping[str, str]
     ) -> str:
         self.failed = True
         hparams = self.state.hparams
@@ -120,7 +118,8 @@ class CheckpointManager:
         old = _files_of(self.folder, [name for name in self._names if name not in names])
         trash = checkpoint.move_to_trash(self.folder, old)
         self._names = list(names)
-        checkpoint.write_list(self.folder, self._names)
+        list_file = os.path.join(self.folder, checkpoint.LIST_FILE)
+        write_text(list_file, checkpoint.list_text(self._names))
         self._removal = threading.Thread(target=checkpoint.remove_trash, args=[trash])
         self._removal.start()
 
