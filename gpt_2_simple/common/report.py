@@ -46,17 +46,44 @@ def is_interactive() -> bool:
 
 
 def say(*parts: object, end: str = "\n") -> None:
-    """Prints to standard output, above any progress bar that is being drawn."""
-    if is_silent():
-        return
-    with tqdm.external_write_mode(file=sys.stdout):
-        print(*parts, end=end, flush=True)
+    """Prints to standard output, above any progress bar that is being drawn.
+
+    Output that fails never ends work: characters that the console cannot show are replaced, and an
+    output that cannot be written to (closed, on a full disk) is left out after one note.
+
+    Raises:
+        BrokenPipeError: the reader of standard output has gone away, as in `... | head`.
+    """
+    if not is_silent():
+        _print(sys.stdout, " ".join(map(str, parts)) + end)
 
 
 def complain(*parts: object) -> None:
     """Prints to standard error, whatever the verbosity: for the command line's errors."""
-    with tqdm.external_write_mode(file=sys.stderr):
-        print(*parts, file=sys.stderr, flush=True)
+    with contextlib.suppress(BrokenPipeError):
+        _print(sys.stderr, " ".join(map(str, parts)) + "\n")
+
+
+# The streams that could not be written to.
+_dead_streams: list[Any] = []
+
+
+def _print(stream: Any, text: str) -> None:
+    if stream is None or any(stream is dead for dead in _dead_streams):
+        return  # A daemon has no streams.
+    try:
+        with tqdm.external_write_mode(file=stream):
+            try:
+                stream.write(text)
+            except UnicodeEncodeError:
+                encoding = getattr(stream, "encoding", None) or "ascii"
+                stream.write(text.encode(encoding, "replace").decode(encoding))
+            stream.flush()
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:  # Python raises ValueError for a closed file.
+        _dead_streams.append(stream)
+        complain(f"gpt_2_simple: note: output cannot be printed ({error}); the work goes on")
 
 
 def warn(message: str) -> None:
@@ -65,20 +92,11 @@ def warn(message: str) -> None:
     frame: types.FrameType | None = sys._getframe()
     while frame is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         level, frame = level + 1, frame.f_back
-    warnings.warn(message, UserWarning, stacklevel=level)
+    with contextlib.suppress(OSError, ValueError):  # Standard error may be closed.
+        warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def progress(*, total: float | None, desc: str, unit: str, **options: Any) -> tqdm:
-    """Makes a progress bar, which is drawn only where a user watches.
-
-    Args:
-        total: how many units there are; None if that is not known.
-        desc: what is being done.
-        unit: what is counted: 'B' (with unit_scale=True), 'step', 'tok'.
-        **options: passed to tqdm.
-
-    Returns:
-        A tqdm bar: a context manager with `update(n)` and `set_postfix`.
-    """
+    """Makes a tqdm bar, which is drawn only where a user watches; `options` are tqdm's."""
     quiet = is_silent() or not is_interactive()
     return tqdm(total=total, desc=desc, unit=unit, disable=quiet, dynamic_ncols=True, **options)
