@@ -22,54 +22,36 @@ Ops = TypeVar("Ops")
 
 
 class BuiltModel(NamedTuple):
-    """The model in a graph.
-
-    Attributes:
-        hparams: its sizes.
-        weights: its variables.
-        precision: the type that holds the blocks' matrices, such as 'float32'.
-        gpus: the devices that the blocks are spread over, such as '/device:GPU:0'; may be empty.
-    """
+    """The model in a graph."""
 
     hparams: model.HParams
     weights: model.Weights
-    precision: str
-    gpus: list[str]
+    precision: str  # the type that holds the blocks' matrices, such as 'float32'
+    gpus: list[str]  # the devices that hold the blocks, such as '/device:GPU:0'; may be empty
 
 
 @dataclasses.dataclass(eq=False)
 class GraphState:
     """What a graph remembers between calls, so that a second call builds nothing.
 
-    Attributes:
-        graph: the graph.
-        lock: held while the graph grows.
-        built_model: the model, None before there is one.
-        loaded_folder: absolute path of the run or model whose weights the session holds, None
-            before anything was loaded.
-        base_model_folder: absolute path of the model that the run in `loaded_folder` started from,
-            None if that is not known.
-        encoder: the vocabulary of `loaded_folder`; not set before anything was loaded.
-        training_folder: the run that is being trained now, None if none is.
+    Folders are absolute paths.
     """
 
     graph: tf.Graph
+    # Held while the graph grows.
     lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
     built_model: BuiltModel | None = None
-    loaded_folder: str | None = None
-    base_model_folder: str | None = None
-    encoder: Encoder = dataclasses.field(init=False)
-    training_folder: str | None = None
+    loaded_folder: str | None = None  # the run or model whose weights the session holds
+    base_model_folder: str | None = None  # the model that the run started from, if that is known
+    encoder: Encoder = dataclasses.field(init=False)  # not set before anything was loaded
+    training_folder: str | None = None  # the run that is being trained now
     _built: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
     def build_once(self, build: Callable[P, Ops], *args: P.args, **kwargs: P.kwargs) -> Ops:
         """What `build(*args, **kwargs)` added to the graph; the first such call adds it.
 
-        Args:
-            build: adds operations to the default graph and returns them. Functions that are made
-                anew by each call, such as a lambda, are built anew, too.
-            *args: what it takes: variables, and hashable values.
-            **kwargs: what it takes by name.
+        Arguments are variables and hashable values. A function that each call makes anew, such as a
+        lambda, is built anew each time.
         """
         values = [*args, *kwargs.values()]
         key = (build, *kwargs, *(v.ref() if isinstance(v, tf.Variable) else v for v in values))
@@ -148,12 +130,8 @@ def build_model(
 ) -> GraphState:
     """Adds the model's variables to the session's graph, unless it has them already.
 
-    Args:
-        sess: the session.
-        hparams: the model's sizes.
-        gpus: the devices that the blocks are spread over; may be empty.
-        precision: the type that holds the blocks' matrices; None takes that of the model which the
-            graph has, or else float32.
+    See BuiltModel for the arguments. Without a `precision`, that of the model which the graph has
+    is taken, or else float32.
 
     Raises:
         ValueError: the graph holds a model of other sizes or precision.

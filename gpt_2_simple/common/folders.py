@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from glob import glob
 
 from .hparams import HParams, default_hparams
 
 
 def model_folder(model_dir: str, model_name: str) -> str:
-    """The folder of a model.
-
-    Raises:
-        FileNotFoundError: there is no such model; lists the models and says how to get one.
-    """
+    """The folder of a model. Raises FileNotFoundError if there is none; lists the models."""
     folder = os.path.join(model_dir, model_name)
     if not os.path.isfile(os.path.join(folder, "hparams.json")):
         raise FileNotFoundError(
@@ -26,11 +23,7 @@ def model_folder(model_dir: str, model_name: str) -> str:
 
 
 def run_folder(checkpoint_dir: str, run_name: str) -> str:
-    """The folder of a run.
-
-    Raises:
-        FileNotFoundError: there is no such run; lists the runs.
-    """
+    """The folder of a run. Raises FileNotFoundError if there is none; lists the runs."""
     folder = os.path.join(checkpoint_dir, run_name)
     if not os.path.isfile(os.path.join(folder, "hparams.json")):
         lacking = ": it has no hparams.json" if os.path.isdir(folder) else ""
@@ -42,17 +35,10 @@ def run_folder(checkpoint_dir: str, run_name: str) -> str:
     return folder
 
 
-def folders_in(parent: str) -> list[str]:
-    """The names of the model or run folders in `parent`."""
-    try:
-        names = sorted(os.listdir(parent))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return [name for name in names if os.path.isfile(os.path.join(parent, name, "hparams.json"))]
-
-
 def _listing(parent: str, kind: str) -> str:
-    found = folders_in(parent)
+    """The models or runs in `parent`, for an error message."""
+    # glob leaves out names that start with a dot: models that are being made.
+    found = sorted(map(os.path.dirname, glob("*/hparams.json", root_dir=parent)))
     return f" ({kind} there: {', '.join(found)})" if found else f" ({parent} holds no {kind})"
 
 

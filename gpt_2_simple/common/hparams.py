@@ -11,21 +11,13 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass
 class HParams:
-    """GPT-2's hyper-parameters, named as in `hparams.json`.
+    """GPT-2's hyper-parameters, named as in `hparams.json`."""
 
-    Attributes:
-        n_vocab: tokens in the vocabulary.
-        n_ctx: longest context, in tokens.
-        n_embd: width of the residual stream.
-        n_head: attention heads in a block; divides n_embd.
-        n_layer: transformer blocks.
-    """
-
-    n_vocab: int = 0
-    n_ctx: int = 1024
-    n_embd: int = 768
-    n_head: int = 12
-    n_layer: int = 12
+    n_vocab: int = 0  # tokens in the vocabulary
+    n_ctx: int = 1024  # longest context, in tokens
+    n_embd: int = 768  # width of the residual stream
+    n_head: int = 12  # attention heads in a block; divides n_embd
+    n_layer: int = 12  # transformer blocks
 
     def override_from_dict(self, param_dict: Mapping[str, int]) -> None:
         """Replaces the named values and keeps the others.

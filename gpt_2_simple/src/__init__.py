@@ -16,16 +16,8 @@ from typing import Any
 _BLOCK = "gpt_2_simple.model.transformer_block"
 _GRADIENTS = "gpt_2_simple.memory_saving_gradients.gradients"
 
-# Old module: the module that has its names today.
-_MODULES = {
-    "model": "model",
-    "sample": "sample",
-    "encoder": "encoder",
-    "memory_saving_gradients": "memory_saving_gradients",
-}
-
-# Old module: its names, and where they are today.
-_NAMES = {
+# Old module: its names, and where they are today. The others have their old names, too.
+_MOVED = {
     "load_dataset": {
         "load_dataset": ("data.dataset", "load_dataset"),
         "Sampler": ("data.windows", "WindowSampler"),
@@ -86,20 +78,15 @@ class _OldModule(ModuleType):
             )
         if name == "__all__":  # for `from ... import *`
             return [name for name in dir(self) if not name.startswith("_")]
-        if not name.startswith("_"):
-            module, today = _NAMES.get(self._name, {}).get(name, (_MODULES.get(self._name), name))
-            if module is not None and hasattr(_imported(module), today):
-                return getattr(_imported(module), today)
+        if not name.startswith("_") and name in dir(self):
+            module, today = _MOVED.get(self._name, {}).get(name, (self._name, name))
+            return getattr(importlib.import_module(f"gpt_2_simple.{module}"), today)
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
     def __dir__(self) -> list[str]:
-        if self._name in _NAMES:
-            return sorted(_NAMES[self._name])
-        return dir(_imported(_MODULES[self._name]))
-
-
-def _imported(module: str) -> ModuleType:
-    return importlib.import_module(f"gpt_2_simple.{module}")
+        if self._name in _MOVED:
+            return list(_MOVED[self._name])
+        return dir(importlib.import_module(f"gpt_2_simple.{self._name}"))
 
 
 for _old, _gone in _REPLACED.items():

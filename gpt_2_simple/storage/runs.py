@@ -43,15 +43,13 @@ SETTINGS = "settings.json"
 
 def is_being_trained(folder: str) -> bool:
     """Whether some process holds the lock of a run's folder."""
-    if not os.path.isfile(os.path.join(folder, RUN_LOCK)):
-        return False
-    try:
-        with lock_run(folder):
-            return False
-    except RuntimeError:
-        return True
-    except OSError:
-        return False
+    if os.path.isfile(os.path.join(folder, RUN_LOCK)):
+        try:
+            with contextlib.suppress(OSError), lock_run(folder):
+                pass
+        except RuntimeError:
+            return True
+    return False
 
 
 def finish_saves_unless_trained(folder: str) -> None:
@@ -59,13 +57,10 @@ def finish_saves_unless_trained(folder: str) -> None:
 
     It takes the run's lock itself; checkpoint.finish_saves() is for those who hold it.
     """
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return
-    if any(name.startswith(checkpoint.FINISHED) for name in names):
-        with contextlib.suppress(OSError, RuntimeError), lock_run(folder):
-            checkpoint.finish_saves(folder)
+    with contextlib.suppress(OSError, RuntimeError):
+        if any(name.startswith(checkpoint.FINISHED) for name in os.listdir(folder)):
+            with lock_run(folder):
+                checkpoint.finish_saves(folder)
 
 
 # --- a run's model ------------------------------------------------------------------------------
@@ -108,20 +103,16 @@ def check_same_model(folder: str, base_model_folder: str) -> None:
 def starting_checkpoint(restore_from: str, folder: str, base_model_folder: str) -> str:
     """The checkpoint that training starts from.
 
-    Args:
-        restore_from: 'latest', 'fresh', a folder, or a checkpoint's prefix.
-        folder: the run's folder.
-        base_model_folder: the folder of the model to start from.
+    `restore_from` is 'latest', 'fresh', a folder, or a checkpoint's prefix. `folder` is the run's.
 
     Raises:
         FileNotFoundError: there is no whole checkpoint where `restore_from` says. If 'latest' finds
             only damaged checkpoints in the run, they must not be replaced without being asked.
     """
     restore_from = os.fspath(restore_from).removesuffix(".index")
-    if restore_from == "latest":
-        has_any = checkpoint.has_any(folder)
-        return checkpoint.restore_path(folder if has_any else base_model_folder)
-    if restore_from == "fresh":
+    if restore_from == "latest" and checkpoint.has_any(folder):
+        return checkpoint.restore_path(folder)
+    if restore_from in ("latest", "fresh"):
         return checkpoint.restore_path(base_model_folder)
     if os.path.isdir(restore_from):
         return checkpoint.restore_path(restore_from)
@@ -140,29 +131,21 @@ def starting_checkpoint(restore_from: str, folder: str, base_model_folder: str) 
 class RunState:
     """What a run needs beside its weights, to go on where it stopped.
 
-    Attributes:
-        step: steps of all calls of finetune() so far.
-        seconds: the time that they took.
-        seed: seeds all random choices but those of the data.
-        losses: the printed average's weighted sum of losses, and the sum of the weights.
-        sampler: the position in the data, from WindowSampler.state().
-        validation_loss: the last one measured, None before the first.
-        best_loss: the lowest validation loss, None before the first.
-        best_step: the step that reached it.
-        validations_without_improvement: validations in a row since then.
-        validation_set: identifies the windows that these losses were measured on.
+    The losses are None before the first validation.
     """
 
-    step: int = 0
-    seconds: float = 0.0
+    step: int = 0  # steps of all calls of finetune() so far
+    seconds: float = 0.0  # the time that they took
+    # Seeds all random choices but those of the data.
     seed: int = dataclasses.field(default_factory=lambda: secrets.randbits(31))
+    # The printed average's weighted sum of losses, and the sum of the weights.
     losses: tuple[float, float] = (0.0, 0.0)
-    sampler: dict[str, Any] | None = None
-    validation_loss: float | None = None
-    best_loss: float | None = None
-    best_step: int = 0
-    validations_without_improvement: int = 0
-    validation_set: str | None = None
+    sampler: dict[str, Any] | None = None  # the position in the data, WindowSampler.state()
+    validation_loss: float | None = None  # the last one
+    best_loss: float | None = None  # the lowest validation loss
+    best_step: int = 0  # the step that reached it
+    validations_without_improvement: int = 0  # how many in a row since then
+    validation_set: str | None = None  # identifies the windows that the losses were measured on
 
     def to_json(self) -> str:
         """The text of state-N.json."""
@@ -209,15 +192,14 @@ def note_settings(
 ) -> None:
     """Writes a run's settings.json, and prints which settings differ from the last call's.
 
-    Args:
-        folder: the run's.
-        settings: the settings by name.
-        resume: whether the run is continued; if not, nothing is printed.
-        may_change: names of settings whose changes are not printed.
+    Nothing is printed if the run is not continued, or for the settings in `may_change`.
     """
-    path = os.path.join(folder, SETTINGS)
+    path = Path(folder, SETTINGS)
     text = json.dumps(settings, indent=2, default=str) + "\n"
-    before = _read_settings(path) if resume else {}
+    before: dict[str, Any] = {}
+    if resume:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
     changes = [
         f"{name} {before[name]} -> {value}"
         for name, value in json.loads(text).items()
@@ -226,10 +208,3 @@ def note_settings(
     if changes:
         say("This run goes on with other settings:", ", ".join(changes))
     write_text(path, text)
-
-
-def _read_settings(path: str) -> dict[str, Any]:
-    """The settings in a file; none if it cannot be read."""
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    return {}
