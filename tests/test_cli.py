@@ -630,12 +630,8 @@ def writing(calls, monkeypatch):
         written = "".join(f"{text}\n" for text in texts)
         Path(destination_path).write_text(written, encoding="utf-8")
 
-    def write_texts(sess, settings, writer):
-        for prefix, text in texts_of(settings):
-            writer.write(prefix, text)
-
     monkeypatch.setattr(gpt_2, "generate", generate)
-    monkeypatch.setattr(generate_module, "write_texts", write_texts)
+    monkeypatch.setattr(generate_module, "iterate_texts", lambda _, settings: texts_of(settings))
     return calls
 
 
@@ -694,12 +690,12 @@ def test_json_lines_escape_lone_surrogates(writing):
 
 @pytest.mark.parametrize(("error", "status"), [(MemoryError(), 1), (KeyboardInterrupt(), 130)])
 def test_json_lines_keep_finished_texts_after_an_error(calls, monkeypatch, capsys, error, status):
-    def write_texts(sess, settings, writer):
-        writer.write("", "whole")
-        writer.write("", "half")
+    def iterate_texts(sess, settings):
+        yield "", "whole"
+        yield "", "half"
         raise error
 
-    monkeypatch.setattr(generate_module, "write_texts", write_texts)
+    monkeypatch.setattr(generate_module, "iterate_texts", iterate_texts)
     assert cli.main(["generate", "--nsamples", "5", "--destination_path", "a.jsonl"]) == status
     assert [line["text"] for line in lines_of("a.jsonl")] == ["whole", "half"]
     assert capsys.readouterr().out == "Wrote a.jsonl\n"

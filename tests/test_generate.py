@@ -7,9 +7,9 @@ import pytest
 
 import gpt_2_simple as gpt2
 from gpt_2_simple import session
-from gpt_2_simple.generation import beam_search
-from gpt_2_simple.generation.generate import iterate_texts, write_texts
-from gpt_2_simple.generation.output import JsonLinesWriter
+from gpt_2_simple.generation import beam_search, text_stream
+from gpt_2_simple.generation.generate import iterate_texts
+from gpt_2_simple.generation.output import json_line
 from gpt_2_simple.generation.settings import GenerationSettings
 
 
@@ -27,7 +27,7 @@ def generate(sess, prefix, **settings):
     return gpt2.generate(sess, prefix=prefix, return_as_list=True, length=12, **settings)
 
 
-def test_beam_search_finds_likelier_textsthan_greedy(loaded):
+def test_beam_search_finds_likelier_texts_than_greedy(loaded):
     def total(text):
         (score,) = gpt2.score(loaded, text)
         return score.log_probabilities.sum()
@@ -58,7 +58,7 @@ def test_beam_search_ends_at_a_stop_and_leaves_the_prefix_out(loaded):
         assert not text.startswith("on the ")
 
 
-def test_ctrl_c_returns_the_textsof_an_unfinished_beam_search(loaded, monkeypatch):
+def test_ctrl_c_returns_the_texts_of_an_unfinished_beam_search(loaded, monkeypatch):
     step = beam_search.BeamSearch.step
 
     def interrupted(self):
@@ -127,13 +127,19 @@ def test_weights_in_16_bits_cannot_be_trained(loaded):
         gpt2.load_gpt2(sess, precision="int8")
 
 
-def test_iterate_texts_and_write_texts_give_what_generate_returns(loaded):
+def test_iterate_texts_gives_what_generate_returns(loaded):
     settings = {"prefix": ["one ", "two"], "nsamples": 2, "batch_size": None, "seed": 3}
     texts = gpt2.generate(loaded, length=12, return_as_list=True, **settings)
     chosen = GenerationSettings(length=12, **settings)
     found = list(iterate_texts(loaded, chosen))
     assert [generated.text for generated in found] == texts
     assert [generated.prefix for generated in found] == ["one ", "one ", "two", "two"]
-    lines = []
-    write_texts(loaded, chosen, JsonLinesWriter(lines.append))
+    lines = [json_line(*generated) for generated in found]
     assert [json.loads(line)["text"] for line in lines] == texts
+
+
+def test_delimiter_follows_each_text(loaded, monkeypatch):
+    monkeypatch.setattr(text_stream, "generate_texts", lambda *_: iter([("a", "ab"), ("", "c\n")]))
+    gpt2.generate(loaded, nsamples=2, sample_delim="==\n", destination_path="out.txt")
+    with open("out.txt") as file:
+        assert file.read() == "ab\n==\nc\n\n==\n"

@@ -30,20 +30,11 @@ def test_file_keeps_what_was_written_before_an_interruption(tmp_path):
     assert (tmp_path / "out.txt").read_text() == "kept"
 
 
-def test_text_writer_puts_a_delimiter_after_each_text():
-    parts = []
-    writer = output.TextWriter(parts.append, "==\n")
-    writer.write("a", "ab")
-    writer.write("", "c\n")
-    assert "".join(parts) == "ab\n==\nc\n\n==\n"
-
-
 def test_json_lines_hold_prefix_and_text_and_escape_lone_surrogates(tmp_path):
     path = tmp_path / "out.jsonl"
     with output.open_output(str(path)) as append:
-        writer = output.JsonLinesWriter(append)
-        writer.write("a", 'é "b"\n')
-        writer.write("", "\udcff")
+        append(output.json_line("a", 'é "b"\n'))
+        append(output.json_line("", "\udcff"))
     assert path.read_bytes() == (
         b'{"prefix": "a", "text": "\xc3\xa9 \\"b\\"\\n"}\n{"prefix": "", "text": "\\udcff"}\n'
     )

@@ -190,9 +190,9 @@ class _Output:
                 return
             settings = GenerationSettings(**options)
             output = _module("generation.output")
-            with output.open_output(path) as append:
-                writer = output.JsonLinesWriter(append)
-                _module("generation.generate").write_texts(sess, settings, writer)
+            with verbosity(settings.verbose), output.open_output(path) as append:
+                for generated in _module("generation.generate").iterate_texts(sess, settings):
+                    append(output.json_line(*generated))
 
     @contextlib.contextmanager
     def _new_file(self) -> Iterator[str]:

@@ -104,20 +104,19 @@ def _generate(sess: tf.compat.v1.Session, settings: GenerationSettings) -> list[
         append: output.Append | None = None if settings.return_as_list else output.print_text
         if settings.destination_path:
             append = stack.enter_context(output.open_output(settings.destination_path))
-        delimiter = settings.sample_delim if request.n_texts > 1 else ""
+        delimiter = settings.sample_delim if settings.n_texts > 1 else ""
         if settings.stream and append:
-            for index in range(request.n_texts):
+            for index in range(settings.n_texts):
                 for piece in text_stream.stream_text(sess, request, index):
                     append(piece)
                 append(f"\n{delimiter}")
             return None
-        writer = append and output.TextWriter(append, delimiter)
         texts: list[str] = []
         try:
-            for prefix, text in text_stream.generate_texts(sess, request):
+            for _, text in text_stream.generate_texts(sess, request):
                 texts.append(text)
-                if writer:
-                    writer.write(prefix, text)
+                if append:
+                    append(f"{text}\n{delimiter}")
         except KeyboardInterrupt:
             if not settings.return_as_list:
                 raise
@@ -129,31 +128,13 @@ def iterate_texts(
 ) -> Iterator[GeneratedText]:
     """Generates texts as generate() does, and gives each when it is finished.
 
-    Returns:
-        An iterator of texts with their prefixes; see text_stream.generate_texts.
+    After Ctrl-C it gives the texts as far as they have come, before KeyboardInterrupt.
     """
     return text_stream.generate_texts(sess, _request(sess, settings))
 
 
-def write_texts(
-    sess: tf.compat.v1.Session, settings: GenerationSettings, writer: output.Writer
-) -> None:
-    """Generates texts as generate() does, and gives each to a writer.
-
-    After Ctrl-C the writer gets the texts as far as they have come, before KeyboardInterrupt.
-    """
-    with verbosity(settings.verbose):
-        for prefix, text in iterate_texts(sess, settings):
-            writer.write(prefix, text)
-
-
 def _request(sess: tf.compat.v1.Session, settings: GenerationSettings) -> GenerationRequest:
     """The request, for the session's model or the one that the settings name."""
-    state = ensure_loaded(
-        sess,
-        settings.run_name,
-        settings.checkpoint_dir,
-        settings.model_name,
-        settings.model_dir,
-    )
+    named = (settings.run_name, settings.checkpoint_dir, settings.model_name, settings.model_dir)
+    state = ensure_loaded(sess, *named)
     return build_request(settings, state.encoder, state.hparams)

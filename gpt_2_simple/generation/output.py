@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 from ..common.files import check_folder, is_special
 from ..common.report import say
@@ -16,35 +15,11 @@ from ..common.report import say
 Append = Callable[[str], None]
 
 
-class Writer(Protocol):
-    """Writes generated texts in some format."""
-
-    def write(self, prefix: str, text: str) -> None:
-        """Writes a text that was generated from `prefix`."""
-
-
-class TextWriter:
-    """Writes plain texts, each followed by a newline and a delimiter."""
-
-    def __init__(self, append: Append, delimiter: str) -> None:
-        self.append, self.delimiter = append, delimiter
-
-    def write(self, prefix: str, text: str) -> None:
-        """Writes the text; `prefix` is not used."""
-        self.append(f"{text}\n{self.delimiter}")
-
-
-class JsonLinesWriter:
-    """Writes a line of JSON for each text: {"prefix": ..., "text": ...}."""
-
-    def __init__(self, append: Append) -> None:
-        self.append = append
-
-    def write(self, prefix: str, text: str) -> None:
-        """Writes the line."""
-        line = json.dumps({"prefix": prefix, "text": text}, ensure_ascii=False) + "\n"
-        # UTF-8 cannot hold lone surrogates; JSON writes them as Python's backslashreplace does.
-        self.append(line.encode("utf-8", "backslashreplace").decode("utf-8"))
+def json_line(prefix: str, text: str) -> str:
+    """A line of JSON for a text and the prefix that it was generated from."""
+    line = json.dumps({"prefix": prefix, "text": text}, ensure_ascii=False) + "\n"
+    # UTF-8 cannot hold lone surrogates; JSON writes them as Python's backslashreplace does.
+    return line.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @contextlib.contextmanager

@@ -20,63 +20,29 @@ MAX_CACHE_BYTES = 2 * 2**30
 
 
 class Prompt(NamedTuple):
-    """What a text starts with.
+    """What a text starts with."""
 
-    Attributes:
-        text: the prefix; '' for none.
-        tokens: its token ids, or `<|endoftext|>` if there is no prefix.
-    """
-
-    text: str
-    tokens: list[int]
+    text: str  # the prefix; '' for none
+    tokens: list[int]  # its token ids, or `<|endoftext|>` if there is no prefix
 
 
 class GenerationRequest(NamedTuple):
-    """What to generate.
+    """What to generate: the settings, and what they mean for this model and its vocabulary."""
 
-    Attributes:
-        prompts: what texts start with.
-        nsamples: texts for each prompt.
-        max_rows: rows to generate at the same time; a beam is a row.
-        length: new tokens for each text, at most.
-        sampling: how tokens are chosen.
-        beams: beam search if there are several, else the texts are drawn.
-        seed: the same seed gives the same texts.
-        stop: what ends a text.
-        include_prefix: whether a text starts with its prefix.
-        encoder: the vocabulary.
-    """
-
+    settings: GenerationSettings
+    encoder: Encoder
     prompts: list[Prompt]
-    nsamples: int
-    max_rows: int
-    length: int
+    max_rows: int  # rows to generate at the same time; a beam is a row
     sampling: SamplingParams
-    beams: Beams
+    beams: Beams  # if there is only one, the texts are drawn
     seed: int
     stop: StopCriteria
-    include_prefix: bool
-    encoder: Encoder
-
-    @property
-    def n_texts(self) -> int:
-        """How many texts there will be."""
-        return len(self.prompts) * self.nsamples
-
-    def prompt_of(self, index: int) -> Prompt:
-        """The prompt of a text, by the text's number from 0."""
-        return self.prompts[index // self.nsamples]
 
 
 def build_request(
     settings: GenerationSettings, encoder: Encoder, hparams: HParams
 ) -> GenerationRequest:
     """Makes the request.
-
-    Args:
-        settings: what the caller of generate() wants.
-        encoder: the model's vocabulary.
-        hparams: the model's sizes.
 
     Raises:
         ValueError: stop_token is not one token, or there is nothing to start from.
@@ -94,16 +60,14 @@ def build_request(
     )
     stop = tuple(settings.stop or ())
     return GenerationRequest(
+        settings=settings,
+        encoder=encoder,
         prompts=[build_prompt(prefix, encoder) for prefix in settings.prefixes],
-        nsamples=settings.nsamples,
         max_rows=settings.batch_size or max_rows(hparams, settings.n_texts),
-        length=settings.n_new_tokens,
         sampling=sampling,
         beams=Beams(settings.num_beams, settings.length_penalty),
         seed=secrets.randbits(31) if settings.seed is None else settings.seed,
         stop=StopCriteria(settings.truncate, stop, stop_token, settings.include_stop),
-        include_prefix=settings.include_prefix,
-        encoder=encoder,
     )
 
 
@@ -123,11 +87,8 @@ def build_prompt(prefix: str, encoder: Encoder) -> Prompt:
 def encode_text(text: str, encoder: Encoder, special_tokens: bool = True) -> list[int]:
     """The token ids of a user's text.
 
-    Args:
-        text: the text.
-        encoder: the vocabulary.
-        special_tokens: whether `<|endoftext|>` is one token, as in datasets; False encodes its
-            characters.
+    With special_tokens, `<|endoftext|>` is one token, as in datasets; else its characters are
+    encoded.
     """
     return encoder.encode(text, allow_special=special_tokens and encoder.end_of_text is not None)
 

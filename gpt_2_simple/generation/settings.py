@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from ..common.settings import Field, Setting, Settings, convert, fields_of
+from ..common.settings import Setting, Settings, convert, fields_of
 from ..storage.settings import LOADED_RUN
 
 # The largest int32: TensorFlow's placeholders for whole numbers hold no more.
@@ -170,11 +170,7 @@ class GenerationSettings(Settings):
 
 
 def as_strings(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
-    """Makes a tuple of an argument that is a string or several.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """A tuple of an argument that is a string or several; ValueError if it is neither."""
     values = (value,) if isinstance(value, str) else value
     if isinstance(values, Iterable):
         values = tuple(values)
@@ -185,19 +181,9 @@ def as_strings(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen from the logits; ranges and meanings as in GenerationSettings.
+    """How the next token is chosen; ranges and meanings as in GenerationSettings, but in token ids.
 
-    Attributes:
-        temperature: divides the logits; 0 always takes the likeliest token.
-        top_k: draw from this many of the likeliest tokens; 0 draws from all.
-        top_p: draw from the likeliest tokens that together have this probability, after top_k; 0
-            and 1 draw from all.
-        repetition_penalty: divides positive logits, and multiplies negative logits, of tokens that
-            the text holds already (Keskar et al. 2019).
-        no_repeat_ngram_size: no sequence of this many tokens appears twice; 0 allows all.
-        min_length: new tokens before stop_token may come.
-        bad_words: sequences of token ids that must not appear.
-        stop_token: id of the token that ends a row; None for no such token.
+    `repetition_penalty` divides positive logits and multiplies negative ones (Keskar et al. 2019).
     """
 
     temperature: float = GenerationSettings.temperature
@@ -215,18 +201,16 @@ class SamplingParams:
         if not all(words):
             raise ValueError(f"bad_words={self.bad_words!r} holds an empty word; leave it out")
         object.__setattr__(self, "bad_words", words)
-        for name in [field.name for field in dataclasses.fields(self) if field.name != "bad_words"]:
-            object.__setattr__(self, name, convert(_number(name), getattr(self, name)))
+        for field in dataclasses.fields(self):
+            if field.name != "bad_words":
+                value = _as_number(field.name, getattr(self, field.name))
+                object.__setattr__(self, field.name, value)
 
     @property
     def changes_logits(self) -> bool:
         """Whether the logits are changed before a token is chosen."""
-        return bool(
-            self.repetition_penalty != 1
-            or self.no_repeat_ngram_size
-            or self.bad_words
-            or self.min_length
-        )
+        forbids = any((self.no_repeat_ngram_size, self.bad_words, self.min_length))
+        return forbids or self.repetition_penalty != 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,8 +219,7 @@ class Beams:
 
     Attributes:
         count: texts that are extended at the same time; GenerationSettings calls it num_beams.
-        length_penalty: texts are compared by log-probability / length ** length_penalty; above 0
-            prefers long ones, below 0 short ones (as in Hugging Face's generate).
+        length_penalty: as in GenerationSettings, and as in Hugging Face's generate.
     """
 
     count: int = GenerationSettings.num_beams
@@ -244,8 +227,8 @@ class Beams:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of its range."""
-        object.__setattr__(self, "count", convert(_number("num_beams"), self.count))
-        penalty = convert(_number("length_penalty"), self.length_penalty)
+        object.__setattr__(self, "count", _as_number("num_beams", self.count))
+        penalty = _as_number("length_penalty", self.length_penalty)
         object.__setattr__(self, "length_penalty", penalty)
 
     def score(self, log_probability: float, length: int) -> float:
@@ -253,7 +236,7 @@ class Beams:
         return log_probability / length**self.length_penalty
 
 
-def _number(name: str) -> Field:
-    """A field of GenerationSettings that takes no text here."""
+def _as_number(name: str, value: Any) -> Any:
+    """The value of this field of GenerationSettings; a text, such as of stop_token, is refused."""
     field = fields_of(GenerationSettings)[name]
-    return field._replace(kinds=tuple(kind for kind in field.kinds if kind is not str))
+    return convert(field._replace(kinds=tuple(t for t in field.kinds if t is not str)), value)

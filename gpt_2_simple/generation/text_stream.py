@@ -17,15 +17,10 @@ from .stopping import ends_with
 
 
 class GeneratedText(NamedTuple):
-    """A finished text.
+    """A finished text."""
 
-    Attributes:
-        prefix: the prefix that it was generated from; '' for none.
-        text: the whole text, with its prefix if that was wanted.
-    """
-
-    prefix: str
-    text: str
+    prefix: str  # that it was generated from; '' for none
+    text: str  # the whole text, with its prefix if that was wanted
 
 
 class GrowingText:
@@ -41,7 +36,7 @@ class GrowingText:
         self.prompt = prompt
         self.new_text = ""
         self.ended = False
-        self._prefix = prompt.text if request.include_prefix else ""
+        self._prefix = prompt.text if request.settings.include_prefix else ""
         self._stop = request.stop
         self._decoder = IncrementalDecoder(request.encoder)
         self._n_taken: int | None = None  # characters; None before the prefix was taken
@@ -102,10 +97,10 @@ def generate_texts(
     """
     searches = request.beams.count > 1
     generate_batch = _search_batch if searches else _sample_batch
-    n_sequences = len(request.prompts) if searches else request.n_texts
+    n_sequences = len(request.prompts) if searches else request.settings.n_texts
     step = max(1, request.max_rows // request.beams.count)
-    total, title = n_sequences * request.length, "Searching" if searches else "Generating"
-    with progress(total=total, desc=title, unit="tok") as bar:
+    total = n_sequences * request.settings.n_new_tokens
+    with progress(total=total, desc="Searching" if searches else "Generating", unit="tok") as bar:
         for first in range(0, n_sequences, step):
             batch = range(first, min(first + step, n_sequences))
             texts: list[GrowingText] = []
@@ -141,21 +136,15 @@ def _pieces(texts: list[GrowingText]) -> Iterator[str]:
 
 
 def _sample_batch(
-    sess: tf.compat.v1.Session,
-    request: GenerationRequest,
-    indices: range,
-    texts: list[GrowingText],
+    sess: tf.compat.v1.Session, request: GenerationRequest, indices: range, texts: list[GrowingText]
 ) -> Iterator[int]:
-    """Adds the texts with these numbers to `texts` and lets them grow to their ends.
-
-    Yields:
-        How many tokens were added, after each chunk.
-    """
-    texts += [GrowingText(request, request.prompt_of(index)) for index in indices]
+    """Lets the texts with these numbers grow in `texts`; yields each chunk's count of tokens."""
+    nsamples = request.settings.nsamples
+    texts += [GrowingText(request, request.prompts[index // nsamples]) for index in indices]
     chunks = sequences.generate_tokens(
         sess,
         [text.prompt.tokens for text in texts],
-        request.length,
+        request.settings.n_new_tokens,
         request.sampling,
         request.seed,
         list(indices),
@@ -175,16 +164,9 @@ def _sample_batch(
 
 
 def _search_batch(
-    sess: tf.compat.v1.Session,
-    request: GenerationRequest,
-    indices: range,
-    texts: list[GrowingText],
+    sess: tf.compat.v1.Session, request: GenerationRequest, indices: range, texts: list[GrowingText]
 ) -> Iterator[int]:
-    """Adds to `texts` the best texts for the prompts with these numbers.
-
-    Yields:
-        How many tokens were added, after each step.
-    """
+    """Adds the best texts for these prompts to `texts`; yields each step's count of tokens."""
 
     def ends(new_tokens: list[int]) -> bool:
         return request.stop.find_end(request.encoder.decode(new_tokens)) is not None
@@ -193,7 +175,7 @@ def _search_batch(
     with beam_search.BeamSearch(
         sess,
         [prompt.tokens for prompt in prompts],
-        request.length,
+        request.settings.n_new_tokens,
         request.beams,
         request.sampling,
         ends if request.stop.strings else None,
@@ -203,7 +185,7 @@ def _search_batch(
                 yield search.step()
         finally:
             for prompt, hypotheses in zip(prompts, search.best(), strict=True):
-                for hypothesis in hypotheses[: request.nsamples]:
+                for hypothesis in hypotheses[: request.settings.nsamples]:
                     text = GrowingText(request, prompt)
                     text.append(hypothesis.tokens)
                     text.finish()
