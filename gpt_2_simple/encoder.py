@@ -114,18 +114,16 @@ class _Merges:
 
     It merges the pair of the lowest rank, of several such pairs the leftmost, until no pair has a
     rank.
+
+    Args:
+        byte_ids: each byte's id.
+        merges: the ids (left, right, made) of each merge, the lowest rank first.
+        n_vocab: the highest id + 1.
     """
 
     def __init__(
         self, byte_ids: list[int], merges: list[tuple[int, int, int]], n_vocab: int
     ) -> None:
-        """Prepares the merges.
-
-        Args:
-            byte_ids: each byte's id.
-            merges: the ids (left, right, made) of each merge, the lowest rank first.
-            n_vocab: the highest id + 1.
-        """
         self.byte_ids = byte_ids
         self.made = [made for _, _, made in merges]
         self.no_rank = len(merges)
@@ -244,12 +242,16 @@ class Encoder:
     """A vocabulary that turns text into token ids and back.
 
     Attributes:
-        encoder: token, in the characters of `bytes_to_unicode` -> id.
+        encoder: token, in the characters of `bytes_to_unicode` -> id. Each byte is a token.
         decoder: id -> token.
         bpe_merges: the pairs of tokens to merge, the earliest first.
-        errors: what decoding does with bytes that are not UTF-8: a name for `bytes.decode`.
+        errors: what decoding does with bytes that are not UTF-8, such as half a character: a name
+            for `bytes.decode`.
         n_vocab: the highest id + 1.
         end_of_text: the id of `<|endoftext|>`, None if the vocabulary has none.
+
+    Raises:
+        ValueError: a byte or a merge's token is missing, or two tokens have the same id.
     """
 
     def __init__(
@@ -258,16 +260,6 @@ class Encoder:
         bpe_merges: Iterable[tuple[str, str]],
         errors: str = "replace",
     ) -> None:
-        """Makes a vocabulary from what its two files hold.
-
-        Args:
-            encoder: token -> id; each of the 256 bytes is a token.
-            bpe_merges: pairs of tokens, the earliest merge first.
-            errors: what decoding does with bytes that are not UTF-8, such as half a character.
-
-        Raises:
-            ValueError: a byte or a merge's token is missing, or two tokens have the same id.
-        """
         self.encoder = encoder
         self.decoder = {token_id: token for token, token_id in encoder.items()}
         self.bpe_merges = list(bpe_merges)
@@ -291,9 +283,6 @@ class Encoder:
             text: any string.
             allow_special: whether `<|endoftext|>` in it is that one token. By default its
                 characters are encoded like any others.
-
-        Returns:
-            The ids.
 
         Raises:
             ValueError: the text has `<|endoftext|>`, it is allowed, but the vocabulary lacks it.
@@ -335,9 +324,6 @@ class Encoder:
             surrogates: whether the bytes that `encode` makes of a lone surrogate become one again.
                 Text with a lone surrogate cannot be written as UTF-8, so generated text is decoded
                 with False, which treats these bytes like others that are not UTF-8.
-
-        Returns:
-            The text.
 
         Raises:
             ValueError: an id is not in the vocabulary.
@@ -408,16 +394,7 @@ def _load(folder: str, stamps: tuple[tuple[int, int], ...]) -> Encoder:
 
 
 def check_vocabulary(encoder: Encoder, n_vocab: int, folder: str | os.PathLike[str]) -> None:
-    """Checks that a vocabulary has as many tokens as the model.
-
-    Args:
-        encoder: the vocabulary.
-        n_vocab: how many tokens the model has, from its hparams.json.
-        folder: where both come from, for the message.
-
-    Raises:
-        ValueError: they differ.
-    """
+    """Raises ValueError if a vocabulary and the hparams.json in its folder differ in size."""
     if encoder.n_vocab != n_vocab:
         raise ValueError(
             f"{Path(folder, 'encoder.json')} has {encoder.n_vocab} tokens, but n_vocab={n_vocab} "
@@ -445,11 +422,7 @@ def split_words(text: str) -> list[str]:
 def _checked(
     encoder: dict[str, int], decoder: dict[int, str], bpe_merges: list[tuple[str, str]]
 ) -> tuple[list[int], list[tuple[int, int, int]]]:
-    """The bytes' ids, and the merges' ids (left, right, made).
-
-    Raises:
-        ValueError: one of them is missing, or two tokens have the same id.
-    """
+    """The ids of the bytes, and of the merges (left, right, made). ValueError: one is missing."""
     if len(decoder) < len(encoder):
         token, token_id = next((t, i) for t, i in encoder.items() if decoder[i] != t)
         raise ValueError(f"id {token_id} stands for {token!r} and for {decoder[token_id]!r}")
@@ -480,11 +453,7 @@ def _token_bytes(encoder: dict[str, int]) -> dict[int, bytes]:
 
 
 def _read_text(path: Path) -> str:
-    """A text file's content.
-
-    Raises:
-        ValueError: it is empty, not UTF-8, or starts with a byte order mark.
-    """
+    """A text file's content; raises ValueError if it is empty or not UTF-8 without a mark."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -38,7 +38,6 @@ from .token_file import (
     id_dtype,
     join_blocks,
     read_npz,
-    read_saved_tokens,
     read_tokens,
     save_npz,
     save_tokens,
@@ -104,7 +103,7 @@ class Dataset:
         )
         return sum(sizes) > LARGE_BYTES
 
-    def cache_key(self, enc: Any) -> str:
+    def cache_key(self, enc: Any, vocabulary: str) -> str:
         """A digest of all that decides the tokens of the text files."""
         content = [[file.kind, hash_file(file.path)] for file in self.text_files]
         options = {
@@ -114,7 +113,7 @@ class Dataset:
             "allow_special": self.allows_special(enc),
             "pad_documents": self.options.pad_documents,
         }
-        return hash_json([CACHE_VERSION, content, options, hash_vocabulary(enc)])
+        return hash_json([CACHE_VERSION, content, options, vocabulary])
 
     def allows_special(self, enc: Any) -> bool:
         """Whether `<|endoftext|>` in the text is one token of this encoder."""
@@ -169,7 +168,7 @@ def tokenize(
         if file.kind == "npz":
             parts.append(read_npz(file.path, enc.n_vocab))
         elif file.kind == "tokens":
-            parts.append(read_saved_tokens(file.path, enc))
+            parts.append(read_tokens(file.path, hash_vocabulary(enc))[0])
     if dataset.is_large:
         parts.append(_encode_into_cache(dataset, enc, cache_dir, processes))
     elif dataset.text_files:
@@ -188,17 +187,19 @@ def _encode_into_cache(
     """Encodes text into a token file, or finds the one that an earlier call made."""
     folder = os.path.expanduser(cache_folder() if cache_dir is None else cache_dir)
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, f"{dataset.cache_key(enc)}.tokens")
+    vocabulary = hash_vocabulary(enc)
+    path = os.path.join(folder, f"{dataset.cache_key(enc, vocabulary)}.tokens")
     try:
-        cached = read_tokens(path)
+        chunks, report = read_tokens(path, vocabulary)
     except (FileNotFoundError, ValueError):  # there is none yet, or it is damaged
         report = ReadReport()
         processes = processes or min(core_count(), MAX_PROCESSES)
-        write_tokens(path, _token_blocks(dataset, enc, report, processes), enc, report)
+        blocks = _token_blocks(dataset, enc, report, processes)
+        write_tokens(path, blocks, id_dtype(enc.n_vocab), vocabulary, report)
         say(f"The tokens are kept in {path}")
-        cached = read_tokens(path)
-    cached.report.tell()
-    return cached.chunks
+        chunks, report = read_tokens(path, vocabulary)
+    report.tell()
+    return chunks
 
 
 def _token_blocks(

@@ -51,20 +51,14 @@ class ChunkPart(NamedTuple):
 
 
 class TextBlock(NamedTuple):
-    """Texts in a row, and for each of them whether a chunk of the dataset ends with it."""
+    """Texts in a row, and for each of them whether a chunk ends with it."""
 
     texts: list[str]
     ends_chunk: list[bool]
 
 
 class TokenBlock(NamedTuple):
-    """A TextBlock's tokens.
-
-    Attributes:
-        ids: the ids of all texts, one after the other, as bytes.
-        counts: how many ids each text has.
-        ends_chunk: for each text whether a chunk of the dataset ends with it.
-    """
+    """The ids of a TextBlock's texts, one after the other, and how many each text has."""
 
     ids: bytes
     counts: list[int]
@@ -74,14 +68,9 @@ class TokenBlock(NamedTuple):
 def cut_into_blocks(
     parts: Iterable[ChunkPart], size: int = BLOCK_CHARACTERS
 ) -> Iterator[TextBlock]:
-    """Gathers parts of text into blocks of about one size, cut where it is safe.
+    """Gathers parts of text into blocks of about `size` characters, cut where it is safe.
 
-    Args:
-        parts: the text. To join the parts of a chunk first would change nothing.
-        size: how many characters a block holds, roughly.
-
-    Yields:
-        Blocks that hold the same text in the same order.
+    To join the parts of a chunk first would change nothing.
     """
     texts: list[str] = []
     ends_chunk: list[bool] = []
@@ -113,8 +102,7 @@ def cut_into_blocks(
 def split_safely(text: str) -> tuple[str, str]:
     """Splits a text at the last place where the ids of both parts are the ids of the whole.
 
-    Returns:
-        The two parts; the first is empty if there is no such place.
+    If there is no such place, the first part is empty.
     """
     found = _SAFE_CUT.search(text)
     cut = found.start() if found else 0
@@ -210,9 +198,6 @@ def encode_blocks(
         dtype: the ids' type.
         allow_special: whether `<|endoftext|>` in the text is one token.
         processes: how many processes encode; 1 is this one.
-
-    Yields:
-        The encoded blocks.
     """
     local = BlockEncoder(enc, dtype, allow_special)
     max_words = local.max_words // processes
@@ -302,7 +287,7 @@ def _start_helpers(encoder_arguments: tuple[Any, ...], processes: int) -> list[_
     """Starts processes, or none at all if one is enough or any of them fails to start."""
     helpers: list[_Helper] = []
     if processes < 2:
-        return helpers
+        return []
     try:
         arguments = pickle.dumps(encoder_arguments)
         for _ in range(processes):

@@ -38,6 +38,7 @@ BYTE_ORDER_MARKS = (  # UTF-32's first: its little-endian mark begins with UTF-1
 HEAD_BYTES = 1 << 16
 READ_BYTES = 1 << 20
 MAX_PATH_LENGTH = 1000
+MAX_TOLD = 10
 MAX_UNDECODABLE = 0.3  # share of a text file's first bytes
 
 
@@ -82,16 +83,13 @@ class ReadReport:
     lines: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
-    def tell(self, at_most: int = 10) -> None:
-        """Prints the lines and raises the warnings, the first `at_most` of each."""
-        for line in self.lines[:at_most]:
-            say(line)
-        if len(self.lines) > at_most:
-            say(f"... and {len(self.lines) - at_most} more lines like these")
-        for warning in self.warnings[:at_most]:
-            warn(warning)
-        if len(self.warnings) > at_most:
-            warn(f"... and {len(self.warnings) - at_most} more warnings like these")
+    def tell(self) -> None:
+        """Prints the lines and raises the warnings, the first ten of each."""
+        for told, tell, kind in ((self.lines, say, "lines"), (self.warnings, warn, "warnings")):
+            for text in told[:MAX_TOLD]:
+                tell(text)
+            if len(told) > MAX_TOLD:
+                tell(f"... and {len(told) - MAX_TOLD} more {kind} like these")
 
 
 def find_files(path: Any) -> list[DataFile]:

@@ -8,7 +8,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterable, Sequence
-from typing import Any, BinaryIO, NamedTuple, overload
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 
@@ -77,47 +77,40 @@ def join_blocks(blocks: Iterable[TokenBlock], dtype: np.dtype) -> TokenChunks:
 # --- .tokens --------------------------------------------------------------------------------------
 
 
-class TokenFile(NamedTuple):
-    """What a token file holds.
-
-    Attributes:
-        chunks: the chunks, whose ids stay on disk until they are used.
-        vocabulary: hash_vocabulary() of the encoder that made them.
-        report: what the user should know about the files they were made from.
-    """
-
-    chunks: TokenChunks
-    vocabulary: str
-    report: ReadReport
-
-
-def write_tokens(path: str, blocks: Iterable[TokenBlock], enc: Any, report: ReadReport) -> None:
+def write_tokens(
+    path: str,
+    blocks: Iterable[TokenBlock],
+    dtype: np.dtype,
+    vocabulary: str,
+    report: ReadReport,
+) -> None:
     """Writes blocks of ids to a token file, which appears when it is complete.
 
     The file is MAGIC, the ids, a JSON object (dtype, ends of the chunks, vocabulary, and the
     report's lines and warnings), the length of that object in eight bytes (little-endian), and
-    MAGIC. The report may still grow while the blocks come.
+    MAGIC. `vocabulary` is hash_vocabulary() of the encoder. `report` may still grow while the
+    blocks come.
     """
     with write_whole(path) as file:
         file.write(MAGIC)
         ends = _write_ids(blocks, file)
         footer = {
-            "dtype": id_dtype(enc.n_vocab).str,
+            "dtype": dtype.str,
             "ends": ends,
             "lines": report.lines,
             "warnings": report.warnings,
-            "vocabulary": hash_vocabulary(enc),
+            "vocabulary": vocabulary,
         }
         encoded = json.dumps(footer).encode()
         file.write(encoded + len(encoded).to_bytes(8, "little") + MAGIC)
 
 
-def read_tokens(path: str) -> TokenFile:
-    """Maps a token file into memory.
+def read_tokens(path: str, vocabulary: str) -> tuple[TokenChunks, ReadReport]:
+    """Maps a token file into memory; returns its chunks, and what is told of the files they are of.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a whole token file.
+        ValueError: it is not a whole token file, or another vocabulary made it.
     """
     broken = f"{path!r} is not a whole token file of encode_dataset: write it again"
     tail = 8 + len(MAGIC)
@@ -138,8 +131,12 @@ def read_tokens(path: str) -> TokenFile:
     tokens = np.empty(0, dtype)
     if count:
         tokens = np.memmap(path, dtype, mode="r", offset=len(MAGIC), shape=(count,))
-    report = ReadReport(footer["lines"], footer["warnings"])
-    return TokenFile(TokenChunks(tokens, ends), footer["vocabulary"], report)
+    if footer["vocabulary"] != vocabulary:
+        raise ValueError(
+            f"{path!r} was encoded with another vocabulary than this model's: "
+            "encode it again with encode_dataset(model_name=...)"
+        )
+    return TokenChunks(tokens, ends), ReadReport(footer["lines"], footer["warnings"])
 
 
 def save_tokens(path: str | os.PathLike[str], chunks: Iterable[np.ndarray], enc: Any) -> None:
@@ -151,22 +148,7 @@ def save_tokens(path: str | os.PathLike[str], chunks: Iterable[np.ndarray], enc:
         for start in range(0, len(chunk), BLOCK_TOKENS)
         for part in [chunk[start : start + BLOCK_TOKENS]]
     )
-    write_tokens(os.fspath(path), blocks, enc, ReadReport())
-
-
-def read_saved_tokens(path: str, enc: Any) -> TokenChunks:
-    """Reads a token file of encode_dataset.
-
-    Raises:
-        ValueError: it is not a whole token file, or another vocabulary made it.
-    """
-    token_file = read_tokens(path)
-    if token_file.vocabulary != hash_vocabulary(enc):
-        raise ValueError(
-            f"{path!r} was encoded with another vocabulary than this model's: "
-            "encode it again with encode_dataset(model_name=...)"
-        )
-    return token_file.chunks
+    write_tokens(os.fspath(path), blocks, dtype, hash_vocabulary(enc), ReadReport())
 
 
 # --- .npz -----------------------------------------------------------------------------------------

@@ -69,12 +69,7 @@ def train_vocabulary(texts: Iterable[str], vocab_size: int) -> Encoder:
 
 
 def save_vocabulary(encoder: Encoder, folder: str | os.PathLike[str]) -> None:
-    """Writes encoder.json and vocab.bpe in GPT-2's format.
-
-    Args:
-        encoder: the vocabulary.
-        folder: where to write them; it is made if it does not exist.
-    """
+    """Writes encoder.json and vocab.bpe in GPT-2's format; makes the folder if there is none."""
     merges = "".join(f"{left} {right}\n" for left, right in encoder.bpe_merges)
     os.makedirs(folder, exist_ok=True)
     write_text(Path(folder, "encoder.json"), json.dumps(encoder.encoder))
