@@ -11,6 +11,7 @@ signature and the docstring to the public function. `cli.parser` makes the flag.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -163,14 +164,13 @@ def convert(field: Field, value: Any) -> Any:
     Raises:
         ValueError: it is of another type, or out of range; says what is wanted.
     """
-    setting = field.setting
     if value is None and type(None) in field.kinds:
         return None
-    if setting.special is not None and not isinstance(value, str) and value == setting.special[0]:
-        return setting.special[0]
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
     for kind in field.kinds:
         converted = _as_kind(kind, value)
-        if converted is not None and _is_in_range(setting, converted):
+        if converted is not None and _is_in_range(field.setting, converted):
             return converted
     if field.is_open:
         return value
@@ -180,23 +180,23 @@ def convert(field: Field, value: Any) -> Any:
 def _as_kind(kind: type, value: Any) -> Any:
     """The value as int, float, bool or str; None if it is none."""
     is_bool = isinstance(value, (bool, np.bool_))
+    # NumPy's float64 is one of Python's numbers, and its float32 is not.
+    is_number = isinstance(value, (numbers.Real, np.integer, np.floating)) and not is_bool
     if kind is bool:
-        is_bit = isinstance(value, numbers.Real) and (value == 0 or value == 1)
-        return bool(value) if is_bool or is_bit else None
+        return bool(value) if is_bool or (is_number and value in (0, 1)) else None
     if kind is str:
-        return os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
-    if kind not in (int, float) or is_bool or not isinstance(value, (numbers.Real, np.number)):
+        return str(os.fsdecode(value)) if isinstance(value, (str, os.PathLike)) else None
+    if kind not in (int, float) or not is_number:
         return None
-    number: Any = value
-    if kind is float:
-        return float(number)
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    return int(number) if math.isfinite(number) and number == int(number) else None
+    with contextlib.suppress(OverflowError):  # an infinite number, or a whole one that is too large
+        if kind is float:
+            return float(value)
+        return int(value) if not math.isnan(value) and int(value) == value else None
+    return None
 
 
 def _is_in_range(setting: Setting, value: Any) -> bool:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or (setting.special and value == setting.special[0]):
         return True
     if isinstance(value, str):
         return not setting.choices or value in setting.choices
