@@ -34,8 +34,7 @@ def lock_run(folder: str) -> Iterator[None]:
     """Holds the lock of a run's folder for this block, and makes the folder if it is missing.
 
     Raises:
-        NotADirectoryError: `folder` is a file.
-        OSError: the folder cannot be written.
+        OSError: the folder is a file, or cannot be written.
         RuntimeError: another process or thread holds the lock; names it.
     """
     if os.path.lexists(folder) and not os.path.isdir(folder):
@@ -64,26 +63,18 @@ def lock_run(folder: str) -> Iterator[None]:
 def wait_for_lock(path: str | os.PathLike[str], notice: str) -> Iterator[None]:
     """Holds the lock file `path` for this block, after waiting for whoever holds it.
 
-    Args:
-        path: the file; it is made, and removed at the end.
-        notice: the line to print if there is somebody to wait for.
+    The file is made, and removed at the end. The `notice` is printed if somebody holds it.
     """
-    file = _open_locked(path, notice)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows does not remove an open file.
-            os.remove(path)
-        file.close()
-
-
-def _open_locked(path: str | os.PathLike[str], notice: str) -> IO[bytes]:
     waiting = False
     while True:
-        file = open(path, "ab")
-        if _try_lock(file) and _is_current(file, path):
-            return file
-        file.close()
+        with open(path, "ab") as file:
+            if _try_lock(file) and _is_current(file, path):
+                try:
+                    yield
+                finally:
+                    with contextlib.suppress(OSError):  # Windows does not remove an open file.
+                        os.remove(path)
+                return
         if not waiting:
             say(notice)
             waiting = True

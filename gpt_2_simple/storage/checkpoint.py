@@ -250,7 +250,7 @@ def save_model(
     Args:
         sess: holds the variables.
         folder: a model or run folder; nobody else may save there now.
-        base: the base name of the model's checkpoint. Its prefix is returned.
+        base: the base name of the model's checkpoint, whose prefix is returned.
         hparams: the model's sizes.
         saves: operations by the base name of the checkpoint that they write.
         texts: contents of other files, by their names.

@@ -25,7 +25,6 @@ class CheckpointManager:
 
     Attributes:
         latest: the prefix of the latest checkpoint, None before the first.
-        optimizer_state: the optimizer's variables on disk.
         failed: whether the last save failed.
     """
 
@@ -40,13 +39,8 @@ class CheckpointManager:
     ):
         """Builds the operations.
 
-        Args:
-            sess: holds the variables.
-            state: what its graph remembers.
-            folder: the run's folder.
-            max_checkpoints: how many to keep, 0 for all.
-            optimizer: the optimizer's variables.
-            latest: the checkpoint from which the run is continued, None for a new run.
+        `max_checkpoints` is 0 to keep all. `optimizer` holds the optimizer's variables. `latest` is
+        the checkpoint from which the run is continued, None for a new run.
         """
         self.sess, self.state, self.folder = sess, state, folder
         self.max_checkpoints, self.latest, self.failed = max_checkpoints, latest, False

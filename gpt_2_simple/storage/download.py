@@ -103,7 +103,7 @@ def download_gpt2(settings: DownloadSettings) -> None:
         )
     if is_gpt2_downloaded(settings.model_dir, settings.model_name):
         for name in MODEL_FILES:
-            _Partial(folder / name).discard()
+            _Partial(folder_url + name, folder / name).discard()
         report.say(f"{folder} is already there, and whole")
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,7 +111,7 @@ def download_gpt2(settings: DownloadSettings) -> None:
     with lock, requests.Session() as session:
         for name in MODEL_FILES:
             try:
-                _ensure_file(session, folder_url + name, folder / name)
+                _ensure_file(session, _Partial(folder_url + name, folder / name))
             except _FetchError as error:
                 kind = FileNotFoundError if error.status == 404 else ConnectionError
                 raise kind(_by_hand(name, error, folder_url, folder)) from error
@@ -173,42 +173,38 @@ def _defect(path: Path, name: str, published: bool) -> str | None:
         return "it is missing"
     try:
         if name == DATA_FILE:
-            return _data_defect(path)
+            size, needed = path.stat().st_size, _min_data_bytes(path.parent)
+            return (
+                None
+                if size >= needed
+                else f"it has {size:,} bytes where its index needs {needed:,}"
+            )
         if name == INDEX_FILE:
             return None if checkpoint_index.read_index(path) else "it lists no tensor"
-        content = path.read_bytes()
-        return _content_defect(name, content) or (published and _unpublished(name, content)) or None
+        return _content_defect(name, path.read_bytes(), published)
     except NotImplementedError:
         return None  # The index is compressed: only TensorFlow can read it.
     except (ValueError, RecursionError) as error:
         return str(error)
 
 
-def _content_defect(name: str, content: bytes) -> str | None:
+def _content_defect(name: str, content: bytes, published: bool) -> str | None:
     if name == "checkpoint" and not re.search(rb'model_checkpoint_path:\s*"[^"\n]+"', content):
         return "it does not name a checkpoint"
     if name.endswith(".json"):
         table = json.loads(content)
-        return None if table and isinstance(table, dict) else "it is not a JSON object with entries"
+        if not table or not isinstance(table, dict):
+            return "it is not a JSON object with entries"
+        if published and name == "hparams.json" and table.get("n_vocab") != N_VOCAB:
+            return f"its n_vocab is not {N_VOCAB}"
     if name == "vocab.bpe":
         content.decode("utf-8")
     if name == META_FILE and not list(checkpoint_index.message_fields(content)):
         return "it is empty"
-    return None
-
-
-def _unpublished(name: str, content: bytes) -> str | None:
-    digest = VOCABULARY_SHA256.get(name)
+    digest = VOCABULARY_SHA256.get(name) if published else None
     if digest is not None and hashlib.sha256(content).hexdigest() != digest:
         return "its SHA-256 is not that of the published file"
-    if name == "hparams.json" and json.loads(content).get("n_vocab") != N_VOCAB:
-        return f"its n_vocab is not {N_VOCAB}"
     return None
-
-
-def _data_defect(path: Path) -> str | None:
-    size, needed = path.stat().st_size, _min_data_bytes(path.parent)
-    return None if size >= needed else f"it has {size:,} bytes where its index needs {needed:,}"
 
 
 def _min_data_bytes(folder: Path) -> int:
@@ -274,8 +270,8 @@ def _md5(headers: Mapping[str, str]) -> str | None:
 class _Partial:
     """A file that is not whole yet, and the note that says of which version it is."""
 
-    def __init__(self, target: Path) -> None:
-        self.target = target
+    def __init__(self, url: str, target: Path) -> None:
+        self.url, self.target = url, target
         self.path = target.with_name(target.name + ".part")
         self.note = target.with_name(target.name + ".part.json")
 
@@ -289,12 +285,13 @@ class _Partial:
         except (OSError, ValueError, TypeError):
             return None
 
-    def resumable(self, url: str) -> _Version | None:
+    def resumable(self) -> _Version | None:
         """The version to continue; None if the file has to be downloaded from its start."""
         version = self.version()
-        if version is None or version.url != url or version.validator is None or not self.size():
+        size = self.size()
+        if version is None or version.url != self.url or version.validator is None or not size:
             return None
-        return None if version.total is not None and version.total < self.size() else version
+        return None if version.total is not None and version.total < size else version
 
     def begin(self, version: _Version) -> None:
         self.discard()  # First: a crash must not leave the old bytes under the new note.
@@ -312,8 +309,8 @@ class _Partial:
 # --- requests -----------------------------------------------------------------------------------
 
 
-def _ensure_file(session: requests.Session, url: str, target: Path) -> None:
-    partial = _Partial(target)
+def _ensure_file(session: requests.Session, partial: _Partial) -> None:
+    target = partial.target
     if _defect(target, target.name, published=True) is None:
         partial.discard()
         return
@@ -321,12 +318,12 @@ def _ensure_file(session: requests.Session, url: str, target: Path) -> None:
     if target.name == DATA_FILE:
         with contextlib.suppress(NotImplementedError):
             min_bytes = _min_data_bytes(target.parent)
-        _continue_leftover(session, url, partial)
+        _continue_leftover(session, partial)
     tries = damages = 0
     farthest = partial.size()
     while True:
         try:
-            _receive(session, url, partial, min_bytes)
+            _receive(session, partial, min_bytes)
             _verify(partial)
             partial.land()
             return
@@ -340,7 +337,7 @@ def _ensure_file(session: requests.Session, url: str, target: Path) -> None:
             _back_off(target.name, tries, error)
 
 
-def _continue_leftover(session: requests.Session, url: str, partial: _Partial) -> None:
+def _continue_leftover(session: requests.Session, partial: _Partial) -> None:
     """Prepares to continue a data file that another program left cut short.
 
     It is not known which version of the file this is. So it is continued only if the server sends
@@ -348,13 +345,13 @@ def _continue_leftover(session: requests.Session, url: str, partial: _Partial) -
     """
     target = partial.target
     leftover = target.stat().st_size if target.is_file() else 0
-    if leftover < _MIN_LEFTOVER_BYTES or partial.resumable(url):
+    if leftover < _MIN_LEFTOVER_BYTES or partial.resumable():
         return
     try:
         with session.head(
-            url, headers=_UNENCODED, timeout=_TIMEOUT, allow_redirects=True
+            partial.url, headers=_UNENCODED, timeout=_TIMEOUT, allow_redirects=True
         ) as response:
-            version = _Version.announced(url, response.headers)
+            version = _Version.announced(partial.url, response.headers)
             known = response.status_code == 200 and version.md5 and version.validator
     except requests.RequestException:
         return
@@ -363,13 +360,13 @@ def _continue_leftover(session: requests.Session, url: str, partial: _Partial) -
         os.replace(target, partial.path)
 
 
-def _receive(session: requests.Session, url: str, partial: _Partial, min_bytes: int) -> None:
+def _receive(session: requests.Session, partial: _Partial, min_bytes: int) -> None:
     """Makes one request; raises _FetchError if the partial file then lacks any of its bytes.
 
     The file is continued if the server allows that, or else begun anew.
     """
     try:
-        _request(session, url, partial, min_bytes)
+        _request(session, partial, min_bytes)
     except (
         requests.ConnectionError,
         requests.Timeout,
@@ -391,18 +388,18 @@ def _reason(error: Exception) -> str:
     return str(inner.args[0] if isinstance(inner, Exception) and inner.args else inner)
 
 
-def _request(session: requests.Session, url: str, partial: _Partial, min_bytes: int) -> None:
-    version = partial.resumable(url)
+def _request(session: requests.Session, partial: _Partial, min_bytes: int) -> None:
+    version = partial.resumable()
     offset = partial.size() if version else 0
     if version and version.total == offset:
         return
     headers = _UNENCODED
     if version:
         headers = headers | {"Range": f"bytes={offset}-", "If-Range": str(version.validator)}
-    with session.get(url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
+    with session.get(partial.url, headers=headers, stream=True, timeout=_TIMEOUT) as response:
         if response.status_code == 200:
             _check_offer(response, offset, min_bytes)
-            version, offset = _Version.announced(url, response.headers), 0
+            version, offset = _Version.announced(partial.url, response.headers), 0
         elif version is None or response.status_code not in (206, 416):
             raise _status_error(response)
         elif not _continues(response, version, offset):

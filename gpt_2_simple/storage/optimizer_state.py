@@ -13,11 +13,7 @@ from .runs import LOSS_SCALE, OPTIMIZER, path_beside
 
 
 class OptimizerState:
-    """The optimizer's variables on disk: `optimizer-N.*` beside `model-N.*`.
-
-    Attributes:
-        save_ops: writes them to a checkpoint.
-    """
+    """The optimizer's variables on disk: `optimizer-N.*` beside `model-N.*`."""
 
     def __init__(
         self,
@@ -25,7 +21,6 @@ class OptimizerState:
         state: session.GraphState,
         variables: Sequence[tf.Variable],
     ):
-        """Builds the operations."""
         self.sess, self.state = sess, state
         self._variables = {variable.op.name: variable for variable in variables}
         self.save_ops = state.build_once(checkpoint.build_save, *variables)
