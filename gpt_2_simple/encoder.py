@@ -42,11 +42,8 @@ _NEWER_THAN_UNICODE_16 = (
     r"\U0002b73a-\U0002b73f\U0002b81e\U0002cea2-\U0002cead\U000323b0-\U00033479"
     r"\U0003d000-\U0003fc3f"
 )
-
-
 _LETTERS = rf"[\p{{L}}--[{_NEWER_THAN_UNICODE_16}]]"
 _NUMBERS = rf"[\p{{N}}--[{_NEWER_THAN_UNICODE_16}]]"
-
 
 # White space as \s of the regex package has it: no more and no less. Python's re adds \x1c-\x1f.
 WHITE_SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -96,11 +93,10 @@ _LONG_WORD_BYTES = 100
 
 @functools.lru_cache(maxsize=1)
 def bytes_to_unicode() -> dict[int, str]:
-    """The characters that stand for the 256 bytes in a vocabulary's files.
+    """Maps each byte to the character that stands for it in a vocabulary's files.
 
-    Returns:
-        byte -> character. A printable character of Latin-1 stands for its own byte; the characters
-        from U+0100 on stand for the other bytes, in their order.
+    A printable character of Latin-1 stands for its own byte; the characters from U+0100 on stand
+    for the other bytes, in their order.
     """
     spare = itertools.count(256)
     return {

@@ -77,13 +77,7 @@ class ReadOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A dataset that was found: its files, and how they are read.
-
-    Attributes:
-        path: what the user gave, for messages.
-        files: all its files.
-        options: how they are read.
-    """
+    """A dataset that was found: its files, and how they are read. Messages show its path."""
 
     path: Any
     files: Sequence[DataFile]
@@ -92,7 +86,7 @@ class Dataset:
     @property
     def text_files(self) -> list[DataFile]:
         """The files that hold text, tables among them."""
-        return [file for file in self.files if not file.is_encoded]
+        return [file for file in self.files if file.kind not in ("npz", "tokens")]
 
     @property
     def is_large(self) -> bool:
@@ -106,13 +100,8 @@ class Dataset:
     def cache_key(self, enc: Any, vocabulary: str) -> str:
         """A digest of all that decides the tokens of the text files."""
         content = [[file.kind, hash_file(file.path)] for file in self.text_files]
-        options = {
-            "rows": dataclasses.asdict(self.options.row_format),
-            "combine": self.options.combine,
-            "encoding": self.options.encoding,
-            "allow_special": self.allows_special(enc),
-            "pad_documents": self.options.pad_documents,
-        }
+        options = dataclasses.asdict(self.options) | {"allow_special": self.allows_special(enc)}
+        options["rows"] = options.pop("row_format")  # the name in the digests of files that exist
         return hash_json([CACHE_VERSION, content, options, vocabulary])
 
     def allows_special(self, enc: Any) -> bool:
@@ -153,8 +142,7 @@ def tokenize(
     Args:
         dataset: from find_dataset().
         enc: the encoder.
-        cache_dir: the folder that keeps the token file; None for $GPT_2_SIMPLE_CACHE, or
-            gpt_2_simple in the user's cache folder.
+        cache_dir: the folder that keeps the token file; None for cache_folder().
         processes: how many processes encode; None for one, or one a core if there is much text.
 
     Returns:
@@ -221,10 +209,7 @@ def chunk_parts(
     characters. There is one exception: a dataset of a single file of so many characters ends with
     its own last token, since no other text follows. Rows of tables are joined without limit.
 
-    Args:
-        dataset: the dataset, whose encoded files are left out.
-        report: takes what the user should know.
-        on_bytes: is called with the number of bytes, each time that some are read.
+    `on_bytes` is called with the number of bytes, each time that some are read.
     """
     options, files = dataset.options, dataset.text_files
     end_token = options.row_format.end_token
@@ -255,14 +240,7 @@ def read_text(
     report: ReadReport,
     on_bytes: Callable[[int], object] = lambda count: None,
 ) -> Iterator[str]:
-    """Reads one file's text without holding more than a part of it.
-
-    Args:
-        file: what to read; not an .npz or .tokens file.
-        row_format: how a row of a table becomes a document.
-        encoding: as in open_text().
-        report: takes what the user should know.
-        on_bytes: as in open_text().
+    """Reads one file of text without holding more than a part of it; see also open_text().
 
     Yields:
         Parts of a text file; of a table each row's document.

@@ -115,13 +115,9 @@ def split_before_white_space(text: str) -> list[str]:
 
 
 class BlockEncoder:
-    """Encodes texts, and remembers the ids of the words in them.
+    """Encodes texts, and remembers the ids of about `max_words` of the words in them.
 
-    Args:
-        enc: the encoder.
-        dtype: the ids' type.
-        allow_special: whether `<|endoftext|>` in the text is one token.
-        max_words: how many words are remembered, roughly.
+    If `allow_special` is true, `<|endoftext|>` in the text is one token.
     """
 
     def __init__(
@@ -192,16 +188,12 @@ def encode_blocks(
 ) -> Iterator[TokenBlock]:
     """Encodes blocks in order, in helper processes if that is asked for and possible.
 
-    Args:
-        blocks: what to encode; read only as far ahead as keeps the processes busy.
-        enc: the encoder; it must be picklable for helper processes.
-        dtype: the ids' type.
-        allow_special: whether `<|endoftext|>` in the text is one token.
-        processes: how many processes encode; 1 is this one.
+    Blocks are read only as far ahead as keeps the processes busy. The encoder must be picklable for
+    helper processes; `processes=1` is this process alone.
     """
     local = BlockEncoder(enc, dtype, allow_special)
-    max_words = local.max_words // processes
-    helpers = _start_helpers((enc, dtype, allow_special, max_words), processes)
+    encoder_arguments = (enc, dtype, allow_special, MAX_CACHED_WORDS // processes)
+    helpers = _start_helpers(encoder_arguments, processes) if processes > 1 else []
     if helpers:
         yield from _encode_in_helpers(blocks, helpers, local)
     else:
@@ -284,10 +276,8 @@ class _Helper:
 
 
 def _start_helpers(encoder_arguments: tuple[Any, ...], processes: int) -> list[_Helper]:
-    """Starts processes, or none at all if one is enough or any of them fails to start."""
+    """Starts processes, or none at all if any of them fails to start."""
     helpers: list[_Helper] = []
-    if processes < 2:
-        return []
     try:
         arguments = pickle.dumps(encoder_arguments)
         for _ in range(processes):

@@ -67,13 +67,7 @@ class RowFormat:
 def read_rows(
     lines: Iterable[str], file: DataFile, row_format: RowFormat, report: ReadReport
 ) -> Iterator[str]:
-    """Makes a document of each row of a table that is not blank.
-
-    Args:
-        lines: the table's lines.
-        file: where they come from, for messages, and their kind: 'csv', 'tsv' or 'jsonl'.
-        row_format: which columns to read, and what to put around them.
-        report: takes the number of blank rows, and what is odd about the table.
+    """Makes a document of each row of a table that is not blank; `lines` are those of `file`.
 
     Raises:
         ValueError: a column does not exist (the message lists those that do), or a line is

@@ -65,11 +65,6 @@ class DataFile(NamedTuple):
         """Whether it is packed."""
         return self.path.lower().endswith(".gz")
 
-    @property
-    def is_encoded(self) -> bool:
-        """Whether it holds token ids, not text."""
-        return self.kind in ("npz", "tokens")
-
 
 @dataclass
 class ReadReport:
@@ -93,14 +88,10 @@ class ReadReport:
 
 
 def find_files(path: Any) -> list[DataFile]:
-    """Lists the files that a dataset's path stands for.
+    """Lists the files that a path stands for, or a list of paths, in its order.
 
-    Args:
-        path: a file, a folder (with its subfolders, without hidden files), a glob pattern, or a
-            list of these.
-
-    Returns:
-        The files: a list's in its order, a folder's and a pattern's sorted by name.
+    A path is a file, a folder (with its subfolders, without hidden files) or a glob pattern. The
+    files of the last two are sorted by name.
 
     Raises:
         FileNotFoundError: there is nothing of that name.
@@ -198,8 +189,12 @@ def open_text(
             yield io.StringIO()
             return
         _undecodable.count = 0
-        with _decoded(file, encoding, on_bytes) as text:
-            yield text
+        with _CountingFile(file.path, on_bytes) as on_disk:
+            raw: BinaryIO = io.BufferedReader(on_disk, READ_BYTES)
+            if file.is_gzip:
+                raw = io.BufferedReader(gzip.GzipFile(fileobj=raw), READ_BYTES)
+            with io.TextIOWrapper(raw, encoding=encoding, errors=COUNT_AND_LEAVE_OUT) as text:
+                yield text
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{file.path!r} is not a whole gzip file: {error}") from error
     if _undecodable.count:
@@ -240,18 +235,6 @@ def _count_and_leave_out(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error(COUNT_AND_LEAVE_OUT, _count_and_leave_out)
-
-
-@contextlib.contextmanager
-def _decoded(
-    file: DataFile, encoding: str, on_bytes: Callable[[int], object]
-) -> Iterator[io.TextIOWrapper]:
-    with _CountingFile(file.path, on_bytes) as on_disk:
-        binary: BinaryIO = io.BufferedReader(on_disk, READ_BYTES)
-        if file.is_gzip:
-            binary = io.BufferedReader(gzip.GzipFile(fileobj=binary), READ_BYTES)
-        with io.TextIOWrapper(binary, encoding=encoding, errors=COUNT_AND_LEAVE_OUT) as text:
-            yield text
 
 
 class _CountingFile(io.FileIO):

@@ -22,12 +22,7 @@ BLOCK_TOKENS = 1 << 20
 
 
 class TokenChunks(Sequence[np.ndarray]):
-    """The chunks of a dataset: parts of one array, which may lie on disk.
-
-    Args:
-        tokens: all ids, [tokens].
-        ends: where each chunk ends, [chunks], rising.
-    """
+    """The chunks of a dataset: parts of one array, which may lie on disk; `ends` tells where."""
 
     def __init__(self, tokens: np.ndarray, ends: Sequence[int]):
         self.tokens = tokens

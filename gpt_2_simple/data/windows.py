@@ -31,11 +31,8 @@ def window_length(
 ) -> int:
     """How many tokens the training windows have: `wanted`, or fewer if no text is that long.
 
-    Args:
-        chunks: the dataset.
-        wanted: the largest number of tokens in a window.
-        sampling: as in WindowSampler: only 'epoch' draws windows that reach over several chunks.
-        pad_documents: as in WindowSampler: if True, no window reaches over several chunks.
+    `sampling` and `pad_documents` are as in WindowSampler: only 'epoch' without pad_documents draws
+    windows that reach over several chunks.
 
     Raises:
         ValueError: there are fewer than the 2 tokens that it takes to predict one.
@@ -54,15 +51,12 @@ def window_length(
 def split_dataset(
     chunks: Sequence[np.ndarray], val_split: float, whole_chunks: bool = False
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Takes the last part of a dataset away for validation.
+    """Takes the last part of a dataset away: returns chunks to train on, and to validate on.
 
     Args:
         chunks: the dataset.
         val_split: the share of the tokens to take, above 0 and below 1.
         whole_chunks: cut between chunks if possible, where the share comes nearest to val_split.
-
-    Returns:
-        The chunks to train on, and those to validate on.
 
     Raises:
         ValueError: the share is not between 0 and 1, or one of the parts has under 2 tokens.
@@ -91,13 +85,10 @@ def split_dataset(
 def fixed_windows(
     chunks: Sequence[np.ndarray], length: int, count: int, pad_documents: bool = False
 ) -> Batch:
-    """Evenly spaced windows that do not overlap, to validate on: the same ones every time.
+    """At most `count` evenly spaced windows to validate on, the same ones every time.
 
-    Args:
-        chunks: the dataset.
-        length: tokens in a window.
-        count: how many windows there are at most.
-        pad_documents: whether each window lies within one chunk, filled up if it is shorter.
+    They do not overlap. With pad_documents each lies within one chunk, and is filled up if that is
+    shorter than `length` tokens.
 
     Raises:
         ValueError: the dataset is shorter than one window, or has nothing to predict.
@@ -115,13 +106,7 @@ def fixed_windows(
 
 
 class _Window(NamedTuple):
-    """A part of the token stream.
-
-    Attributes:
-        start: its place in the stream.
-        size: how many tokens it has.
-        first_target: its first token that is to be predicted; those before it are context.
-    """
+    """A part of the token stream; its tokens before `first_target` are not to be predicted."""
 
     start: int
     size: int
@@ -299,14 +284,9 @@ class WindowSampler:
         return self.next_batch(1, length).tokens[0]
 
     def next_batch(self, batch_size: int, length: int) -> Batch:
-        """Draws windows.
+        """Draws `batch_size` windows of `length` tokens.
 
-        Args:
-            batch_size: how many windows.
-            length: tokens in a window. Another length than before begins a new epoch.
-
-        Returns:
-            The windows, and which of their tokens are to be predicted.
+        Another length than before begins a new epoch.
 
         Raises:
             ValueError: no window of this length can be drawn from the dataset.
@@ -350,13 +330,10 @@ class WindowSampler:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken; a state that is refused changes nothing.
+        """Continues where state() was called; a state that is refused changes nothing.
 
         If the dataset or the sampling has changed since then, the generator and the count of
         tokens continue, a new epoch begins, and a line says so.
-
-        Args:
-            state: what state() returned.
 
         Raises:
             ValueError: it is not the state of a WindowSampler.
