@@ -814,6 +814,26 @@ def test_create_gpt2_needs_overwrite_to_replace(workplace):
     assert os.listdir("models") == ["tiny"]
 
 
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_create_gpt2_never_replaces_the_folder_of_models(workplace, name):
+    before = sorted(os.listdir(workplace)), sorted(os.listdir("models"))
+    with pytest.raises(OSError):  # noqa: PT011
+        gpt2.create_gpt2(model_name=name, n_layer=1, n_head=1, n_embd=4, n_ctx=8, overwrite=True)
+    assert (sorted(os.listdir(workplace)), sorted(os.listdir("models"))) == before
+    assert gpt2.is_gpt2_downloaded(model_name="tiny")
+
+
+def test_create_gpt2_replaces_the_model_that_a_link_leads_to(workplace):
+    os.rename("models/tiny", "elsewhere")
+    os.symlink("../elsewhere", "models/tiny")
+    for n_layer in (1, 2):
+        sizes = {"n_layer": n_layer, "n_head": 1, "n_embd": 4, "n_ctx": 8}
+        gpt2.create_gpt2(model_name="tiny", overwrite=True, **sizes)
+        assert folders.read_hparams("elsewhere").n_layer == n_layer
+    assert os.path.islink("models/tiny")
+    assert os.listdir("models") == ["tiny"]
+
+
 def test_create_gpt2_seed_repeats_the_weights(workplace):
     values = []
     for name, seed in [("a", 1), ("b", 1), ("c", 2)]:

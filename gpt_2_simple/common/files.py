@@ -56,7 +56,8 @@ def write_folder_whole(path: str) -> Iterator[str]:
     If the block fails, `path` stays as it was. What a killed process left is removed. If `path` is
     a link, the folder that it leads to is replaced.
     """
-    path = os.path.realpath(path)
+    if os.path.islink(path):
+        path = os.path.realpath(path)
     restore_replaced(path)
     new, old = _hidden_sibling(path, "new"), _hidden_sibling(path, "old")
     for leftover in (new, old):
@@ -83,7 +84,8 @@ def restore_replaced(path: str) -> None:
 
 
 def _hidden_sibling(path: str, suffix: str) -> str:
-    folder, name = os.path.split(os.path.normpath(path))
+    # Not normalised: 'models/' and 'models/.' must fail, not replace the folder of all models.
+    folder, name = os.path.split(path)
     return os.path.join(folder, f".{name}.{suffix}")
 
 
