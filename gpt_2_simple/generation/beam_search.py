@@ -20,47 +20,28 @@ from .stopping import ends_with
 
 
 class Hypothesis(NamedTuple):
-    """A text that a search found.
+    """A text that a search found."""
 
-    Attributes:
-        score: see Beams.
-        tokens: the new tokens, the stop token included.
-    """
-
-    score: float
-    tokens: list[int]
+    score: float  # see Beams
+    tokens: list[int]  # the new tokens, the stop token included
 
 
 class Beam(NamedTuple):
-    """A text that the search extends.
+    """A text that the search extends."""
 
-    Attributes:
-        new_tokens: its tokens after the prefix.
-        log_probability: of its new tokens; -inf for a beam without a text.
-        parent: number of the beam of the same group whose text it continues.
-    """
-
-    new_tokens: list[int]
-    log_probability: float
-    parent: int
+    new_tokens: list[int]  # its tokens after the prefix
+    log_probability: float  # of its new tokens; -inf for a beam without a text
+    parent: int  # number of the beam of the same group whose text it continues
 
 
 @dataclasses.dataclass(eq=False)
 class BeamGroup:
-    """The search from one prefix.
-
-    Attributes:
-        prefix: its tokens.
-        rows: the rows that compute the beams, one each.
-        beams: the texts that are extended.
-        finished: the best texts that have ended, the best first.
-        done: whether the search is over.
-    """
+    """The search from one prefix."""
 
     prefix: list[int]
-    rows: list[Sequence]
+    rows: list[Sequence]  # they compute the beams, one each
     beams: list[Beam]
-    finished: list[Hypothesis] = dataclasses.field(default_factory=list)
+    finished: list[Hypothesis] = dataclasses.field(default_factory=list)  # the best first
     done: bool = False
 
 
@@ -197,8 +178,8 @@ class BeamSearch(Generation):
 
     def _hypotheses(self, group: BeamGroup) -> list[Hypothesis]:
         """The beams, as if they ended here."""
-        beams = [beam for beam in group.beams if beam.new_tokens]
-        return [self._hypothesis(beam) for beam in beams if beam.log_probability > -math.inf]
+        beams = [beam for beam in group.beams if beam.log_probability > -math.inf]
+        return [self._hypothesis(beam) for beam in beams if beam.new_tokens]
 
     def _hypothesis(self, beam: Beam) -> Hypothesis:
         score = self.settings.score(beam.log_probability, len(beam.new_tokens))
@@ -208,17 +189,7 @@ class BeamSearch(Generation):
 def _likeliest(
     beams: list[Beam], tokens: np.ndarray, log_probabilities: np.ndarray, count: int
 ) -> abc.Iterator[Beam]:
-    """Yields the likeliest extensions of the beams, the likeliest first.
-
-    Args:
-        beams: the texts to extend.
-        tokens: candidates for the next token [beams, n].
-        log_probabilities: theirs [beams, n].
-        count: how many extensions, at most.
-
-    Raises:
-        ValueError: the penalties leave no token to choose.
-    """
+    """Yields up to `count` extensions of the beams by candidates [beams, n], the best first."""
     totals = log_probabilities + np.array([[beam.log_probability] for beam in beams])
     totals[np.isnan(totals)] = -math.inf  # all tokens of this beam are forbidden
     if totals.max() == -math.inf:

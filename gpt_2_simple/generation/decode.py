@@ -83,8 +83,8 @@ def build_prefill(weights: model.Weights, hparams: model.HParams) -> Prefill:
     """Adds the operations of Prefill to the graph."""
     ops = Prefill()
     cache = take_cache(ops.cache_key, hparams)
-    shape, n_tokens = tf.shape(cache[0]), tf.shape(ops.tokens)[1]
-    forward = _CachedForward(weights, hparams, shape, ops.left_pads, n_tokens, MANY_ROWS)
+    n_tokens = tf.shape(ops.tokens)[1]
+    forward = _CachedForward(weights, hparams, cache, ops.left_pads, n_tokens, MANY_ROWS)
     _, cache = forward(cache, ops.tokens, ops.cache_length)
     ops.run = store_cache(ops.cache_key, cache)
     return ops
@@ -95,8 +95,7 @@ def build_decode(weights: model.Weights, hparams: model.HParams, one_row: bool) 
     ops, matmul = Decode(), ONE_ROW if one_row else FEW_ROWS
     n_steps = tf.shape(ops.uniform)[0]
     cache = grow_cache(take_cache(ops.cache_key, hparams), ops.added_columns)
-    shape = tf.shape(cache[0])
-    forward = _CachedForward(weights, hparams, shape, ops.left_pads, 1, matmul)
+    forward = _CachedForward(weights, hparams, cache, ops.left_pads, 1, matmul)
 
     def body(step: Any, cache: Any, last: Any, text: Any, ended: Any, status: Any, out: Any) -> Any:
         h, cache = forward(cache, last[:, tf.newaxis], ops.cache_length + step)  # [rows, embd]
@@ -141,8 +140,7 @@ def build_beam_step(weights: model.Weights, hparams: model.HParams) -> BeamStep:
     ops = BeamStep()
     taken = take_cache(ops.cache_key, hparams)
     cache = grow_cache([tf.gather(part, ops.parents) for part in taken], ops.added_columns)
-    shape = tf.shape(cache[0])
-    forward = _CachedForward(weights, hparams, shape, ops.left_pads, 1, FEW_ROWS)
+    forward = _CachedForward(weights, hparams, cache, ops.left_pads, 1, FEW_ROWS)
     h, cache = forward(cache, ops.last_tokens[:, tf.newaxis], ops.cache_length)
     logits = FEW_ROWS.unembed(h, weights.wte)
     text = TextTokens(ops.text_tokens, tf.shape(ops.text_tokens)[1], ops.n_generated)
@@ -230,15 +228,15 @@ class _CachedForward:
         self,
         weights: model.Weights,
         hparams: model.HParams,
-        cache_shape: tf.Tensor,  # [rows, n_head, capacity, width]
+        cache: list[tf.Tensor],
         left_pads: tf.Tensor,  # [rows]
         n_tokens: Any,  # tokens a row; the number 1 saves transposes
         matmul: Matmul,
     ) -> None:
         self.weights, self.hparams, self.matmul = weights, hparams, matmul
-        self.cache_shape, self.left_pads, self.n_tokens = cache_shape, left_pads, n_tokens
+        self.cache_shape, self.left_pads, self.n_tokens = tf.shape(cache[0]), left_pads, n_tokens
         self.width, heads = head_width(hparams), hparams.n_head
-        self.rows, capacity = cache_shape[0], cache_shape[2]
+        self.rows, capacity = self.cache_shape[0], self.cache_shape[2]
         axes = [tf.range(self.rows), tf.range(n_tokens), tf.range(heads)]  # the keys' order
         row, token, head = tf.meshgrid(*axes, indexing="ij")
         self.first_indices = tf.reshape((row * heads + head) * capacity + token, [-1])

@@ -53,11 +53,7 @@ class Merge:
 
 
 def cache_ops(sess: tf.compat.v1.Session) -> CacheOps:
-    """The session's cache operations; the first call adds them to the graph.
-
-    Raises:
-        RuntimeError: the session is closed, or holds no model.
-    """
+    """The session's cache operations; RuntimeError if it is closed or holds no model."""
     return build_once(sess, _build_cache_ops)
 
 

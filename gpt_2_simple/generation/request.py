@@ -72,11 +72,7 @@ def build_request(
 
 
 def build_prompt(prefix: str, encoder: Encoder) -> Prompt:
-    """The prompt for a prefix, '' for none.
-
-    Raises:
-        ValueError: there is no prefix, and no `<|endoftext|>` in the vocabulary.
-    """
+    """The prompt for a prefix, '' for none; ValueError if then `<|endoftext|>` is unknown."""
     if prefix:
         return Prompt(prefix, encode_text(prefix, encoder))
     if encoder.end_of_text is None:

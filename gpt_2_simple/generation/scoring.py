@@ -77,14 +77,12 @@ def score(
         raise ValueError("an empty text has no score; leave it out")
     start = [] if encoder.end_of_text is None else [encoder.end_of_text]
     scores = score_tokens(sess, [start + row for row in rows], stride)
-    return [_text_score(*found) for found in zip(texts, rows, scores, strict=True)]
-
-
-def _text_score(text: str, tokens: list[int], scores: np.ndarray) -> TextScore:
-    mean = float(scores.mean()) if len(scores) else 0.0
-    if len(scores) < len(tokens):  # nothing comes before the first token
-        scores = np.concatenate([np.zeros(1, np.float32), scores])
-    return TextScore(text, tokens, scores, float(np.exp(-mean)))
+    found = []
+    for text, tokens, values in zip(texts, rows, scores, strict=True):
+        mean = float(values.mean()) if len(values) else 0.0
+        n_missing = len(tokens) - len(values)  # nothing may come before the first token
+        found.append(TextScore(text, tokens, np.pad(values, (n_missing, 0)), float(np.exp(-mean))))
+    return found
 
 
 def next_token_probs(
@@ -126,17 +124,13 @@ def score_tokens(
     Args:
         sess: a session that holds a model.
         rows: token ids; the rows may differ in length and be longer than the context.
-        stride: how far the window moves along rows longer than n_ctx; None for n_ctx // 2. Tokens
-            then have at least n_ctx - stride tokens before them. Smaller is slower and more
-            accurate.
+        stride: as in score(); tokens then have at least n_ctx - stride tokens before them.
 
     Returns:
         A float32 array for each row, shorter than it by one: nothing comes before the first token.
 
     Raises:
-        ValueError: an argument is out of range.
-        RuntimeError: the session is closed or holds no model; or the weights are not finite
-            numbers.
+        ValueError, RuntimeError: as in score().
     """
     ops = build_once(sess, _build_score)
     hparams = session.graph_state(sess).hparams
@@ -162,19 +156,12 @@ def score_tokens(
 
 
 class _Window(NamedTuple):
-    """A part of a row that is scored in one run.
+    """A part of a row that is scored in one run."""
 
-    Attributes:
-        length: how many tokens it scores.
-        row: the row's number.
-        start: where it starts in the row.
-        skipped: scores at its start that the window before has, with more tokens before them.
-    """
-
-    length: int
-    row: int
-    start: int
-    skipped: int
+    length: int  # how many tokens it scores
+    row: int  # the row's number
+    start: int  # where it starts in the row
+    skipped: int  # scores at its start that the window before has, with more tokens before them
 
 
 def _windows(lengths: list[int], n_ctx: int, stride: int) -> list[_Window]:
@@ -202,9 +189,7 @@ def likeliest_next_tokens(
         Token ids int32 [k], the likeliest first, and their probabilities float32 [k].
 
     Raises:
-        ValueError: an argument is out of range.
-        RuntimeError: the session is closed or holds no model; or the weights are not finite
-            numbers.
+        ValueError, RuntimeError: as in next_token_probs().
     """
     ops = build_once(sess, _build_score)
     hparams = session.graph_state(sess).hparams

@@ -75,13 +75,15 @@ def generate_tokens(
     prefixes = fit_prefixes(sess, prefixes, length, sampling)
     if chunk is not None:
         check_whole("chunk", chunk, 1)
-    if seed is not None:
-        check_whole("seed", seed, -(2**63))
+    seed = random.SystemRandom().getrandbits(64) if seed is None else seed
+    check_whole("seed", seed, -(2**63))
     ids = range(len(prefixes)) if row_ids is None else row_ids
     if len(ids) != len(prefixes):
         raise ValueError(f"{len(ids)} row_ids for {len(prefixes)} prefixes; give one each")
-    streams = _random_streams(seed, ids)
-    rows = [Sequence(list(p), stream) for p, stream in zip(prefixes, streams, strict=True)]
+    rows = []
+    for prefix, row_id in zip(prefixes, ids, strict=True):
+        key = np.array([int(seed) % 2**64, int(row_id) % 2**64], np.uint64)
+        rows.append(Sequence(list(prefix), np.random.Philox(key=key)))
     return Generation(sess, rows, length, sampling).generate(chunk)
 
 
@@ -91,30 +93,31 @@ def fit_prefixes(
     length: int,
     sampling: SamplingParams,
 ) -> list[list[int]]:
-    """Checks prefixes, and cuts those that are longer than the context.
+    """Checks arguments as generate_tokens() says; cuts prefixes that are longer than the context.
 
-    Raises:
-        ValueError: an argument is out of range.
-        RuntimeError: the session is closed or holds no model.
+    The end of such a prefix stays, with room for new tokens after it.
     """
     hparams = session.graph_state(sess).hparams
+    n_ctx, n_vocab = hparams.n_ctx, hparams.n_vocab
     check_whole("length", length, 1)
-    checked = [check_tokens(prefix, hparams.n_vocab) for prefix in prefixes]
+    checked = [check_tokens(prefix, n_vocab) for prefix in prefixes]
     if not checked:
         raise ValueError("prefixes=[] must hold at least one prefix")
-    if sampling.stop_token is not None and sampling.stop_token >= hparams.n_vocab:
-        raise ValueError(f"stop_token={sampling.stop_token} must be below {hparams.n_vocab}")
+    if sampling.stop_token is not None and sampling.stop_token >= n_vocab:
+        raise ValueError(f"stop_token={sampling.stop_token} must be below {n_vocab}")
     for word in sampling.bad_words:
-        check_tokens(word, hparams.n_vocab)
-    return _cut_prefixes(checked, hparams.n_ctx, length)
+        check_tokens(word, n_vocab)
+    longest, kept = max(map(len, checked)), n_ctx - min(length, n_ctx // 2)
+    if longest > n_ctx:
+        warn(
+            f"a prefix is longer than the context of {n_ctx} tokens: its first {longest - kept} "
+            "tokens are not read"
+        )
+    return [prefix[-kept:] if len(prefix) > n_ctx else prefix for prefix in checked]
 
 
 def check_tokens(tokens: abc.Sequence[int], n_vocab: int) -> list[int]:
-    """The tokens as Python's whole numbers.
-
-    Raises:
-        ValueError: there are none, or one is not in the vocabulary.
-    """
+    """The tokens as Python's whole numbers; ValueError if there are none, or one is unknown."""
     tokens = [int(token) for token in tokens]
     if not tokens:
         raise ValueError("an empty prefix has nothing to continue; begin with <|endoftext|>")
@@ -136,28 +139,14 @@ def _cut_prefixes(prefixes: list[list[int]], n_ctx: int, length: int) -> list[li
     return [prefix[-kept:] if len(prefix) > n_ctx else prefix for prefix in prefixes]
 
 
-def _random_streams(seed: int | None, ids: abc.Sequence[int]) -> list[np.random.Philox]:
-    """A stream of random numbers for each row; its n-th number is for the n-th new token."""
-    seed = random.SystemRandom().getrandbits(64) if seed is None else int(seed)
-    keys = [np.array([seed % 2**64, int(row) % 2**64], np.uint64) for row in ids]
-    return [np.random.Philox(key=key) for key in keys]
-
-
 @dataclasses.dataclass(eq=False)
 class Sequence:
-    """A text that grows.
+    """A text that grows."""
 
-    Attributes:
-        tokens: all its tokens, the prefix included.
-        stream: random numbers for its new tokens; None where nothing is drawn.
-        window_start: the model sees the tokens from this one on.
-        ended: whether it needs no more tokens.
-    """
-
-    tokens: list[int]
-    stream: np.random.Philox | None = None
-    window_start: int = 0
-    ended: bool = False
+    tokens: list[int]  # all, the prefix included
+    stream: np.random.Philox | None = None  # the n-th number draws the n-th new token, if at all
+    window_start: int = 0  # the model sees the tokens from this one on
+    ended: bool = False  # whether it needs no more tokens
 
     def draw(self, count: int) -> np.ndarray:
         """The next random numbers in [0, 1)."""
@@ -176,16 +165,7 @@ class Sequence:
 
 
 class Generation:
-    """Sequences that grow together, and their cache in the session.
-
-    Attributes:
-        rows: all sequences.
-        live: those in the cache.
-        cache_rows: the row of the cache that each of `live` continues from.
-        cache_length: columns of the cache that are in use.
-        cache_capacity: columns of the cache.
-        n_generated: new tokens that each sequence has.
-    """
+    """Sequences that grow together, and their cache in the session."""
 
     def __init__(
         self,
@@ -197,11 +177,12 @@ class Generation:
         self.sess, self.cache_ops = sess, cache_ops(sess)
         self.n_ctx = session.graph_state(sess).hparams.n_ctx
         self.rows, self.length, self.sampling = rows, length, sampling
-        self.live: list[Sequence] = []
-        self.cache_rows: list[int] = []
-        self.keys: list[int] = []
+        self.live: list[Sequence] = []  # the rows in the cache
+        self.cache_rows: list[int] = []  # the row of the cache that each of these continues from
+        self.cache_length = self.cache_capacity = 0  # columns in use, and all columns
+        self.n_generated = 0  # new tokens that each row has
+        self.keys: list[int] = []  # of all caches that were made
         self.key = self.new_key()
-        self.cache_length = self.cache_capacity = self.n_generated = 0
 
     def generate(self, chunk: int | None) -> abc.Generator[np.ndarray, Any, None]:
         """Yields the new tokens; see generate_tokens."""

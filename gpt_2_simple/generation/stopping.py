@@ -12,19 +12,11 @@ def ends_with(tokens: Sequence[int], stop_token: int | None) -> bool:
 
 
 class StopCriteria(NamedTuple):
-    """What ends a text.
-
-    Attributes:
-        truncate: a string; the text ends before its first occurrence after the prefix. None for
-            no such string.
-        stop: more strings of this kind.
-        stop_token: id of a token that ends the text and is not part of it; None for no such token.
-        include_stop: whether the text keeps the `stop` or `stop_token` that ends it.
-    """
+    """What ends a text; see GenerationSettings."""
 
     truncate: str | None = None
     stop: tuple[str, ...] = ()
-    stop_token: int | None = None
+    stop_token: int | None = None  # its id
     include_stop: bool = False
 
     @property

@@ -24,17 +24,11 @@ class GeneratedText(NamedTuple):
 
 
 class GrowingText:
-    """A text that gets its tokens one chunk after the other.
-
-    Attributes:
-        prompt: what it starts with.
-        new_text: what was generated after the prefix, up to the text's end.
-        ended: whether there will be no more.
-    """
+    """A text that gets its tokens one chunk after the other."""
 
     def __init__(self, request: GenerationRequest, prompt: Prompt) -> None:
         self.prompt = prompt
-        self.new_text = ""
+        self.new_text = ""  # after the prefix, up to the text's end
         self.ended = False
         self._prefix = prompt.text if request.settings.include_prefix else ""
         self._stop = request.stop
@@ -120,11 +114,7 @@ def generate_texts(
 def stream_text(
     sess: tf.compat.v1.Session, request: GenerationRequest, index: int
 ) -> Iterator[str]:
-    """Generates one text of a request, by its number from 0.
-
-    Yields:
-        Pieces that are not empty: never half a character, never the start of a stop string.
-    """
+    """Yields pieces of one text, by its number from 0: never half a character or stop string."""
     texts: list[GrowingText] = []
     for _ in _sample_batch(sess, request, range(index, index + 1), texts):
         yield from _pieces(texts)
