@@ -1,7 +1,10 @@
 """A run's checkpoints: what a save writes, which are kept, what is restored."""
 
+import errno
 import os
+import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -91,3 +94,60 @@ def test_are_weights_finite_finds_an_infinite_weight(saved_run):
     value = np.array([0, 0, 0, np.inf, 0, 0, 0, 0], np.float32)
     saved_run.sess.run(variable.initializer, {variable.initializer.inputs[1]: value})
     assert not saved_run.manager().are_weights_finite()
+
+
+def test_old_checkpoint_that_cannot_be_moved_is_a_warning(saved_run, monkeypatch):
+    def refuse(folder, names):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    manager = saved_run.manager()
+    saved_run.save(1, manager)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "move_to_trash", refuse)
+        with pytest.warns(UserWarning, match="old files in .* cannot be removed: Permission deni"):
+            saved_run.save(2, manager)
+    assert saved_run.saved() == (2, 2.0)
+    saved_run.save(3, manager)
+    assert checkpoint.named_checkpoints(saved_run.folder) == ["model-3"]
+    assert not [name for name in files(saved_run.folder) if "-1." in name or "-2." in name]
+
+
+def test_save_works_when_no_thread_can_start(saved_run, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    manager = saved_run.manager()
+    saved_run.save(1, manager)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refuse)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    saved_run.save(2, manager)
+    assert files(saved_run.folder) == OF_STEP_2
+    assert saved_run.saved() == (2, 2.0)
+
+
+def test_save_after_the_current_folder_changed(sess, tmp_path, monkeypatch):
+    for name in ("run", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    saved_run = SavedRun(sess, "run")
+    manager = saved_run.manager()
+    saved_run.save(1, manager)
+    monkeypatch.chdir("elsewhere")
+    assert saved_run.save(2, manager) == "run/model-2"
+    assert manager.latest_path == str(tmp_path / "run" / "model-2")
+    assert files(tmp_path / "run") == OF_STEP_2
+    assert not os.listdir(tmp_path / "elsewhere")
+
+
+def test_removed_folder_is_made_again(sess, tmp_path, capsys):
+    saved_run = SavedRun(sess, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    manager = saved_run.manager()
+    saved_run.save(1, manager)
+    shutil.rmtree(tmp_path / "run")
+    saved_run.save(2, manager)
+    assert files(tmp_path / "run") == OF_STEP_2
+    assert f"{tmp_path / 'run'} was removed; it is made again\n" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run")
+    saved_run.save(2, manager)  # the step is the same, and its files are not there
+    assert saved_run.saved() == (2, 2.0)

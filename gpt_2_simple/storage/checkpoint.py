@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -287,20 +287,31 @@ def _write_all(
     contents: Mapping[str, bytes],
 ) -> None:
     """Writes checkpoints and other files into an empty folder, and flushes all to disk."""
-    # In parallel: the data of one are flushed while those of another are still being written.
-    with ThreadPoolExecutor(len(saves)) as pool:
-        writes = [
-            pool.submit(_write_checkpoint, sess, ops, os.path.join(folder, base))
+    _run_in_parallel(
+        [
+            functools.partial(_write_checkpoint, sess, ops, os.path.join(folder, base))
             for base, ops in saves.items()
         ]
-    for write in writes:
-        write.result()
+    )
     for name, content in contents.items():
         path = os.path.join(folder, name)
         with open(path, "wb") as file:
             file.write(content)
         sync(path)
     sync(folder)
+
+
+def _run_in_parallel(writes: Sequence[Callable[[], object]]) -> None:
+    """The data of one checkpoint are flushed while those of another are still being written."""
+    try:
+        with ThreadPoolExecutor(len(writes)) as pool:
+            results = [pool.submit(write) for write in writes]
+    except RuntimeError:  # No thread starts any more when the main thread has ended.
+        for write in writes:
+            write()
+        return
+    for result in results:
+        result.result()
 
 
 def _write_checkpoint(sess: tf.compat.v1.Session, ops: CheckpointOps, prefix: str) -> None:

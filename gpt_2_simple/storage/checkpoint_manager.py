@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import tensorflow as tf
 
 from .. import session
 from ..common.files import write_text
-from ..common.report import say
+from ..common.report import say, warn
 from . import checkpoint
 from .optimizer_state import OptimizerState
-from .runs import MODEL, OPTIMIZER, STATE, RunState, step_of
+from .runs import MODEL, OPTIMIZER, STATE, RunState, prepare, step_of
 
 
 class CheckpointManager:
@@ -24,7 +25,8 @@ class CheckpointManager:
     a fresh start in a folder keeps what is there.
 
     Attributes:
-        latest: the prefix of the latest checkpoint, None before the first.
+        folder: the run's folder as the caller wrote it, for lines and results.
+        latest: the prefix of the latest checkpoint in `folder`, None before the first.
         failed: whether the last save failed.
     """
 
@@ -43,6 +45,7 @@ class CheckpointManager:
         the checkpoint from which the run is continued, None for a new run.
         """
         self.sess, self.state, self.folder = sess, state, folder
+        self._path = os.path.abspath(folder)  # The current folder may change meanwhile.
         self.max_checkpoints, self.latest, self.failed = max_checkpoints, latest, False
         self._removal: threading.Thread | None = None
         self._names = checkpoint.named_checkpoints(folder) if latest else []
@@ -61,6 +64,7 @@ class CheckpointManager:
         Raises:
             OSError: it cannot be written; earlier checkpoints are as they were.
         """
+        self._make_folder_again()
         base = f"{MODEL}-{run.step}"
         if self.latest and step_of(self.latest) == run.step:
             return self.latest
@@ -72,33 +76,60 @@ class CheckpointManager:
             checkpoint.COUNTER: f"{run.step}\n",
             checkpoint.LIST_FILE: checkpoint.list_text(names),
         }
-        self.latest = self._write(base, saves, texts)
-        self._names = names
+        self._write(base, saves, texts)
+        self.latest, self._names = os.path.join(self.folder, base), names
         if self.max_checkpoints:
             self._keep(names[-self.max_checkpoints :])
-        self.state.loaded_folder = os.path.abspath(self.folder)
+        self.state.loaded_folder = self._path
         return self.latest
 
     def save_best(self) -> None:
         """Saves the weights alone, as the best so far."""
+        self._make_folder_again()
         self._write(checkpoint.BEST, {checkpoint.BEST: self._save_weights}, {})
+
+    @property
+    def latest_path(self) -> str | None:
+        """The absolute path of `latest`."""
+        return self.latest and os.path.join(self._path, os.path.basename(self.latest))
+
+    def _make_folder_again(self) -> None:
+        """Makes the run's folder again if somebody removed it while the run was trained."""
+        if os.path.isdir(self._path):
+            return
+        say(f"{self.folder} was removed; it is made again")
+        os.makedirs(self._path)
+        self.latest, self._names = None, []
+        if self.state.base_model_folder is not None:
+            with contextlib.suppress(OSError):  # The weights are worth saving without it.
+                prepare(self._path, self.state.base_model_folder)
 
     def _write(
         self, base: str, saves: Mapping[str, checkpoint.CheckpointOps], texts: Mapping[str, str]
-    ) -> str:
+    ) -> None:
         self.failed = True
-        hparams = self.state.hparams
-        prefix = checkpoint.save_model(self.sess, self.folder, base, hparams, saves, texts)
+        checkpoint.save_model(self.sess, self._path, base, self.state.hparams, saves, texts)
         self.failed = False
-        return prefix
 
     def overwrite(self) -> None:
         """Removes the run's checkpoints but the latest, and its events."""
         if self.latest:
             self._keep([os.path.basename(self.latest)])
-        for name in os.listdir(self.folder):
-            if name.startswith("events.out.tfevents."):
-                os.remove(os.path.join(self.folder, name))
+        with self._tidying():
+            for name in os.listdir(self._path):
+                if name.startswith("events.out.tfevents."):
+                    os.remove(os.path.join(self._path, name))
+
+    @contextlib.contextmanager
+    def _tidying(self) -> Iterator[None]:
+        """Warns where an old file cannot be removed: that must not end a training."""
+        try:
+            yield
+        except OSError as error:
+            warn(
+                f"old files in {self.folder} cannot be removed: {error.strerror or error}. The "
+                "training goes on; make the folder writable, or remove them by hand"
+            )
 
     def _keep(self, names: Sequence[str]) -> None:
         """Removes the run's checkpoints but those named.
@@ -109,13 +140,22 @@ class CheckpointManager:
         if list(names) == self._names:
             return
         self.close()
-        old = _files_of(self.folder, [name for name in self._names if name not in names])
-        trash = checkpoint.move_to_trash(self.folder, old)
-        self._names = list(names)
-        list_file = os.path.join(self.folder, checkpoint.LIST_FILE)
-        write_text(list_file, checkpoint.list_text(self._names))
-        self._removal = threading.Thread(target=checkpoint.remove_trash, args=[trash])
-        self._removal.start()
+        with self._tidying():
+            old = _files_of(self._path, [name for name in self._names if name not in names])
+            trash = checkpoint.move_to_trash(self._path, old)
+            list_file = os.path.join(self._path, checkpoint.LIST_FILE)
+            write_text(list_file, checkpoint.list_text(names))
+            self._names = list(names)
+            self._remove_trash(trash)
+
+    def _remove_trash(self, trash: str) -> None:
+        removal = threading.Thread(target=checkpoint.remove_trash, args=[trash])
+        try:
+            removal.start()
+        except RuntimeError:  # No thread starts any more when the main thread has ended.
+            checkpoint.remove_trash(trash)
+        else:
+            self._removal = removal
 
     def close(self) -> None:
         """Waits until the files of old checkpoints are removed."""

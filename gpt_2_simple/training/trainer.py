@@ -320,7 +320,7 @@ class Trainer:
 
     def save_before_error(self) -> None:
         """Saves what an error is about to end, unless a save is what failed."""
-        if self.checkpoints.failed or self.run.step == 0:
+        if self.run.step == 0:
             return
         try:
             self.save()
