@@ -19,6 +19,7 @@ import math
 import numbers
 import os
 import re
+import sys
 import textwrap
 import types
 import typing
@@ -137,8 +138,10 @@ _fields: dict[type[Settings], dict[str, Field]] = {}
 def fields_of(cls: type[Settings]) -> dict[str, Field]:
     """The fields of a settings class, by name, in the order of its signature."""
     if cls not in _fields:
-        hints = typing.get_type_hints(cls, include_extras=True)
-        _fields[cls] = {f.name: _read_field(f, hints[f.name]) for f in dataclasses.fields(cls)}
+        # Not typing.get_type_hints(): Python 3.10's refuses a class with dataclasses.KW_ONLY.
+        names = vars(sys.modules[cls.__module__])
+        fields = dataclasses.fields(cls)
+        _fields[cls] = {field.name: _read_field(field, eval(field.type, names)) for field in fields}
     return _fields[cls]
 
 
