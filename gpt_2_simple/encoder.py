@@ -182,10 +182,8 @@ def _whole_tokens(
     A token is one of them if both its halves are, and if no merge of a lower rank first joins the
     end of the left half to the start of the right half. To test this, the merges on both sides of
     the boundary are undone, the highest rank first. After each, the two tokens that meet at the
-    boundary are looked up among the merges.
-
-    Returns:
-        bool [n_vocab]; False also where it is not certain, as for a repeated character.
+    boundary are looked up among the merges. Returns bool [n_vocab], which is False also where it is
+    not certain, as for a repeated character.
     """
     whole = np.zeros(n_vocab, bool)
     whole[byte_ids] = True

@@ -70,7 +70,6 @@ class ReadOptions:
     allow_special: bool = True
 
     def __post_init__(self) -> None:
-        """Raises ValueError if `combine` is below 1."""
         if self.combine < 1:
             raise ValueError(f"combine={self.combine} must be at least 1")
 
@@ -240,10 +239,7 @@ def read_text(
     report: ReadReport,
     on_bytes: Callable[[int], object] = lambda count: None,
 ) -> Iterator[str]:
-    """Reads one file of text without holding more than a part of it; see also open_text().
-
-    Yields:
-        Parts of a text file; of a table each row's document.
+    """Yields parts of a text file, or each row's document of a table; see also open_text().
 
     Raises:
         ValueError: the file is not text, or its table cannot be read as asked.
@@ -254,9 +250,6 @@ def read_text(
         else:
             while part := text.read(READ_BYTES):
                 yield part
-
-
-# --- public functions -----------------------------------------------------------------------------
 
 
 @settings_function(EncodeCsvSettings)

@@ -37,7 +37,6 @@ class RowFormat:
     end_token: str = END_OF_TEXT
 
     def __post_init__(self) -> None:
-        """Raises ValueError if both a column and a template are given, or no column at all."""
         if self.column is not None and self.template is not None:
             raise ValueError(
                 f"column={self.column!r} and template={self.template!r} exclude each other: "

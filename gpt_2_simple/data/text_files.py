@@ -45,10 +45,8 @@ MAX_UNDECODABLE = 0.3  # share of a text file's first bytes
 class DataFile(NamedTuple):
     """One file of a dataset.
 
-    Attributes:
-        path: where it lies.
-        kind: 'text', 'csv', 'tsv', 'jsonl', 'npz' or 'tokens', by its suffix.
-        named: whether the user named it, rather than its folder or a pattern.
+    Its kind is 'text', 'csv', 'tsv', 'jsonl', 'npz' or 'tokens', by its suffix. It is `named` if
+    the user named it, rather than its folder or a pattern.
     """
 
     path: str
@@ -68,15 +66,10 @@ class DataFile(NamedTuple):
 
 @dataclass
 class ReadReport:
-    """What the user should know about the files that were read; printed once, at the end.
+    """What the user should know about the files that were read; printed once, at the end."""
 
-    Attributes:
-        lines: what was decided for the user, or skipped.
-        warnings: what may have cost the user some data.
-    """
-
-    lines: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)  # what was decided for the user, or skipped
+    warnings: list[str] = field(default_factory=list)  # what may have cost the user some data
 
     def tell(self) -> None:
         """Prints the lines and raises the warnings, the first ten of each."""
@@ -164,11 +157,8 @@ def open_text(
 
     A binary file that the user did not name is left out with a warning, and reads as empty.
 
-    Args:
-        file: what to read.
-        encoding: the text's encoding; None for UTF-8, or what a byte order mark tells.
-        report: takes the warnings.
-        on_bytes: is called with the number of bytes, each time that some of the file are read.
+    `encoding=None` stands for UTF-8, or what a byte order mark tells. `report` takes the warnings.
+    `on_bytes` is called with the number of bytes, each time that some of the file are read.
 
     Raises:
         ValueError: the encoding is unknown, the gzip file is damaged, or a file that the user

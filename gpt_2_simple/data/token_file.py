@@ -150,10 +150,7 @@ def save_tokens(path: str | os.PathLike[str], chunks: Iterable[np.ndarray], enc:
 
 
 def save_npz(path: str | os.PathLike[str], chunks: Iterable[np.ndarray]) -> None:
-    """Writes chunks as gpt-2-simple's encode_dataset does: a compressed .npz of arr_0, arr_1...
-
-    If the path does not end in '.npz', that is added.
-    """
+    """Writes chunks as gpt-2-simple 0.8.1 does: a compressed .npz of arr_0, arr_1..."""
     path = os.fspath(path)
     with write_whole(path if path.endswith(".npz") else f"{path}.npz") as file:
         np.savez_compressed(file, *chunks)

@@ -28,12 +28,11 @@ def byte_vocabulary() -> Encoder:
 def train_vocabulary(texts: Iterable[str], vocab_size: int) -> Encoder:
     """Learns a byte-level BPE vocabulary from text with the `tokenizers` library.
 
+    Its tokens are the 256 bytes, those of the merges, and `<|endoftext|>` last.
+
     Args:
         texts: the text, in parts of any size.
         vocab_size: how many tokens, 257 or more. A short text yields fewer than asked.
-
-    Returns:
-        The vocabulary: the 256 bytes, the merges' tokens, and `<|endoftext|>` last.
 
     Raises:
         ImportError: `tokenizers` is not installed.

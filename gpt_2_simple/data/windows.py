@@ -53,10 +53,8 @@ def split_dataset(
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Takes the last part of a dataset away: returns chunks to train on, and to validate on.
 
-    Args:
-        chunks: the dataset.
-        val_split: the share of the tokens to take, above 0 and below 1.
-        whole_chunks: cut between chunks if possible, where the share comes nearest to val_split.
+    `val_split` is the share of the tokens to take, above 0 and below 1. With whole_chunks the cut
+    is between two chunks if possible, where the share comes nearest to val_split.
 
     Raises:
         ValueError: the share is not between 0 and 1, or one of the parts has under 2 tokens.
@@ -114,12 +112,7 @@ class _Window(NamedTuple):
 
 
 class _TokenStream:
-    """All chunks of a dataset, one after the other, as one row of tokens.
-
-    Attributes:
-        ends: where each chunk ends.
-        size: how many tokens there are in all.
-    """
+    """All chunks of a dataset, one after the other, as one row of tokens."""
 
     def __init__(self, chunks: Sequence[np.ndarray]):
         self._chunks = chunks
@@ -184,7 +177,18 @@ class _Windows:
         self._ends = _span_ends(stream, sampling, pad_documents)
         lengths = np.diff(self._ends, prepend=0)
         self._starts = self._ends - lengths
-        _check_longest_span(max(lengths, default=0), length, sampling, pad_documents)
+        longest = max(lengths, default=0)
+        if pad_documents and longest < 2:
+            raise ValueError(
+                "no document of the dataset has 2 tokens, so there is nothing to predict"
+            )
+        if not pad_documents and longest < length:
+            reason = (
+                f"no chunk of the dataset has {length} tokens in a row, the longest has {longest}"
+            )
+            if sampling == "epoch":
+                reason = f"the dataset has {longest} tokens, fewer than a window of {length}"
+            raise ValueError(f"{reason}: window_length() tells how long windows can be")
         self.length = length
         self._pad_documents = pad_documents
         self.n_unreachable = 0 if pad_documents else int(lengths[lengths < length].sum())
@@ -206,18 +210,6 @@ class _Windows:
             return _Window(context, min(self.length, end - context))
         start = min(context, end - self.length)
         return _Window(start, self.length, context - start + 1)
-
-
-def _check_longest_span(longest: int, length: int, sampling: str, pad_documents: bool) -> None:
-    """Raises ValueError if there is no window."""
-    if pad_documents and longest < 2:
-        raise ValueError("no document of the dataset has 2 tokens, so there is nothing to predict")
-    if pad_documents or longest >= length:
-        return
-    reason = f"no chunk of the dataset has {length} tokens in a row, the longest has {longest}"
-    if sampling == "epoch":
-        reason = f"the dataset has {longest} tokens, fewer than a window of {length}"
-    raise ValueError(f"{reason}: window_length() tells how long windows can be")
 
 
 class WindowSampler:
