@@ -99,6 +99,15 @@ def test_blocks_hold_the_same_chunks(parts, size):
     assert [chunk.tolist() for chunk in chunks] == [ENC.encode(text) for text in expected if text]
 
 
+@pytest.mark.parametrize("size", range(1, 30))
+def test_end_of_text_is_not_cut_between_blocks(size):
+    texts = ["a word", "<|endoftext|>", "more", "<|endoftext|>", "5"]
+    blocks = cut_into_blocks([ChunkPart(text, False) for text in texts], size)
+    encode_block = BlockEncoder(ENC, np.uint16, allow_special=True).encode_block
+    (chunk,) = token_file.join_blocks(map(encode_block, blocks), np.dtype(np.uint16))
+    assert chunk.tolist() == ENC.encode("".join(texts), allow_special=True)
+
+
 def test_text_without_white_space_is_cut_into_blocks():
     blocks = list(cut_into_blocks([ChunkPart("漢字，" * 100, False)] * 10, 200))
     assert len(blocks) == 11

@@ -39,8 +39,10 @@ _ASCII_WORDS = re.compile(r"\s*\S+|\s+", re.ASCII)  # twice as quick
 # Where a run of letters or digits ends is as safe, and found in text without spaces too. Only
 # letters that every release of Unicode has: the encoder takes the newest for signs.
 _LETTER = r"[A-Za-z\u0410-\u044f\u0e01-\u0e30\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3]"
-# (?r) searches from the end.
-_SAFE_CUT = regex.compile(rf"(?r)(?<=\S)(?=\s)|(?<={_LETTER})(?=\P{{L}})|(?<=[0-9])(?=\P{{N}})")
+# (?r) searches from the end; (?!\|) leaves <|endoftext|> whole.
+_SAFE_CUT = regex.compile(
+    rf"(?r)(?<=\S)(?=\s)|(?<={_LETTER})(?=\P{{L}})(?!\|)|(?<=[0-9])(?=\P{{N}})"
+)
 
 
 class ChunkPart(NamedTuple):
@@ -79,19 +81,17 @@ def cut_into_blocks(
     for text, ends in parts:
         open_text.append(text)
         n_characters += len(text)
-        if ends:
-            texts.append("".join(open_text))
-            ends_chunk.append(True)
-            open_text = []
-        if n_characters < size:
-            continue
-        if open_text:
-            before, after = split_safely("".join(open_text))
+        is_full = n_characters >= size
+        if ends or is_full:
+            before, after = "".join(open_text), ""
+            if not ends:
+                before, after = split_safely(before)
             texts.append(before)
-            ends_chunk.append(False)
-            open_text = [after]
-        yield TextBlock(texts, ends_chunk)
-        texts, ends_chunk, n_characters = [], [], sum(map(len, open_text))
+            ends_chunk.append(ends)
+            open_text = [] if ends else [after]
+        if is_full:
+            yield TextBlock(texts, ends_chunk)
+            texts, ends_chunk, n_characters = [], [], sum(map(len, open_text))
     if open_text:
         texts.append("".join(open_text))
         ends_chunk.append(True)
