@@ -139,9 +139,9 @@ def fields_of(cls: type[Settings]) -> dict[str, Field]:
     """The fields of a settings class, by name, in the order of its signature."""
     if cls not in _fields:
         # Not typing.get_type_hints(): Python 3.10's refuses a class with dataclasses.KW_ONLY.
-        names = vars(sys.modules[cls.__module__])
+        names = {**vars(sys.modules[cls.__module__]), **vars(cls)}
         fields = dataclasses.fields(cls)
-        _fields[cls] = {field.name: _read_field(field, eval(field.type, names)) for field in fields}
+        _fields[cls] = {f.name: _read_field(f, eval(str(f.type), names)) for f in fields}
     return _fields[cls]
 
 
