@@ -51,7 +51,7 @@ _REPLACED = {
     "load_dataset": {"binary_search": "gpt_2_simple.data.windows.WindowSampler"},
     "accumulate": {},
     "memory_saving_gradients": {
-        "gradients_speed": f"{_GRADIENTS}(..., checkpoints='speed')",
+        "gradients_speed": f"{_GRADIENTS}(..., checkpoints=a list of tensors)",
         "gradients_memory": f"{_GRADIENTS}(..., checkpoints='memory')",
         "gradients_collection": f"{_GRADIENTS}(..., checkpoints='collection')",
         "tf_toposort": "toposort.toposort",
