@@ -46,7 +46,7 @@ from .token_file import (
 
 LARGE_BYTES = 20_000_000
 GZIP_RATIO = 4  # text usually shrinks to a third or a quarter
-CACHE_VERSION = 1
+CACHE_VERSION = 2  # 1 cut <|endoftext|> between blocks
 
 
 @dataclasses.dataclass(frozen=True)
