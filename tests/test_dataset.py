@@ -135,6 +135,18 @@ def test_encode_csv_that_fails_leaves_the_old_file(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.csv", "out.txt"]
 
 
+@pytest.mark.parametrize("link", [None, os.symlink, os.link])
+def test_encode_csv_onto_its_own_input_raises_value_error(tmp_path, link):
+    path = write(tmp_path / "a.csv", "id,text\n1,x\n")
+    out = path
+    if link is not None:
+        out = str(tmp_path / "out.txt")
+        link(path, out)
+    with pytest.raises(ValueError, match="give another out_path"):
+        encode_csv(path, out)
+    assert Path(path).read_text() == "id,text\n1,x\n"
+
+
 @pytest.fixture
 def large(monkeypatch):
     """Makes 20 kB of text a lot, in blocks of 2 kB."""

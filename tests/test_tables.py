@@ -8,6 +8,7 @@ import pytest
 from word_encoder import documents_of, load, texts_of, wrapped, write
 
 from gpt_2_simple.data import tables
+from gpt_2_simple.data.text_files import DataFile, ReadReport
 
 
 def test_choice_of_the_first_column_is_printed(tmp_path, capsys):
@@ -142,3 +143,14 @@ def test_malformed_json_lines_raise_value_error(tmp_path, line, reason):
     path = write(tmp_path / "a.jsonl", '{"text": "x"}\n' + line)
     with pytest.raises(ValueError, match=reason):
         load(path)
+
+
+def test_csv_reader_left_unfinished_keeps_the_field_size_limit(tmp_path):
+    csv.field_size_limit(131072)
+    path = write(tmp_path / "a.csv", "text\n" + "row\n" * 1000)
+    file = DataFile(path, "csv", named=True)
+    with open(path, encoding="utf-8") as lines:
+        rows = tables.read_rows(lines, file, tables.RowFormat(), ReadReport())
+        assert next(rows) == wrapped("row")[0]
+        assert csv.field_size_limit() == 131072
+        assert len(list(rows)) == 999

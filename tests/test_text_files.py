@@ -1,6 +1,7 @@
 """Finding files, and decoding them: encodings, binary files, gzip."""
 
 import gzip
+import itertools
 import os
 import random
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 from word_encoder import load, texts_of, write
 
 from gpt_2_simple.data import text_files
+from gpt_2_simple.data.dataset import read_text
+from gpt_2_simple.data.tables import RowFormat
 
 
 def test_find_files_sorts_a_folder_and_skips_hidden_files(tmp_path):
@@ -151,3 +154,15 @@ def test_truncated_gzip_file_raises_value_error(tmp_path):
         load(write(tmp_path / "a.txt.gz", cut))
     with pytest.raises(ValueError, match="b.txt.gz' is not a whole gzip file"):
         load(write(tmp_path / "b.txt.gz", b"plain text"))
+
+
+def test_undecodable_bytes_are_counted_for_each_file_when_two_are_read_in_turns(tmp_path):
+    one = write(tmp_path / "one.txt", b"\xff\xfe\xff" + b"text\n" * 500_000 + b"\xff")
+    two = write(tmp_path / "two.txt", b"more\n" * 500_000 + b"\xff\xff")
+    report = text_files.ReadReport()
+    files = [text_files.DataFile(path, "text", named=True) for path in (one, two)]
+    readers = [read_text(file, RowFormat(), "utf-8", report) for file in files]
+    for _ in itertools.zip_longest(*readers):
+        pass
+    counts = sorted(warning.split(" bytes")[0] for warning in report.warnings)
+    assert counts == [f"{one!r}: 4", f"{two!r}: 2"]

@@ -264,12 +264,14 @@ def encode_csv(settings: EncodeCsvSettings) -> int:
 
     Raises:
         FileNotFoundError: there is no such file, or no folder for `out_path`.
-        ValueError: the file cannot be read as a table, or it has no such column.
+        ValueError: the file cannot be read as a table, it has no such column, or `out_path` is
+            the same file.
     """
     path, out_path = os.fspath(settings.csv_path), os.fspath(settings.out_path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no CSV file {path!r} (in {os.getcwd()!r})")
     check_folder("out_path", out_path)
+    _check_is_not_input(out_path, path)
     kind = kind_of(path)
     file = DataFile(path, kind if kind in ("tsv", "jsonl") else "csv", named=True)
     row_format = RowFormat(
@@ -289,6 +291,15 @@ def encode_csv(settings: EncodeCsvSettings) -> int:
     return n_rows
 
 
+def _check_is_not_input(out_path: str, path: str) -> None:
+    """Raises ValueError if a file that is read would be replaced, also through a link."""
+    if os.path.exists(out_path) and os.path.samefile(out_path, path):
+        raise ValueError(
+            f"out_path={out_path!r} is the file {path!r} itself, which would be lost: "
+            "give another out_path"
+        )
+
+
 @settings_function(EncodeSettings)
 def encode_dataset(settings: EncodeSettings) -> None:
     """Encodes a dataset once, so that finetune() need not encode it in each call.
@@ -298,7 +309,8 @@ def encode_dataset(settings: EncodeSettings) -> None:
 
     Raises:
         FileNotFoundError: there is no such dataset or model, or no folder for `out_path`.
-        ValueError: a setting is out of range, or the dataset holds no text.
+        ValueError: a setting is out of range, the dataset holds no text, or `out_path` is one of
+            the files that it names.
     """
     with verbosity(settings.verbose):
         folder = model_folder(settings.model_dir, settings.model_name)
@@ -306,6 +318,8 @@ def encode_dataset(settings: EncodeSettings) -> None:
         check_vocabulary(enc, read_hparams(folder).n_vocab, folder)
         out_path = os.fspath(settings.out_path)
         check_folder("out_path", out_path)
+        if not out_path.endswith(".npz") and not out_path.lower().endswith(".tokens"):
+            out_path += ".npz"  # as NumPy, and so gpt-2-simple 0.8.1, names it
         say("Reading files")
         options = ReadOptions(
             settings.combine,
@@ -313,7 +327,11 @@ def encode_dataset(settings: EncodeSettings) -> None:
             RowFormat(settings.column, settings.template, settings.header),
             settings.pad_documents,
         )
-        chunks = tokenize(find_dataset(settings.file_path, options), enc, settings.cache_dir)
+        dataset = find_dataset(settings.file_path, options)
+        for file in dataset.files:
+            if file.named:
+                _check_is_not_input(out_path, file.path)
+        chunks = tokenize(dataset, enc, settings.cache_dir)
         say("Writing", out_path)
         if out_path.lower().endswith(".tokens"):
             save_tokens(out_path, chunks, enc)

@@ -6,15 +6,19 @@ import csv
 import itertools
 import json
 import re
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..encoder import END_OF_TEXT
 from .settings import START_TOKEN
 from .text_files import DataFile, ReadReport
 
 MAX_FIELD_CHARACTERS = 1 << 24
+ROWS_AT_ONCE = 256
+
+_field_size_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -99,23 +103,23 @@ def _csv_cells(
             yield line
 
     reader = csv.reader(quotes_counted(), delimiter="\t" if file.kind == "tsv" else ",")
-    default_limit = csv.field_size_limit(MAX_FIELD_CHARACTERS)  # 128 kB
+    rows = _numbered_rows(reader)
     try:
-        first = next((row for row in reader if row), [])
+        first_number, first = next((one for one in rows if one.cells), _Row(0, []))
         has_header = _has_header(first, row_format)
         columns = [_column_index(c, first, has_header, file.path) for c in row_format.columns]
         report.lines += _guesses(first, has_header, row_format, file.path)
-        row_end = reader.line_num
-        for row in itertools.chain([] if has_header or not first else [first], reader):
-            row_start, row_end = row_end, reader.line_num
+        row_end = first_number
+        if not has_header and first:
+            rows = itertools.chain([_Row(first_number, first)], rows)
+        for line_number, row in rows:
+            row_start, row_end = row_end, line_number
             n_wider += len(row) > len(first)
             yield [row[index] if index < len(row) else "" for index in columns]
     except csv.Error as error:
         raise ValueError(
             f"{file.path!r}, line {reader.line_num}: {error}. Is a quote left open?"
         ) from error
-    finally:
-        csv.field_size_limit(default_limit)
     if n_quotes % 2 and reader.line_num - row_start > 1:
         report.warnings.append(
             f"{file.path!r}: a quote is left open: lines {row_start + 1:,} to "
@@ -126,6 +130,30 @@ def _csv_cells(
             f"{file.path!r}: {n_wider:,} rows have more columns than the first, which has "
             f"{len(first)}; text that holds the delimiter must be in quotes, or is cut there"
         )
+
+
+class _Row(NamedTuple):
+    """A row of a table, and the number of its last line."""
+
+    line_number: int
+    cells: list[str]
+
+
+def _numbered_rows(reader: Any) -> Iterator[_Row]:
+    """Yields the rows of a csv.reader, which may have fields of MAX_FIELD_CHARACTERS."""
+    while rows := _next_rows(reader):
+        yield from rows
+
+
+def _next_rows(reader: Any) -> list[_Row]:
+    # The limit belongs to the process (128 kB by default): it is raised while rows are read, and
+    # not while they are used, since a generator may be left there for ever.
+    with _field_size_lock:
+        default_limit = csv.field_size_limit(MAX_FIELD_CHARACTERS)
+        try:
+            return [_Row(reader.line_num, row) for row in itertools.islice(reader, ROWS_AT_ONCE)]
+        finally:
+            csv.field_size_limit(default_limit)
 
 
 def _has_header(first: list[str], row_format: RowFormat) -> bool:

@@ -13,7 +13,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from ..common.report import say, warn
 
@@ -178,18 +178,19 @@ def open_text(
             report.warnings.append(f"{file.path!r} is not {shown} text and was left out")
             yield io.StringIO()
             return
-        _undecodable.count = 0
+        left_out = _LeftOut()
         with _CountingFile(file.path, on_bytes) as on_disk:
-            raw: BinaryIO = io.BufferedReader(on_disk, READ_BYTES)
+            raw: Any = on_disk
             if file.is_gzip:
-                raw = io.BufferedReader(gzip.GzipFile(fileobj=raw), READ_BYTES)
-            with io.TextIOWrapper(raw, encoding=encoding, errors=COUNT_AND_LEAVE_OUT) as text:
+                raw = gzip.GzipFile(fileobj=io.BufferedReader(on_disk, READ_BYTES))
+            reader = _CountingReader(raw, left_out)
+            with io.TextIOWrapper(reader, encoding=encoding, errors=COUNT_AND_LEAVE_OUT) as text:
                 yield text
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{file.path!r} is not a whole gzip file: {error}") from error
-    if _undecodable.count:
+    if left_out.n_bytes:
         report.warnings.append(
-            f"{file.path!r}: {_undecodable.count:,} bytes are not {shown} and were left out; "
+            f"{file.path!r}: {left_out.n_bytes:,} bytes are not {shown} and were left out; "
             "if it is in another encoding, name it, as in encoding='latin-1'"
         )
 
@@ -208,19 +209,26 @@ def _choose_encoding(head: bytes, encoding: str | None) -> str:
 
 def _is_text(head: bytes, encoding: str) -> bool:
     """Whether a file's first bytes look like text in this encoding."""
-    _undecodable.count = 0
+    left_out = _decoding.left_out = _LeftOut()
     text = codecs.getincrementaldecoder(encoding)(errors=COUNT_AND_LEAVE_OUT).decode(head)
-    return "\0" not in text and _undecodable.count <= MAX_UNDECODABLE * len(head)
+    return "\0" not in text and left_out.n_bytes <= MAX_UNDECODABLE * len(head)
 
 
 COUNT_AND_LEAVE_OUT = "gpt_2_simple.count_and_leave_out"
-_undecodable = threading.local()  # its count: how many bytes this thread's decoders left out
+_decoding = threading.local()  # its left_out: the count of the file that this thread decodes now
+
+
+@dataclass
+class _LeftOut:
+    """How many bytes of one file could not be decoded and were left out."""
+
+    n_bytes: int = 0
 
 
 def _count_and_leave_out(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeDecodeError):
         raise error
-    _undecodable.count += error.end - error.start
+    _decoding.left_out.n_bytes += error.end - error.start
     return "", error.end
 
 
@@ -238,3 +246,22 @@ class _CountingFile(io.FileIO):
         count = super().readinto(buffer)
         self.on_bytes(count or 0)
         return count
+
+
+class _CountingReader(io.BufferedReader):
+    """Bytes of a file for a TextIOWrapper, which decodes them right after it has read them.
+
+    Several files may be read in turns in one thread. So each read says whose bytes come next.
+    """
+
+    def __init__(self, raw: Any, left_out: _LeftOut):
+        super().__init__(raw, READ_BYTES)
+        self._left_out = left_out
+
+    def read1(self, size: int = -1, /) -> bytes:
+        _decoding.left_out = self._left_out
+        return super().read1(size)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        _decoding.left_out = self._left_out
+        return super().read(size)
