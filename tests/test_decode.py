@@ -1,12 +1,14 @@
 """The prefill and the decode loop against a NumPy GPT-2 that computes every position afresh."""
 
+import threading
+
 import numpy as np
 import oracle
 import pytest
 from small_model import PREFIXES, WEIGHTS, expected, loader, started, write
 
 from gpt_2_simple import model
-from gpt_2_simple.generation import kv_cache, sequences
+from gpt_2_simple.generation import decode, kv_cache, sequences
 from gpt_2_simple.sample import SamplingParams, next_token_probs, score_tokens
 
 
@@ -76,3 +78,32 @@ def test_nan_weights_are_an_error(broken, name, settings):
         next_token_probs(sess, [1, 2])
     with pytest.raises(RuntimeError, match="weights are broken"):
         score_tokens(sess, [[1, 2]])
+
+
+def test_two_sessions_build_their_decode_loops_in_two_threads(monkeypatch):
+    inside, first_is_done = threading.Event(), threading.Event()
+    make_token, found = decode.next_token, {}
+
+    def next_token(*args):
+        if threading.current_thread().name == "first":
+            second.start()
+            inside.wait(0.5)  # for ever, if only one graph is built at a time
+        else:
+            inside.set()
+            first_is_done.wait()
+        return make_token(*args)
+
+    def work(sess):
+        try:
+            found[threading.current_thread().name] = write(sess, [[7]], 5).tolist()
+        finally:
+            first_is_done.set()
+
+    monkeypatch.setattr(decode, "next_token", next_token)
+    with started() as one, started() as two:
+        first = threading.Thread(target=work, args=[one], name="first")
+        second = threading.Thread(target=work, args=[two], name="second")
+        first.start()
+        first.join()
+        second.join()
+    assert found == dict.fromkeys(["first", "second"], [expected([7], 5)])

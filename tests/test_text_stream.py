@@ -13,6 +13,13 @@ HPARAMS = model.HParams(257, 32, 16, 2, 2)
 END = ENCODER.end_of_text
 
 
+class Session:
+    """Stands in for a session: nothing runs in it."""
+
+
+SESSION = Session()
+
+
 class Engine:
     """Stands in for sequences.generate_tokens: gives each row's tokens, a few at a time."""
 
@@ -67,7 +74,7 @@ def generate(make_request):
     """generate(as make_request) -> the texts."""
 
     def generate(*rows, **settings):
-        texts = text_stream.generate_texts(None, make_request(*rows, **settings)[0])
+        texts = text_stream.generate_texts(SESSION, make_request(*rows, **settings)[0])
         return [generated.text for generated in texts]
 
     return generate
@@ -77,7 +84,7 @@ def generate(make_request):
 def stream(make_request):
     """stream(as make_request) -> the pieces of the first text."""
     return lambda *rows, **settings: list(
-        text_stream.stream_text(None, make_request(*rows, **settings)[0], 0)
+        text_stream.stream_text(SESSION, make_request(*rows, **settings)[0], 0)
     )
 
 
@@ -120,7 +127,7 @@ def test_half_a_character_at_the_end_becomes_u_fffd(stream):
 
 def test_generation_stops_when_all_texts_have_ended(make_request):
     request, engine = make_request("a.bcdefghijkl", "abcd.efghijkl", stop=(".",), batch_size=2)
-    found = text_stream.generate_texts(None, request)
+    found = text_stream.generate_texts(SESSION, request)
     assert list(found) == [("", "a"), ("", "abcd")]
     assert engine.given == 2
     assert engine.closed == 1
@@ -137,7 +144,7 @@ def test_texts_of_several_prefixes_keep_their_order(make_request):
     request, engine = make_request(
         "1", "2", "3", "4", "5", "6", prefix=["a", "bb", "ccc"], nsamples=2, batch_size=4
     )
-    found = list(text_stream.generate_texts(None, request))
+    found = list(text_stream.generate_texts(SESSION, request))
     assert [generated.text for generated in found] == ["a1", "a2", "bb3", "bb4", "ccc5", "ccc6"]
     assert [generated.prefix for generated in found] == ["a", "a", "bb", "bb", "ccc", "ccc"]
     (first, _, _, rows), (second, _, _, more) = engine.calls
@@ -148,7 +155,7 @@ def test_texts_of_several_prefixes_keep_their_order(make_request):
 
 def test_text_without_prefix_starts_from_endoftext(make_request):
     request, engine = make_request("\n\nabc")
-    assert list(text_stream.generate_texts(None, request)) == [("", "abc")]
+    assert list(text_stream.generate_texts(SESSION, request)) == [("", "abc")]
     assert engine.calls[0][0] == [(END,)]
 
 
@@ -158,7 +165,7 @@ def test_include_prefix_false_leaves_the_prefix_out(generate):
 
 def test_ctrl_c_yields_finished_and_unfinished_texts(make_request):
     request, engine = make_request("abcdef", "uvwxyz", "123456", batch_size=1, interrupt_after=3)
-    found = text_stream.generate_texts(None, request)
+    found = text_stream.generate_texts(SESSION, request)
     assert [next(found).text, next(found).text] == ["abcdef", "uvw"]
     with pytest.raises(KeyboardInterrupt):
         next(found)
@@ -168,7 +175,7 @@ def test_ctrl_c_yields_finished_and_unfinished_texts(make_request):
 @pytest.mark.parametrize("finish", [True, False])
 def test_stream_left_early_frees_the_engine(make_request, finish):
     request, engine = make_request("abcdef")
-    pieces = text_stream.stream_text(None, request, 0)
+    pieces = text_stream.stream_text(SESSION, request, 0)
     assert next(pieces) == "abc"
     if finish:
         assert list(pieces) == ["def"]

@@ -91,12 +91,15 @@ class BeamSearch(Generation):
         try:
             self.start()
         except BaseException:
-            self.free(self.keys)
+            self.free()
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.free(self.keys)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is GeneratorExit:  # perhaps the garbage collector's; see unused_keys
+            self.unused.extend(self.keys)
+        else:
+            self.free()
 
     @property
     def done(self) -> bool:

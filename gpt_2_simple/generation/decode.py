@@ -155,7 +155,8 @@ def build_beam_step(weights: model.Weights, hparams: model.HParams) -> BeamStep:
 def _loops_of_single_operations() -> Iterator[None]:
     """Within this block a while loop consists of single operations, not of functions.
 
-    Functions pass every weight on from step to step, and take half a second longer to optimize.
+    Functions pass every weight on from step to step, and take half a second longer to optimize. The
+    switch is the process's: kv_cache.build_once builds one graph at a time.
     """
     is_functional = tf.compat.v1.control_flow_v2_enabled()
     tf.compat.v1.disable_control_flow_v2()

@@ -107,13 +107,17 @@ def _generate(sess: tf.compat.v1.Session, settings: GenerationSettings) -> list[
         delimiter = settings.sample_delim if settings.n_texts > 1 else ""
         if settings.stream and append:
             for index in range(settings.n_texts):
-                for piece in text_stream.stream_text(sess, request, index):
-                    append(piece)
+                with contextlib.closing(text_stream.stream_text(sess, request, index)) as pieces:
+                    for piece in pieces:
+                        append(piece)
                 append(f"\n{delimiter}")
             return None
         texts: list[str] = []
+        generated = stack.enter_context(
+            contextlib.closing(text_stream.generate_texts(sess, request))
+        )
         try:
-            for _, text in text_stream.generate_texts(sess, request):
+            for _, text in generated:
                 texts.append(text)
                 if append:
                     append(f"{text}\n{delimiter}")

@@ -6,9 +6,12 @@ Between two runs it stays in the session under a number, its key, in a staging a
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import threading
+import weakref
+from collections.abc import Callable, Generator
+from typing import Any, TypeVar
 
 import tensorflow as tf
 
@@ -16,6 +19,8 @@ from .. import model, session
 
 # Names the staging area, which all caches of a session share.
 _STAGING_AREA = "gpt_2_simple"
+
+T = TypeVar("T")
 
 
 def placeholder(dtype: tf.DType, *shape: int | None) -> Any:
@@ -53,8 +58,70 @@ class Merge:
 
 
 def cache_ops(sess: tf.compat.v1.Session) -> CacheOps:
-    """The session's cache operations; RuntimeError if it is closed or holds no model."""
-    return build_once(sess, _build_cache_ops)
+    """The session's cache operations; RuntimeError if it is closed or holds no model.
+
+    It also frees the caches that the garbage collector's generators have left; see unused_keys.
+    """
+    ops: CacheOps = build_once(sess, _build_cache_ops)
+    free_unused(sess)
+    return ops
+
+
+_unused_keys: weakref.WeakKeyDictionary[Any, collections.deque[int]] = weakref.WeakKeyDictionary()
+
+
+def unused_keys(sess: tf.compat.v1.Session) -> collections.deque[int]:
+    """Keys of the session's caches that nobody uses any more: add to it, and call free_unused().
+
+    A generator only adds to it. The garbage collector may end the generator at any moment, also
+    while this thread builds the graph. A run of the session would then wait for ever.
+    """
+    return _unused_keys.setdefault(sess, collections.deque())
+
+
+def free_unused(sess: tf.compat.v1.Session) -> None:
+    """Removes the caches under unused_keys(); does nothing if the session is closed."""
+    keys = unused_keys(sess)
+    while keys and not getattr(sess, "_closed", False):
+        try:
+            key = keys.popleft()
+        except IndexError:  # another thread was quicker
+            return
+        ops = build_once(sess, _build_cache_ops)
+        sess.run(ops.free, {ops.key: key})
+
+
+class SessionGenerator(Generator[T, Any, None]):
+    """A generator whose caches are freed when it ends or is closed.
+
+    When the garbage collector ends it, the session's next generation frees them.
+    """
+
+    def __init__(self, sess: tf.compat.v1.Session, values: Generator[T, Any, None]) -> None:
+        self._sess, self._values = sess, values
+
+    def send(self, value: Any) -> T:
+        """As a generator's send."""
+        try:
+            return self._values.send(value)
+        except BaseException:
+            free_unused(self._sess)
+            raise
+
+    def throw(self, *error: Any) -> T:
+        """As a generator's throw."""
+        try:
+            return self._values.throw(*error)
+        except BaseException:
+            free_unused(self._sess)
+            raise
+
+    def close(self) -> None:
+        """As a generator's close."""
+        try:
+            self._values.close()
+        finally:
+            free_unused(self._sess)
 
 
 def build_once(sess: tf.compat.v1.Session, build: Callable[..., Any], *args: Any) -> Any:
@@ -63,8 +130,13 @@ def build_once(sess: tf.compat.v1.Session, build: Callable[..., Any], *args: Any
     return state.build_once(_build_in_scope, state, build, *args)
 
 
+# Held while any graph grows: what a loop or a condition becomes depends on a switch of the whole
+# process, which build_decode turns for a while.
+_building = threading.RLock()
+
+
 def _build_in_scope(state: session.GraphState, build: Callable[..., Any], *args: Any) -> Any:
-    with tf.compat.v1.name_scope("sample"), tf.device(None):
+    with _building, tf.compat.v1.name_scope("sample"), tf.device(None):
         return build(state.build_once(_read_weights, state), state.hparams, *args)
 
 

@@ -19,7 +19,7 @@ from .. import session
 from ..common.checks import check_whole
 from ..common.report import warn
 from .decode import StepInputs, build_decode, build_prefill
-from .kv_cache import build_merge, build_once, cache_ops
+from .kv_cache import SessionGenerator, build_merge, build_once, cache_ops, free_unused, unused_keys
 from .sampling import SamplingPlaceholders, check_status
 from .settings import SamplingParams
 from .stopping import ends_with
@@ -84,7 +84,7 @@ def generate_tokens(
     for prefix, row_id in zip(prefixes, ids, strict=True):
         key = np.array([int(seed) % 2**64, int(row_id) % 2**64], np.uint64)
         rows.append(Sequence(list(prefix), np.random.Philox(key=key)))
-    return Generation(sess, rows, length, sampling).generate(chunk)
+    return SessionGenerator(sess, Generation(sess, rows, length, sampling).generate(chunk))
 
 
 def fit_prefixes(
@@ -127,18 +127,6 @@ def check_tokens(tokens: abc.Sequence[int], n_vocab: int) -> list[int]:
     return tokens
 
 
-def _cut_prefixes(prefixes: list[list[int]], n_ctx: int, length: int) -> list[list[int]]:
-    """Keeps the end of prefixes that are too long, with room for new tokens after it."""
-    kept = n_ctx - min(length, n_ctx // 2)
-    n_cut = max((len(prefix) - kept for prefix in prefixes if len(prefix) > n_ctx), default=0)
-    if n_cut:
-        warn(
-            f"a prefix is longer than the context of {n_ctx} tokens: its first {n_cut} tokens are "
-            "not read"
-        )
-    return [prefix[-kept:] if len(prefix) > n_ctx else prefix for prefix in prefixes]
-
-
 @dataclasses.dataclass(eq=False)
 class Sequence:
     """A text that grows."""
@@ -174,7 +162,7 @@ class Generation:
         length: int,
         sampling: SamplingParams,
     ) -> None:
-        self.sess, self.cache_ops = sess, cache_ops(sess)
+        self.sess, self.cache_ops, self.unused = sess, cache_ops(sess), unused_keys(sess)
         self.n_ctx = session.graph_state(sess).hparams.n_ctx
         self.rows, self.length, self.sampling = rows, length, sampling
         self.live: list[Sequence] = []  # the rows in the cache
@@ -185,7 +173,7 @@ class Generation:
         self.key = self.new_key()
 
     def generate(self, chunk: int | None) -> abc.Generator[np.ndarray, Any, None]:
-        """Yields the new tokens; see generate_tokens."""
+        """Yields the new tokens; see generate_tokens. At its end the caches are unused."""
         steps = FIRST_CHUNK
         try:
             self.start()
@@ -201,7 +189,7 @@ class Generation:
                     for row, has_ended in zip(self.rows, ended, strict=True):
                         row.ended = row.ended or bool(has_ended)
         finally:
-            self.free(self.keys)
+            self.unused.extend(self.keys)
 
     def start(self) -> None:
         """Fills the cache with the prefixes."""
@@ -240,7 +228,7 @@ class Generation:
             }
             self.sess.run(merge.run, feeds)
         else:
-            self.free([self.key])
+            self.sess.run(self.cache_ops.free, {self.cache_ops.key: self.key})
             self.key = new_key
         self.live = [*kept, *rows]
         self.cache_rows = list(range(len(self.live)))
@@ -320,11 +308,10 @@ class Generation:
         self.keys.append(random.SystemRandom().getrandbits(62))
         return self.keys[-1]
 
-    def free(self, keys: list[int]) -> None:
-        """Removes the caches under these keys from the session."""
-        if not getattr(self.sess, "_closed", False):
-            for key in keys:
-                self.sess.run(self.cache_ops.free, {self.cache_ops.key: key})
+    def free(self) -> None:
+        """Removes all of its caches from the session."""
+        self.unused.extend(self.keys)
+        free_unused(self.sess)
 
 
 def _sampling_feeds(placeholders: SamplingPlaceholders, sampling: SamplingParams) -> dict[Any, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -12,6 +12,7 @@ import tensorflow as tf
 from ..common.report import progress
 from ..encoder import IncrementalDecoder
 from . import beam_search, sequences
+from .kv_cache import SessionGenerator
 from .request import GenerationRequest, Prompt
 from .stopping import ends_with
 
@@ -79,7 +80,7 @@ class GrowingText:
 
 def generate_texts(
     sess: tf.compat.v1.Session, request: GenerationRequest
-) -> Iterator[GeneratedText]:
+) -> SessionGenerator[GeneratedText]:
     """Generates a request's texts, a batch at a time.
 
     Yields:
@@ -89,6 +90,12 @@ def generate_texts(
     Raises:
         KeyboardInterrupt: after Ctrl-C, once all of these were given.
     """
+    return SessionGenerator(sess, _texts(sess, request))
+
+
+def _texts(
+    sess: tf.compat.v1.Session, request: GenerationRequest
+) -> Generator[GeneratedText, Any, None]:
     searches = request.beams.count > 1
     generate_batch = _search_batch if searches else _sample_batch
     n_sequences = len(request.prompts) if searches else request.settings.n_texts
@@ -113,8 +120,14 @@ def generate_texts(
 
 def stream_text(
     sess: tf.compat.v1.Session, request: GenerationRequest, index: int
-) -> Iterator[str]:
+) -> SessionGenerator[str]:
     """Yields pieces of one text, by its number from 0: never half a character or stop string."""
+    return SessionGenerator(sess, _text_pieces(sess, request, index))
+
+
+def _text_pieces(
+    sess: tf.compat.v1.Session, request: GenerationRequest, index: int
+) -> Generator[str, Any, None]:
     texts: list[GrowingText] = []
     for _ in _sample_batch(sess, request, range(index, index + 1), texts):
         yield from _pieces(texts)
@@ -141,13 +154,15 @@ def _sample_batch(
     )
     ended = None
     try:
-        with contextlib.closing(chunks), contextlib.suppress(StopIteration):
+        with contextlib.suppress(StopIteration):
             while not all(text.ended for text in texts):
                 chunk = chunks.send(ended)
                 for text, tokens in zip(texts, chunk, strict=True):
                     text.append(tokens[tokens >= 0])
                 yield int(np.count_nonzero(chunk >= 0))
                 ended = np.array([text.ended for text in texts])
+        # Not in `finally`, where the garbage collector may have ended this; see unused_keys.
+        chunks.close()
     finally:
         for text in texts:
             text.finish()
