@@ -16,10 +16,10 @@ text = Path("checkpoint/python-reference.txt")
 text.parent.mkdir(exist_ok=True)
 text.write_text(" ".join(" ".join(topics.values()).split()), encoding="utf-8")
 
-gpt2.create_gpt2(model_name="nano", n_ctx=64, seed=1, overwrite=True)
+gpt2.create_gpt2(model_name="demo", n_ctx=64, seed=1, overwrite=True)
 sess = gpt2.start_tf_sess()
 result = gpt2.finetune(
-    sess, str(text), STEPS, "nano", run_name="demo", restore_from="fresh", batch_size=16,
+    sess, str(text), STEPS, "demo", run_name="demo", restore_from="fresh", batch_size=16,
     accumulate_gradients=1, learning_rate=2e-3, warmup_steps=100, lr_schedule="cosine",
     gradient_clip=1.0, val_split=0.05, val_every=200, print_every=40, sample_every=400,
     sample_length=200, seed=1,

@@ -1,6 +1,8 @@
 """A checkpoint is saved whole or not at all, whatever happens meanwhile."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import resource
 import shutil
@@ -87,7 +89,9 @@ def test_power_cut_at_any_moment_leaves_a_whole_checkpoint(saved_run, save):
         _, value = saved_run.saved()
         seen.add(value)
         assert not [name for name in files(saved_run.folder) if name.startswith(".")]
-        saved_run.save(3, saved_run.manager())
+        manager = saved_run.manager()
+        manager.overwrite()  # else the checkpoint that it resumes from is kept
+        saved_run.save(3, manager)
         assert files(saved_run.folder) == [name.replace("-2.", "-3.") for name in OF_STEP_2]
         if not cut:
             break
@@ -174,3 +178,48 @@ def test_full_file_system_leaves_the_checkpoint_before(saved_run):
         assert saved_run.saved() == (2, 2.0)
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_save_where_files_are_flushed_only_if_open_for_writing(saved_run, monkeypatch):
+    def fsync(descriptor):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")  # as on Windows
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    saved_run.save(1, saved_run.manager(resume=False))
+    assert saved_run.saved() == (1, 1.0)
+
+
+def test_save_where_rename_refuses_an_existing_target(saved_run, monkeypatch):
+    rename = os.replace
+
+    def refuse(source, target):
+        if os.path.exists(target):
+            raise FileExistsError(errno.EEXIST, "File exists")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    first_save(saved_run)
+    next_step(saved_run)
+    assert saved_run.saved() == (2, 2.0)
+
+
+def test_restore_where_inode_numbers_change(saved_run, monkeypatch):
+    first_save(saved_run)
+    monkeypatch.setattr(os.path, "samestat", lambda a, b: False)
+    ops = saved_run.state.build_once(checkpoint.build_restore, *saved_run.variables.values())
+    checkpoint.restore(saved_run.sess, ops, os.path.join(saved_run.folder, "model-1"))
+
+
+def test_save_without_locks_is_left_to_the_process_that_trains(saved_run, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    first_save(saved_run)
+    half = os.path.join(saved_run.folder, f"{checkpoint.FINISHED}model-2")
+    os.makedirs(half)
+    os.makedirs(os.path.join(saved_run.folder, f"{checkpoint.UNFINISHED}x"))
+    monkeypatch.setattr(fcntl, "flock", flock)
+    before = sorted(os.listdir(saved_run.folder))
+    runs.finish_saves_unless_trained(saved_run.folder)
+    assert sorted({*os.listdir(saved_run.folder), ".lock"}) == sorted({*before, ".lock"})

@@ -151,3 +151,17 @@ def test_removed_folder_is_made_again(sess, tmp_path, capsys):
     shutil.rmtree(tmp_path / "run")
     saved_run.save(2, manager)  # the step is the same, and its files are not there
     assert saved_run.saved() == (2, 2.0)
+
+
+def test_resume_keeps_the_checkpoint_that_it_began_from(saved_run):
+    saved_run.save(1, saved_run.manager())
+    resumed = saved_run.manager()
+    saved_run.save(2, resumed)
+    saved_run.save(3, resumed)
+    assert checkpoint.named_checkpoints(saved_run.folder) == ["model-1", "model-3"]
+    assert checkpoint.is_whole(os.path.join(saved_run.folder, "model-1"))
+    assert not [name for name in files(saved_run.folder) if "-2." in name]
+    overwriting = saved_run.manager()
+    overwriting.overwrite()
+    saved_run.save(4, overwriting)
+    assert checkpoint.named_checkpoints(saved_run.folder) == ["model-4"]

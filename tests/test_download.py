@@ -24,6 +24,7 @@ import requests
 import tensorflow as tf
 
 from gpt_2_simple.common import report
+from gpt_2_simple.data import vocabulary
 from gpt_2_simple.storage import download
 
 tf1 = tf.compat.v1
@@ -1051,3 +1052,20 @@ def test_requests_have_timeouts(fetch, monkeypatch):
     monkeypatch.setattr(requests.Session, "request", request)
     fetch()
     assert limits == [(10.0, 30.0)] * 7
+
+
+def test_own_vocabulary_of_the_published_size_is_not_replaced(
+    fetch, server, folder, content, monkeypatch
+):
+    byte_vocabulary = vocabulary.byte_vocabulary()
+    monkeypatch.setattr(download, "N_VOCAB", byte_vocabulary.n_vocab)
+    put(folder, content | {"hparams.json": b'{"n_vocab": 257}'})
+    vocabulary.save_vocabulary(byte_vocabulary, str(folder))
+    before = read(folder)
+    assert download.is_gpt2_downloaded(folder.parent, folder.name)
+    with pytest.raises(FileExistsError, match="not OpenAI's .*its vocabulary is another one"):
+        fetch()
+    assert read(folder) == before
+    assert server.seen == []
+    (folder / "encoder.json").write_bytes(before["encoder.json"][:-9])  # damaged, not another one
+    assert not download.is_gpt2_downloaded(folder.parent, folder.name)

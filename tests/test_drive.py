@@ -507,3 +507,19 @@ def test_failed_fsync_leaves_the_earlier_file(workplace, drive, monkeypatch):
     with pytest.raises(OSError, match="Input/output error"):
         colab.copy_file_to_gdrive("a.txt")
     assert contents(drive) == {"a.txt": "old"}
+
+
+def test_folder_is_copied_where_modes_and_times_are_refused(workplace, drive, monkeypatch):
+    files = make_run(workplace / "checkpoint" / "run1", **{"deep/note.txt": "kept"})
+    (workplace / "checkpoint" / "run1" / ".lock").write_text("held")
+
+    def refuse(*args, **options):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    for name in ("utime", "chmod"):
+        monkeypatch.setattr(os, name, refuse)
+    for copy_folder in (True, False):
+        colab.copy_checkpoint_to_gdrive("run1", copy_folder)
+        os.rename("checkpoint", f"moved-{copy_folder}")
+        colab.copy_checkpoint_from_gdrive("run1", copy_folder)
+        assert contents(workplace / "checkpoint" / "run1") == files

@@ -140,3 +140,72 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path):
         second.write(b"second")
     assert path.read_bytes() == b"first"
     assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.fixture
+def nothing_said(monkeypatch):
+    monkeypatch.setattr(files, "_is_flush_failure_said", False)
+
+
+def test_sync_opens_files_for_writing_as_windows_needs(tmp_path, monkeypatch, nothing_said, capsys):
+    import fcntl
+
+    def fsync(descriptor):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        synced.append(os.fstat(descriptor).st_size)
+
+    synced = []
+    monkeypatch.setattr(os, "fsync", fsync)
+    (tmp_path / "a").write_text("12345")
+    files.sync(str(tmp_path / "a"))
+    assert synced == [5]
+    assert capsys.readouterr().out == ""
+    files.sync(str(tmp_path))
+    assert "cannot be flushed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO, errno.EBADF, errno.ENOTSUP])
+def test_file_system_that_cannot_flush_folders_is_said_once(
+    tmp_path, monkeypatch, nothing_said, capsys, number
+):
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for _ in range(3):
+        files.sync(str(tmp_path))
+    assert capsys.readouterr().out.count("may lose the latest ones") == 1
+
+
+def test_file_that_cannot_be_flushed_is_written_but_not_if_data_are_lost(
+    tmp_path, monkeypatch, nothing_said, capsys
+):
+    def fsync(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    number = errno.EINVAL
+    files.write_text(tmp_path / "a", "new")
+    files.sync(str(tmp_path / "a"))
+    assert capsys.readouterr().out.count("may lose the latest ones") == 1
+    number = errno.EIO
+    with pytest.raises(OSError, match="Input/output error"):
+        files.write_text(tmp_path / "a", "newer")
+    assert (tmp_path / "a").read_text() == "new"
+
+
+def test_rename_that_refuses_an_existing_target(tmp_path, monkeypatch):
+    rename = os.replace
+
+    def refuse(source, target):
+        if os.path.exists(target):
+            raise FileExistsError(errno.EEXIST, "File exists")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    for text in ("old", "new"):
+        files.write_text(tmp_path / "a", text)
+        assert (tmp_path / "a").read_text() == text
+    assert names(tmp_path) == ["a"]

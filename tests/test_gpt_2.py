@@ -814,6 +814,22 @@ def test_create_gpt2_needs_overwrite_to_replace(workplace):
     assert os.listdir("models") == ["tiny"]
 
 
+def test_create_gpt2_replaces_only_files_of_a_model(workplace):
+    (workplace / "models" / "tiny" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="tiny holds notes.txt, which is no file of a model"):
+        gpt2.create_gpt2(model_name="tiny", overwrite=True)
+    assert (workplace / "models" / "tiny" / "notes.txt").read_text() == "mine"
+    assert gpt2.is_gpt2_downloaded(model_name="tiny")
+
+
+def test_create_gpt2_refuses_a_size_given_as_the_dataset(workplace):
+    with pytest.raises(ValueError, match="name of a size: give model_name='mini'"):
+        gpt2.create_gpt2("mini")
+    with pytest.raises(FileNotFoundError):
+        gpt2.create_gpt2("txet.txt")
+    assert os.listdir("models") == ["tiny"]
+
+
 @pytest.mark.parametrize("name", ["", ".", ".."])
 def test_create_gpt2_never_replaces_the_folder_of_models(workplace, name):
     before = sorted(os.listdir(workplace)), sorted(os.listdir("models"))

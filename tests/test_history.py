@@ -132,3 +132,14 @@ def test_plot_is_shown_in_a_notebook(run, monkeypatch):
     monkeypatch.setattr(ipython, "get_ipython", lambda: None)  # imported, and not in a notebook
     gpt2.plot_history("mine", str(run.parent))
     assert len(shown) == 1
+
+
+def test_plot_replaces_only_a_png(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    text = tmp_path / "my.txt"
+    text.write_text("mine")
+    with pytest.raises(FileExistsError, match="my.txt exists and is no PNG file: give another"):
+        gpt2.plot_history("mine", str(run.parent), path=str(text))
+    assert text.read_text() == "mine"
+    for _ in range(2):
+        assert gpt2.plot_history("mine", str(run.parent), path=str(tmp_path / "a.png"))

@@ -132,3 +132,32 @@ def test_locks_are_skipped_where_the_file_system_has_none(tmp_path, monkeypatch)
         pass
     with locks.wait_for_lock(tmp_path / "lock", "waiting"):
         pass
+
+
+def test_run_lock_state_takes_no_lock_and_writes_nothing(tmp_path):
+    folder = str(tmp_path)
+    assert locks.run_lock_state(folder) is locks.LockState.FREE
+    assert os.listdir(folder) == []
+    with locks.lock_run(folder):
+        text = (tmp_path / ".lock").read_text()
+        assert locks.run_lock_state(folder) is locks.LockState.HELD
+        assert (tmp_path / ".lock").read_text() == text
+    assert locks.run_lock_state(folder) is locks.LockState.FREE
+
+
+def test_run_lock_waits_for_a_process_that_only_asks(tmp_path, monkeypatch):
+    with locks.lock_run(str(tmp_path)):
+        pass
+    asking = open(tmp_path / ".lock", "rb")  # noqa: SIM115
+    locks.fcntl.flock(asking, locks.fcntl.LOCK_SH)
+    monkeypatch.setattr(locks.time, "sleep", lambda _: asking.close())
+    with locks.lock_run(str(tmp_path)) as state:
+        assert asking.closed
+        assert state is locks.LockState.FREE
+
+
+def test_wait_for_lock_where_inode_numbers_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "samestat", lambda a, b: False)
+    with locks.wait_for_lock(tmp_path / "lock", "waiting"):
+        assert (tmp_path / "lock").exists()
+    assert not (tmp_path / "lock").exists()

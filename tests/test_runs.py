@@ -87,3 +87,23 @@ def test_run_of_another_model_is_refused_before_anything_is_written(workplace, s
         gpt2.load_gpt2(sess)
     assert gpt2.finetune(sess, **tiny).step == 2
     gpt2.load_gpt2(sess)
+
+
+def test_run_in_the_folder_of_its_model_is_refused(workplace, sess):
+    before = sorted(os.listdir("models/tiny"))
+    with pytest.raises(ValueError, match="holds the model itself, .* give another run_name"):
+        gpt2.finetune(
+            sess, "text.txt", model_name="tiny", checkpoint_dir="models", run_name="tiny", steps=1
+        )
+    assert sorted(set(os.listdir("models/tiny")) - {".lock"}) == before
+    gpt2.load_gpt2(sess, model_name="tiny")
+
+
+@pytest.mark.parametrize("options", [{"restore_from": "checkpiont"}, {"dataset": "empty.txt"}])
+def test_failed_first_start_leaves_no_run(workplace, sess, options):
+    (workplace / "empty.txt").write_text("")
+    with pytest.raises((FileNotFoundError, ValueError)):
+        gpt2.finetune(sess, **{"dataset": "text.txt", "model_name": "tiny", "steps": 1, **options})
+    assert not [name for _, _, names in os.walk("checkpoint") for name in names if name != ".lock"]
+    with pytest.raises(FileNotFoundError, match="no run in .*checkpoint holds no runs"):
+        gpt2.load_gpt2(sess)

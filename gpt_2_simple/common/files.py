@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
+
+from .report import say
 
 # A temporary file that nobody wrote to for so many seconds belongs to a process that died.
 STALE_SECONDS = 86400
+
+# What file systems answer that cannot flush a file, and those that cannot flush a folder: network
+# drives and FUSE answer EIO there. For a file, EIO means that its data are lost.
+_CANNOT_FLUSH = (errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_CANNOT_FLUSH_FOLDER = (*_CANNOT_FLUSH, errno.EIO, errno.EACCES, errno.EPERM)
+
+_is_flush_failure_said = False
 
 
 @contextlib.contextmanager
@@ -34,9 +44,8 @@ def write_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     try:
         with file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, os.path.join(folder, name))
+            sync_file(file)
+        replace(temporary, os.path.join(folder, name))
     except BaseException:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -47,6 +56,62 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file whole, in UTF-8, and keeps its line ends; see write_whole()."""
     with write_whole(path) as file:
         file.write(text.encode("utf-8"))
+
+
+def replace(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
+    """Renames a file, in place of the file `target` if there is one.
+
+    Some file systems refuse to rename onto a file that exists. There `target` is removed first.
+    """
+    try:
+        os.replace(source, target)
+    except FileExistsError:
+        os.remove(target)
+        os.replace(source, target)
+
+
+def sync_file(file: IO[Any]) -> None:
+    """Flushes a file that is open for writing to the disk.
+
+    A file system that cannot do that is no error; a line says so, once a process.
+    """
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in _CANNOT_FLUSH:
+            raise
+        _say_flush_failure(file.name, error)
+
+
+def sync(path: str) -> None:
+    """Flushes a file's data, or a folder's entries, to the disk; see sync_file()."""
+    if not os.path.isdir(path):
+        with open(path, "rb+") as file:  # Windows flushes only what is open for writing.
+            sync_file(file)
+        return
+    if os.name == "nt":
+        return  # Windows cannot flush a folder.
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_FLUSH_FOLDER:
+            raise
+        _say_flush_failure(path, error)
+
+
+def _say_flush_failure(path: str, error: OSError) -> None:
+    global _is_flush_failure_said
+    if not _is_flush_failure_said:
+        _is_flush_failure_said = True
+        say(
+            f"note: {path} cannot be flushed to its disk ({error.strerror}): files are written, "
+            "but a power failure may lose the latest ones"
+        )
 
 
 @contextlib.contextmanager

@@ -7,8 +7,10 @@ locks: what needs one goes ahead there without it.
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
 import os
+import secrets
 import socket
 import sys
 import time
@@ -27,11 +29,23 @@ RUN_LOCK = ".lock"
 # Windows forbids others to read a locked byte; this one lies behind all that is written.
 _LOCKED_BYTE = 1 << 30
 _POLL_SECONDS = 0.2
+_PROBE_SECONDS = 0.005  # how long to wait for a process that only asks who holds a lock
+
+
+class LockState(enum.Enum):
+    """What a try to lock a file found out."""
+
+    FREE = "nobody else holds it"
+    HELD = "another process or thread holds it"
+    UNSUPPORTED = "the file system has no locks"
 
 
 @contextlib.contextmanager
-def lock_run(folder: str) -> Iterator[None]:
+def lock_run(folder: str) -> Iterator[LockState]:
     """Holds the lock of a run's folder for this block, and makes the folder if it is missing.
+
+    Yields:
+        FREE; or UNSUPPORTED, and then another process may hold the folder just as well.
 
     Raises:
         OSError: the folder is a file, or cannot be written.
@@ -47,7 +61,8 @@ def lock_run(folder: str) -> Iterator[None]:
             f"cannot write in {folder} ({error}); give another checkpoint_dir, or make it writable"
         ) from error
     with file:
-        if not _try_lock(file):
+        state = _lock_exclusively(file)
+        if state is LockState.HELD:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise RuntimeError(
@@ -56,7 +71,16 @@ def lock_run(folder: str) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        yield
+        yield state
+
+
+def run_lock_state(folder: str) -> LockState:
+    """Whether the lock of a run's folder could be taken; it is not, and nothing is written."""
+    try:
+        with open(os.path.join(folder, RUN_LOCK), "rb") as file:
+            return _try_lock(file, shared=True)
+    except OSError:
+        return LockState.FREE  # Nobody ever locked it.
 
 
 @contextlib.contextmanager
@@ -68,7 +92,7 @@ def wait_for_lock(path: str | os.PathLike[str], notice: str) -> Iterator[None]:
     waiting = False
     while True:
         with open(path, "ab") as file:
-            if _try_lock(file) and _is_current(file, path):
+            if _try_lock(file) is not LockState.HELD and _is_current(file, path):
                 try:
                     yield
                 finally:
@@ -81,21 +105,47 @@ def wait_for_lock(path: str | os.PathLike[str], notice: str) -> Iterator[None]:
         time.sleep(_POLL_SECONDS)
 
 
-def _try_lock(file: IO[Any]) -> bool:
-    """Whether this process may go ahead: it has the lock now, or there are no locks here."""
+def _lock_exclusively(file: IO[Any]) -> LockState:
+    """Takes the lock unless somebody else has it exclusively; run_lock_state() is waited for."""
+    while True:
+        state = _try_lock(file)
+        if state is not LockState.HELD or sys.platform == "win32":
+            return state
+        if _try_lock(file, shared=True) is LockState.HELD:
+            return LockState.HELD
+        fcntl.flock(file, fcntl.LOCK_UN)
+        time.sleep(_PROBE_SECONDS)
+
+
+def _try_lock(file: IO[Any], shared: bool = False) -> LockState:
+    """Takes a file's lock if that is possible at once.
+
+    A `shared` lock keeps out only exclusive ones. Windows knows no such lock.
+    """
     try:
         if sys.platform == "win32":
             os.lseek(file.fileno(), _LOCKED_BYTE, os.SEEK_SET)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
-    return True
+        if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            return LockState.HELD
+        return LockState.UNSUPPORTED
+    return LockState.FREE
 
 
 def _is_current(file: IO[bytes], path: str | os.PathLike[str]) -> bool:
-    """Whether `path` still is the opened file: the last holder may have removed it meanwhile."""
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    """Whether `path` still is the opened file: the last holder may have removed it meanwhile.
+
+    What is written to the file must be found at `path`. Numbers of inodes would tell nothing where
+    each look at a file gives another one.
+    """
+    mark = secrets.token_bytes(8)
+    file.truncate(0)
+    file.write(mark)
+    file.flush()
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as found:
+        return found.read() == mark
     return False

@@ -23,6 +23,7 @@ import tensorflow as tf
 from .. import model
 from ..common import files
 from ..common.errors import first_line
+from ..common.files import sync
 from . import checkpoint_index
 
 VOCABULARY_FILES = ("encoder.json", "vocab.bpe")
@@ -180,7 +181,9 @@ def restore(sess: tf.compat.v1.Session, ops: CheckpointOps, prefix: str) -> None
         before = os.stat(index)
         with _without_brackets(prefix) as readable:
             sess.run(ops.done, {ops.prefix: readable})
-        if not os.path.samestat(before, os.stat(index)):
+        after = os.stat(index)
+        # Not the inode's number: on some network drives each look at a file gives another one.
+        if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
             raise FileNotFoundError(f"{prefix} was replaced while it was read; load it again")
     except tf.errors.NotFoundError as error:
         raise FileNotFoundError(f"{prefix} went away while it was read; load it again") from error
@@ -336,7 +339,7 @@ def _move_into_place(folder: str, base: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(folder, last[0]))
     for name in names:
-        os.replace(os.path.join(finished, name), os.path.join(folder, name))
+        files.replace(os.path.join(finished, name), os.path.join(folder, name))
     sync(folder)
     os.rmdir(finished)
 
@@ -379,17 +382,6 @@ def remove_trash(trash: str) -> None:
 def _reason(error: Exception) -> str:
     """What a file's error says; TensorFlow's messages name a temporary file before the reason."""
     return first_line(error).rpartition("; ")[2]
-
-
-def sync(path: str) -> None:
-    """Flushes a file's data, or a folder's entries, to the disk."""
-    if os.path.isdir(path) and os.name == "nt":
-        return  # Windows cannot flush a folder.
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def list_text(names: Sequence[str]) -> str:

@@ -22,7 +22,8 @@ class CheckpointManager:
     """The checkpoints of a run that is being trained.
 
     It removes only checkpoints that the file `checkpoint` lists, and only if the run is continued:
-    a fresh start in a folder keeps what is there.
+    a fresh start in a folder keeps what is there. The checkpoint from which a run is continued is
+    kept beside the newest, as in gpt-2-simple 0.8.1, unless overwrite() is called.
 
     Attributes:
         folder: the run's folder as the caller wrote it, for lines and results.
@@ -48,6 +49,7 @@ class CheckpointManager:
         self._path = os.path.abspath(folder)  # The current folder may change meanwhile.
         self.max_checkpoints, self.latest, self.failed = max_checkpoints, latest, False
         self._removal: threading.Thread | None = None
+        self._resumed_from = latest and os.path.basename(latest)
         self._names = checkpoint.named_checkpoints(folder) if latest else []
         weights = session.named_variables(state).values()
         self._save_weights = state.build_once(checkpoint.build_save, *weights)
@@ -79,7 +81,8 @@ class CheckpointManager:
         self._write(base, saves, texts)
         self.latest, self._names = os.path.join(self.folder, base), names
         if self.max_checkpoints:
-            self._keep(names[-self.max_checkpoints :])
+            newest = names[-self.max_checkpoints :]
+            self._keep([name for name in names if name in newest or name == self._resumed_from])
         self.state.loaded_folder = self._path
         return self.latest
 
@@ -112,7 +115,8 @@ class CheckpointManager:
         self.failed = False
 
     def overwrite(self) -> None:
-        """Removes the run's checkpoints but the latest, and its events."""
+        """Removes the run's checkpoints but the latest, and its events; the next replaces it."""
+        self._resumed_from = None
         if self.latest:
             self._keep([os.path.basename(self.latest)])
         with self._tidying():

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..common.files import write_folder_whole
 from ..common.hparams import HParams
+from ..common.published import MODEL_FILES
 from ..common.report import say
 from ..common.settings import settings_function
 from ..data.dataset import read_text
@@ -39,15 +40,21 @@ def create_gpt2(settings: CreateSettings) -> str:
         The model's folder, with the seven files of a downloaded model.
 
     Raises:
-        FileExistsError: there is a model of this name, and overwrite is False.
-        ValueError: sizes that no GPT-2 can have, or a vocab_size without a dataset.
+        FileExistsError: there is a model of this name, and overwrite is False; or its folder holds
+            other files than a model's.
+        FileNotFoundError: there is no such dataset.
+        ValueError: sizes that no GPT-2 can have, or a vocab_size without a dataset, or the name of
+            a size in place of a dataset.
     """
     hparams = _hparams(settings)
+    if settings.dataset is not None:
+        _check_dataset(settings.dataset)
     folder = os.path.join(settings.model_dir, settings.model_name)
     if os.path.lexists(folder) and not settings.overwrite:
         raise FileExistsError(
             f"{folder} exists; give another model_name, or overwrite=True to replace it"
         )
+    _check_replaceable(folder)
     vocabulary = _vocabulary(settings)
     hparams.n_vocab = vocabulary.n_vocab
     with write_folder_whole(folder) as new:
@@ -55,6 +62,29 @@ def create_gpt2(settings: CreateSettings) -> str:
         write_model(new, hparams, settings.seed)
     say(f"Created {folder}: {hparams}")
     return folder
+
+
+def _check_dataset(dataset: str | Sequence[str]) -> None:
+    """Raises an error if there is no such dataset, even if no vocabulary is trained on it."""
+    if isinstance(dataset, str) and dataset in SIZES and not os.path.exists(dataset):
+        raise ValueError(
+            f"dataset={dataset!r} is no file, but the name of a size: give model_name={dataset!r}"
+        )
+    find_files(dataset)
+
+
+def _check_replaceable(folder: str) -> None:
+    """Raises FileExistsError if a folder holds anything that is not a file of a model."""
+    if not os.path.isdir(folder):
+        return
+    foreign = sorted(
+        name for name in os.listdir(folder) if name not in MODEL_FILES and not name.startswith(".")
+    )
+    if foreign:
+        raise FileExistsError(
+            f"{folder} holds {', '.join(foreign[:3])}, which is no file of a model, and is not "
+            "replaced; give another model_name, or move it away"
+        )
 
 
 def _hparams(settings: CreateSettings) -> HParams:

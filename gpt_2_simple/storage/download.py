@@ -27,7 +27,7 @@ from typing import NamedTuple
 import requests
 
 from ..common import report
-from ..common.files import write_text
+from ..common.files import replace, sync_file, write_text
 from ..common.locks import wait_for_lock
 from ..common.published import (
     BASE_URL_VARIABLE,
@@ -41,6 +41,7 @@ from ..common.published import (
     VOCABULARY_SHA256,
 )
 from ..common.settings import settings_function
+from ..encoder import get_encoder
 from . import checkpoint_index
 from .settings import DownloadSettings
 
@@ -88,7 +89,8 @@ def download_gpt2(settings: DownloadSettings) -> None:
 
     Raises:
         ValueError: there is no such model, or `base_url` is no http(s) address.
-        FileExistsError: the folder holds a model that is not OpenAI's: its n_vocab differs.
+        FileExistsError: the folder holds a model that is not OpenAI's: its n_vocab or its
+            vocabulary differs.
         FileNotFoundError: the server has no such file.
         ConnectionError: the server cannot be reached, keeps failing, or sends damaged files. The
             message lists the addresses of the files, to download them in another way.
@@ -98,7 +100,8 @@ def download_gpt2(settings: DownloadSettings) -> None:
     folder = Path(settings.model_dir, settings.model_name)
     if not _may_be_published(folder):
         raise FileExistsError(
-            f"{folder} holds a model that is not OpenAI's (n_vocab is not {N_VOCAB}): "
+            f"{folder} holds a model that is not OpenAI's (n_vocab is not {N_VOCAB}, or its "
+            "vocabulary is another one): "
             "move it away, or give another model_dir, so that the download does not replace it"
         )
     if is_gpt2_downloaded(settings.model_dir, settings.model_name):
@@ -157,10 +160,22 @@ def _by_hand(name: str, error: Exception, folder_url: str, folder: Path) -> str:
 
 
 def _may_be_published(folder: Path) -> bool:
-    """Whether a folder may hold a published model: it does not if it has another n_vocab."""
+    """Whether a folder may hold a published model.
+
+    It does not if it has another n_vocab, or a whole vocabulary that is not the published one: its
+    two files fit together, which damaged files never do.
+    """
     try:
-        return json.loads((folder / "hparams.json").read_bytes())["n_vocab"] == N_VOCAB
+        if json.loads((folder / "hparams.json").read_bytes())["n_vocab"] != N_VOCAB:
+            return False
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return True
+    files = {name: folder / name for name in VOCABULARY_SHA256}
+    if all(_defect(path, name, published=True) is None for name, path in files.items()):
+        return True
+    try:
+        return get_encoder(folder).n_vocab != N_VOCAB
+    except (OSError, ValueError, RecursionError):
         return True
 
 
@@ -302,7 +317,7 @@ class _Partial:
         self.note.unlink(missing_ok=True)
 
     def land(self) -> None:
-        os.replace(self.path, self.target)
+        replace(self.path, self.target)
         self.note.unlink(missing_ok=True)
 
 
@@ -357,7 +372,7 @@ def _continue_leftover(session: requests.Session, partial: _Partial) -> None:
         return
     if known and leftover < (version.total or 0):
         partial.begin(version)
-        os.replace(target, partial.path)
+        replace(target, partial.path)
 
 
 def _receive(session: requests.Session, partial: _Partial, min_bytes: int) -> None:
@@ -480,8 +495,7 @@ def _write(response: requests.Response, version: _Version, offset: int, partial:
         for chunk in response.iter_content(_CHUNK_BYTES):
             file.write(chunk)
             bar.update(len(chunk))
-        file.flush()
-        os.fsync(file.fileno())
+        sync_file(file)
 
 
 def _verify(partial: _Partial) -> None:

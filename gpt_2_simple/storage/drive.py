@@ -8,14 +8,14 @@ import posixpath
 import re
 import shutil
 import tarfile
-from typing import IO
+from collections.abc import Callable
+from typing import IO, NoReturn
 
 from ..common.files import restore_replaced, write_folder_whole, write_whole
 
 MOUNT_POINT = "/content/drive"
 _DRIVE_NAMES = ("MyDrive", "My Drive")  # today's name first, then that of older mounts
 _TAR_ROOT = "checkpoint"  # gpt-2-simple 0.8.1 writes and expects checkpoint/<run> in its archives
-_HIDDEN = shutil.ignore_patterns(".*")
 
 
 def mount_gdrive() -> None:
@@ -94,7 +94,7 @@ def copy_checkpoint_to_gdrive(
     if copy_folder:
         target = os.path.join(drive, *_inner_parts(source))
         with write_folder_whole(target) as new:
-            shutil.copytree(source, new, False, _HIDDEN, _copy_file, dirs_exist_ok=True)
+            _copy_folder(source, new, _copy_file, hidden=False)
     else:
         target = os.path.join(drive, get_tarfile_name(source))
         os.makedirs(drive, exist_ok=True)
@@ -137,11 +137,11 @@ def copy_checkpoint_from_gdrive(
     source = _find_copy(drive, checkpoint_dir, run_name, copy_folder)
     with write_folder_whole(target) as new:
         if copy_folder:
-            shutil.copytree(source, new, copy_function=_copy_file, dirs_exist_ok=True)
+            _copy_folder(source, new, _copy_file)
         else:
             _unpack(source, f"{_TAR_ROOT}/{run_name}", new)
         if os.path.isdir(target):
-            shutil.copytree(target, new, copy_function=_link_missing, dirs_exist_ok=True)
+            _copy_folder(target, new, _link_missing)
     return target
 
 
@@ -230,6 +230,27 @@ def _find_copy(drive: str, checkpoint_dir: str, run_name: str, copy_folder: bool
         f"There is no {paths[0]}. Archives in {drive}: {_names(drive, '*.tar')}. "
         f"Runs in {folder} (for copy_folder=True): {_names(folder, '*/')}"
     )
+
+
+def _copy_folder(
+    source: str, target: str, copy: Callable[[str, str], None], hidden: bool = True
+) -> None:
+    """Copies each file of a folder, at any depth; with or without hidden ones.
+
+    shutil.copytree() copies the folders' times and modes too, and fails where a Drive refuses that.
+    """
+    for folder, subfolders, names in os.walk(source, onerror=_raise, followlinks=True):
+        if not hidden:
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            names = [name for name in names if not name.startswith(".")]
+        inner = os.path.normpath(os.path.join(target, os.path.relpath(folder, source)))
+        os.makedirs(inner, exist_ok=True)
+        for name in names:
+            copy(os.path.join(folder, name), os.path.join(inner, name))
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def _copy_file(source: str, target: str) -> None:

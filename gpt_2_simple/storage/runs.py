@@ -18,13 +18,13 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..common.files import write_text, write_whole
 from ..common.folders import read_hparams
-from ..common.locks import RUN_LOCK, lock_run
+from ..common.locks import LockState, lock_run, run_lock_state
 from ..common.report import say
 from . import checkpoint
 
@@ -42,25 +42,21 @@ SETTINGS = "settings.json"
 
 
 def is_being_trained(folder: str) -> bool:
-    """Whether some process holds the lock of a run's folder."""
-    if os.path.isfile(os.path.join(folder, RUN_LOCK)):
-        try:
-            with contextlib.suppress(OSError), lock_run(folder):
-                pass
-        except RuntimeError:
-            return True
-    return False
+    """Whether some process trains a run; True where the file system has no locks to tell it."""
+    return run_lock_state(folder) is not LockState.FREE
 
 
 def finish_saves_unless_trained(folder: str) -> None:
     """Completes a save that a killed process left in a run, unless the run is being trained.
 
-    It takes the run's lock itself; checkpoint.finish_saves() is for those who hold it.
+    It takes the run's lock itself; checkpoint.finish_saves() is for those who hold it. Without
+    locks nobody knows whether the run is being trained, and its saves are left to the training.
     """
     with contextlib.suppress(OSError, RuntimeError):
         if any(name.startswith(checkpoint.FINISHED) for name in os.listdir(folder)):
-            with lock_run(folder):
-                checkpoint.finish_saves(folder)
+            with lock_run(folder) as lock:
+                if lock is not LockState.UNSUPPORTED:
+                    checkpoint.finish_saves(folder)
 
 
 # --- a run's model ------------------------------------------------------------------------------
@@ -70,8 +66,14 @@ def prepare(folder: str, base_model_folder: str) -> None:
     """Makes a folder, whose lock the caller holds, ready to train a model in it.
 
     Raises:
-        ValueError: the folder holds a run of another model; see check_same_model().
+        ValueError: the folder is the model's own, or holds a run of another model; see
+            check_same_model().
     """
+    if os.path.realpath(folder) == os.path.realpath(base_model_folder):
+        raise ValueError(
+            f"{folder} holds the model itself, which a run there would replace; give another "
+            "run_name or checkpoint_dir"
+        )
     checkpoint.finish_saves(folder)
     if checkpoint.latest_checkpoint(folder):
         check_same_model(folder, base_model_folder)
@@ -79,6 +81,25 @@ def prepare(folder: str, base_model_folder: str) -> None:
     for name in (*checkpoint.VOCABULARY_FILES, "hparams.json"):
         with write_whole(os.path.join(folder, name)) as file:
             file.write(Path(base_model_folder, name).read_bytes())
+
+
+@contextlib.contextmanager
+def prepared(folder: str, base_model_folder: str) -> Iterator[None]:
+    """Within this block a folder is ready to train a model in it, see prepare().
+
+    If the block fails before the run has a checkpoint, what prepare() made is removed again: a
+    folder without weights is no run. The caller holds the folder's lock.
+    """
+    was_run = os.path.isfile(os.path.join(folder, "hparams.json"))
+    prepare(folder, base_model_folder)
+    try:
+        yield
+    except BaseException:
+        if not was_run and not checkpoint.has_any(folder):
+            for name in ("hparams.json", *checkpoint.VOCABULARY_FILES, SETTINGS):
+                with contextlib.suppress(OSError):
+                    os.remove(os.path.join(folder, name))
+        raise
 
 
 def check_same_model(folder: str, base_model_folder: str) -> None:

@@ -60,7 +60,7 @@ def finetune(sess: tf.compat.v1.Session, settings: TrainingSettings) -> Result:
             )
             settings = dataclasses.replace(settings, use_memory_saving_gradients=recompute)
         stack.enter_context(lock_run(run))
-        runs.prepare(run, model)
+        stack.enter_context(runs.prepared(run, model))
         start = _start(settings, run, model)
         state = load_checkpoint(
             sess, run, start.checkpoint, "checkpoint", settings.multi_gpu, "float32"
@@ -87,7 +87,7 @@ def _find_datasets(settings: TrainingSettings) -> tuple[Dataset, Dataset | None]
     options = ReadOptions(
         settings.combine,
         settings.encoding,
-        RowFormat(settings.column, settings.template, settings.header),
+        RowFormat(settings.column, settings.template, settings.header, settings.delimiter),
         settings.pad_documents,
     )
     dataset = find_dataset(settings.dataset, options)

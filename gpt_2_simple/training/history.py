@@ -20,6 +20,7 @@ from .settings import PlotSettings
 
 HISTORY = "history.jsonl"
 PLOT = "history.png"
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 class Entry(NamedTuple):
@@ -168,6 +169,16 @@ def plot(entries: Sequence[Entry], path: str, title: str) -> None:
     figure.savefig(path, format="png", dpi=120)
 
 
+def _check_replaceable(path: str) -> None:
+    """Raises FileExistsError if `path` is a file that is no PNG."""
+    if not os.path.isfile(path):
+        return
+    with open(path, "rb") as file:
+        start = file.read(len(_PNG_SIGNATURE))
+    if start and start != _PNG_SIGNATURE:
+        raise FileExistsError(f"{path} exists and is no PNG file: give another path for the plot")
+
+
 def show(path: str) -> None:
     """Shows a PNG file where this runs in a notebook."""
     if in_notebook():
@@ -196,6 +207,7 @@ def plot_history(settings: PlotSettings) -> str:
     if not entries:
         raise ValueError(f"the history in {folder} is empty: nothing was logged yet")
     path = os.path.join(folder, PLOT) if settings.path is None else settings.path
+    _check_replaceable(path)
     plot(entries, path, settings.run_name)
     show(path)
     return path
