@@ -198,7 +198,10 @@ class Dropout:
     def __call__(self, x: tf.Tensor) -> tf.Tensor:
         """Sets elements of x to 0, and scales the others by 1 / (1 - rate)."""
         seed = self.seed + tf.constant([next(self._call_numbers), 0])
-        return tf.nn.experimental.stateless_dropout(x, rate=self.rate, seed=seed)
+        # As tf.nn.experimental.stateless_dropout, but that draws in x's type: bfloat16 has only 128
+        # numbers between 0.5 and 1, and a rate of 0.01 becomes 0.015.
+        is_kept = tf.random.stateless_uniform(tf.shape(x), seed) >= self.rate
+        return tf.where(is_kept, x * (1 / (1 - self.rate)), tf.zeros([], x.dtype))
 
 
 def cast_like(x: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
@@ -241,6 +244,9 @@ def _twice_tanh_argument(x: tf.Tensor) -> tf.Tensor:
 def _gelu_gradient(op: tf.Operation, dy: tf.Tensor, *_: Any) -> list[Any]:
     """d/dx (x sigmoid(z)) = sigmoid(z) (1 + x dz/dx (1 - sigmoid(z)))."""
     x = op.inputs[1]
+    if x.dtype == tf.float16:
+        # x^3 overflows, and infinity * (1 - gate) is not a number. Here the gate is 0 or 1.
+        x = tf.clip_by_value(x, -10, 10)
     gate = tf.sigmoid(_twice_tanh_argument(x))
     scale = 2.0 * GELU_SCALE
     x_dz_dx = x * (scale + 3 * GELU_CUBIC * scale * tf.square(x))

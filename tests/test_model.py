@@ -155,3 +155,29 @@ def test_override_from_dict_rejects_impossible_values(values, message):
 def test_model_without_vocabulary_size_raises(sess):
     with sess.graph.as_default(), pytest.raises(ValueError, match="n_vocab=0"):
         model.model(model.default_hparams(), tf.zeros([1, 1], tf.int32))
+
+
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float32])
+def test_gelu_and_its_gradient_at_the_edge_of_16_bits(sess, dtype):
+    x = np.array([-65504, -300, -100, -70, -9, -1, -0.1, 0, 0.1, 1, 9, 70, 100, 300, 65504])
+    with sess.graph.as_default():
+        fed = tf.constant(x, dtype)
+        y = model.gelu(fed)
+        found = sess.run([tf.cast(t, tf.float32) for t in (y, *tf.gradients(y, fed))])
+    u = model.GELU_SCALE * (x + model.GELU_CUBIC * x**3)
+    slope = model.GELU_SCALE * (1 + 3 * model.GELU_CUBIC * x**2)
+    expected = 0.5 * x * (1 + np.tanh(u))
+    gradient = 0.5 * (1 + np.tanh(u)) + 0.5 * x * (1 - np.tanh(u) ** 2) * slope
+    np.testing.assert_allclose(found[0], expected, rtol=0.02, atol=0.01)
+    np.testing.assert_allclose(found[1], gradient, rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float32])
+@pytest.mark.parametrize("rate", [0.01, 0.1])
+def test_dropout_has_its_rate_in_16_bits(sess, dtype, rate):
+    with sess.graph.as_default():
+        dropout = model.Dropout(rate, tf.constant([3, 4]))
+        dropped = tf.cast(dropout(tf.ones([1000, 200], dtype)), tf.float32)
+        found = sess.run(dropped)
+    assert abs(np.mean(found == 0) - rate) < 0.002
+    assert np.allclose(found[found != 0], 1 / (1 - rate), rtol=0.005)
