@@ -1,12 +1,15 @@
 """The loop: exact resumes, interruptions, errors, validation, schedules, and what it writes."""
 
 import contextlib
+import errno
 import glob
 import io
+import json
 import math
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,7 +190,8 @@ def test_full_disk_keeps_earlier_checkpoints(small, sess):
     least = os.path.getsize("checkpoint/run1/model-1.data-00000-of-00001") - 1
     resource.setrlimit(resource.RLIMIT_FSIZE, (least, hard))
     try:
-        with pytest.raises(OSError, match="could not save checkpoint/run1/model-2: .*too large"):
+        prefix = re.escape(str(small / "checkpoint/run1/model-2"))
+        with pytest.raises(OSError, match=f"could not save {prefix}: .*too large"):
             finetune(sess, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -346,6 +350,253 @@ def test_error_in_on_step_saves_first(small, sess):
     with pytest.raises(Mishap):
         finetune(sess, 9, on_step=fail(3))
     assert checkpoint.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-3"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, GeneratorExit])
+def test_base_exception_in_on_step_saves_first(small, sess, error):
+    def on_step(entry):
+        if entry.step == 3:
+            raise error
+
+    with pytest.raises(error):
+        finetune(sess, 9, on_step=on_step)
+    assert checkpoint.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-3"
+
+
+def at(step, action):
+    """An on_step that does something after one step."""
+
+    def on_step(entry):
+        if entry.step == step:
+            action()
+
+    return on_step
+
+
+def out_of_memory(*_):
+    raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating")
+
+
+def test_out_of_memory_between_steps_saves_first(small, sess, monkeypatch):
+    with pytest.raises(MemoryError):
+        finetune(sess, 9, on_step=at(3, out_of_memory))
+    assert checkpoint.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-3"
+    monkeypatch.setattr(text_stream, "generate_texts", out_of_memory)
+    with pytest.raises(MemoryError):
+        finetune(sess, 9, sample_every=2)
+    assert checkpoint.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-4"
+
+
+@pytest.mark.parametrize(("fails_in", "saved"), [("learning_rate", 2), ("dropout_seed", 3)])
+def test_out_of_memory_within_an_update_is_not_saved(small, sess, monkeypatch, fails_in, saved):
+    """While a micro-batch is added, the weights are still whole; while they change, they are not.
+
+    A run of the session is told by what is fed: an update takes the learning rate.
+    """
+    run = sess.run
+
+    def on_step(entry):
+        def exhausted(fetches, feed=None):
+            if any(fails_in in tensor.name for tensor in feed or ()):
+                out_of_memory()
+            return run(fetches, feed)
+
+        if entry.step == 3:
+            monkeypatch.setattr(sess, "run", exhausted)
+
+    with pytest.raises(MemoryError):
+        finetune(sess, 9, save_every=2, accumulate_gradients=2, on_step=on_step)
+    assert checkpoint.latest_checkpoint("checkpoint/run1") == f"checkpoint/run1/model-{saved}"
+
+
+def test_passing_error_in_save_best_does_not_stop_later_saves(small, sess, monkeypatch):
+    save_model = checkpoint.save_model
+    failures = [OSError(errno.ESTALE, "Stale file handle")]
+
+    def fail_once(sess, folder, base, *args):
+        if base == checkpoint.BEST and failures:
+            raise failures.pop()
+        return save_model(sess, folder, base, *args)
+
+    monkeypatch.setattr(checkpoint, "save_model", fail_once)
+    script_losses(monkeypatch, [2.0, 2.5])
+    with pytest.warns(UserWarning, match="the best weights so far are not kept: .*Stale file"):
+        result = finetune(sess, 4, val_split=0.3, val_every=2)
+    assert (result.step, result.best_step, result.best_loss) == (4, 4, 2.5)
+    best, last = tensors("checkpoint/run1/best"), tensors("checkpoint/run1/model-4")
+    assert all(np.array_equal(best[name], last[name]) for name in last)
+
+
+def test_passing_error_in_a_save_is_tried_again(small, sess, monkeypatch):
+    save_model = checkpoint.save_model
+    failures = [OSError(errno.ESTALE, "Stale file handle")]
+
+    def fail_once(*args):
+        if failures:
+            raise failures.pop()
+        return save_model(*args)
+
+    monkeypatch.setattr(checkpoint, "save_model", fail_once)
+    with pytest.raises(OSError, match="Stale file handle"):
+        finetune(sess, 9, save_every=3)
+    assert checkpoint.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-3"
+
+
+def test_chdir_in_on_step_changes_no_path(small, sess, monkeypatch):
+    (small / "elsewhere").mkdir()
+    result = finetune(
+        sess, 4, on_step=lambda entry: os.chdir(small / "elsewhere"), save_every=2, val_split=0.3,
+        val_every=2, sample_every=2, sample_length=3,
+    )  # fmt: skip
+    assert os.listdir(small / "elsewhere") == []
+    os.chdir(small)
+    assert result.checkpoint == checkpoint.latest_checkpoint("checkpoint/run1")
+    assert checkpoint.is_whole("checkpoint/run1/best")
+    assert os.listdir("samples/run1") == ["samples-3"]
+    os.chdir("elsewhere")
+    gpt2.generate(sess, length=2, return_as_list=True)
+    with pytest.raises(FileNotFoundError, match="no model in models/tiny"):
+        finetune(sess, 1)
+    os.chdir(small)
+    with pytest.raises(train.Diverged, match="the session is back at checkpoint/run1/model-4"):
+        finetune(sess, 9, learning_rate=1e30, on_step=lambda entry: os.chdir(small / "elsewhere"))
+
+
+def test_removed_run_folder_is_made_again(small, sess):
+    result = finetune(sess, 4, on_step=at(3, lambda: shutil.rmtree("checkpoint/run1")))
+    assert checkpoint.latest_checkpoint("checkpoint/run1") == result.checkpoint
+    assert finetune(sess, 1).step == 5
+    with gpt2.start_tf_sess() as other:
+        gpt2.load_gpt2(other, verbose=0)
+
+
+def test_training_in_a_thread_saves_after_the_main_thread_ended(small):
+    script = """
+import threading
+import gpt_2_simple as gpt2
+
+sess = gpt2.start_tf_sess()
+
+def train():
+    gpt2.finetune(sess, "text.txt", 3, model_name="tiny", accumulate_gradients=1, sample_every=2,
+                  sample_length=3, save_every=1, val_split=0.3, val_every=1,
+                  on_step=lambda entry: threading.main_thread().join())
+
+threading.Thread(target=train).start()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert checkpoint.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-3"
+    assert os.path.exists("samples/run1/samples-3")
+
+
+def test_numpy_settings_train_save_and_resume(small, sess):
+    settings = {"seed": np.int64(7), "pad_documents": np.bool_(True), "batch_size": np.uint8(2),
+                "learning_rate": np.float32(0.01), "val_split": np.float64(0.3),
+                "accumulate_gradients": np.int8(2), "use_memory_saving_gradients": np.bool_(False),
+                "sample_every": np.int16(2), "sample_length": 3.0}  # fmt: skip
+    assert finetune(sess, 2e0, **settings).step == 2
+    result = finetune(sess, np.array(2), **settings)
+    assert result.step == 4
+    state = runs.read_state(result.checkpoint)
+    assert {type(value) for value in vars(state).values()} <= {int, float, str, tuple, dict}
+    assert state.seed == 7
+    assert [entry.step for entry in read_history("checkpoint/run1")] == [1, 2, 3, 4]
+    recorded = json.loads((small / "checkpoint/run1/settings.json").read_text())
+    assert (recorded["seed"], recorded["steps"], recorded["pad_documents"]) == (7, 2, True)
+
+
+def test_samples_are_written_before_they_are_printed(small, sess, monkeypatch):
+    def say(*parts, end="\n"):
+        if str(parts[0]).startswith("======== SAMPLE"):
+            shown.append(str(parts[0]))
+            written = (small / "samples/run1/samples-3").read_bytes()
+            assert written == "\n".join(shown).encode()
+
+    shown = []
+    monkeypatch.setattr(train, "say", say)
+    finetune(sess, 3, sample_every=2, sample_num=2, sample_length=3)
+    assert len(shown) == 2
+
+
+def test_samples_folder_that_cannot_be_made_is_a_warning(small, sess):
+    (small / "samples").write_text("a file")
+    with pytest.warns(UserWarning, match="samples cannot be written in .*samples/run1: "):
+        assert finetune(sess, 3, sample_every=2, sample_length=3).step == 3
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_training_prints_to_a_console_without_utf_8(small, sess, monkeypatch, encoding):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
+    monkeypatch.setattr(
+        text_stream, "generate_texts", lambda *_: iter([("", "\ufffd \u20ac \u4f60")])
+    )
+    assert finetune(sess, 3, sample_every=2, verbose=1).step == 3
+    assert "? \u20ac ?\n" in raw.getvalue().decode(encoding) or encoding == "ascii"
+    assert (small / "samples/run1/samples-3").read_text("utf-8").endswith("\ufffd \u20ac \u4f60\n")
+
+
+@pytest.mark.parametrize("path", ["/dev/full", None])
+def test_training_goes_on_when_standard_output_is_dead(small, sess, monkeypatch, path, capsys):
+    output = io.StringIO() if path is None else open(path, "w")  # noqa: SIM115
+    if path is None:
+        output.close()
+    monkeypatch.setattr(sys, "stdout", output)
+    assert finetune(sess, 3, verbose=1).step == 3
+    monkeypatch.undo()
+    with contextlib.suppress(OSError):
+        output.close()
+    assert capsys.readouterr().err.count("note: output cannot be printed") == 1
+    assert os.path.exists(small / "checkpoint/run1/model-3.index")
+
+
+def test_float16_that_skips_on_at_scale_1_diverges(small, sess, monkeypatch):
+    run_step = train.Trainer.run_step
+
+    def overflowing(self, batches, learning_rate):
+        self.ops = self.ops._replace(gradients_finite=never)
+        return run_step(self, batches, learning_rate)
+
+    with sess.graph.as_default():
+        never = tf.constant(False)
+    monkeypatch.setattr(train.Trainer, "run_step", overflowing)
+    with pytest.raises(
+        train.Diverged,
+        match=r"overflow even at a loss scale of 1: 5 steps in a row .* step \d+; precision='bfloat",
+    ):
+        finetune(sess, 99, precision="float16")
+
+
+def test_ctrl_c_in_the_first_step_undoes_the_epoch_sampler(small, sess, monkeypatch):
+    settings = {"sampling": "epoch", "accumulate_gradients": 3}
+    finetune(sess, 9, "whole", **settings)
+    next_batches = train.Trainer.next_batches
+
+    def draw_and_send(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return next_batches(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "next_batches", draw_and_send)
+        result = finetune(sess, 9, "parts", **settings)
+    assert (result.step, result.interrupted) == (0, True)
+    assert f"{result.loss:.2f} {result.average_loss:.2f}" == "nan nan"
+    finetune(sess, 9, "parts", **settings)
+    assert distance("whole", "parts") == 0
+    states = [runs.read_state(f"checkpoint/{name}/model-9") for name in ("whole", "parts")]
+    assert states[0].sampler == states[1].sampler
+
+
+def test_diverged_is_raised_when_the_last_checkpoint_is_gone(small, sess):
+    def on_step(entry):
+        shutil.rmtree("models/tiny")
+
+    with pytest.raises(
+        train.Diverged, match=r"the loss is .*the last checkpoint cannot be restored: .*model.ckpt"
+    ):
+        finetune(sess, 9, learning_rate=1e30, on_step=on_step)
 
 
 def poison(sess):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
 
-from ..common.report import progress, say
+from ..common.errors import first_line
+from ..common.report import progress, say, warn
 from ..storage.runs import RunState
 from . import history
+
+EVENTS = "TensorBoard's events file"
 
 
 class RunLogger:
@@ -37,15 +41,31 @@ class RunLogger:
         self._step_seconds, self._n_targets = 0.0, 0
         self._tokens_per_second, self._loss = 0.0, math.nan
         self._history = history.History(folder, run.step)
-        with tf.Graph().as_default():  # A FileWriter wants a graph, not eager mode.
-            self._events = tf.compat.v1.summary.FileWriter(folder)
+        self._failed: set[str] = set()
+        self._events: Any = None
+        self._write(EVENTS, lambda: self._open_events(folder, f".{run.step}"))
         self._bar = progress(total=steps, desc="Training", unit="step", leave=False)
 
     def close(self) -> None:
         """Closes the files."""
         self._bar.close()
-        self._history.close()
-        self._events.close()
+        self._write(history.HISTORY, self._history.close)
+        if self._events is not None:
+            self._write(EVENTS, self._events.close)
+
+    def _write(self, name: str, write: Callable[[], object]) -> None:
+        """Writes to a file that the run can do without: a failure is a warning, the first time."""
+        try:
+            write()
+        except (OSError, RuntimeError, ValueError, tf.errors.OpError) as error:
+            if name not in self._failed:
+                self._failed.add(name)
+                warn(f"{name} cannot be written: {first_line(error)}. The training goes on")
+
+    def _open_events(self, folder: str, suffix: str) -> None:
+        # The file's name tells the second. Without the suffix, a second call in it writes over it.
+        with tf.Graph().as_default():  # A FileWriter wants a graph, not eager mode.
+            self._events = tf.compat.v1.summary.FileWriter(folder, filename_suffix=suffix)
 
     @property
     def seconds(self) -> float:
@@ -116,7 +136,7 @@ class RunLogger:
         self.entries.append(entry)
         scalars = {"loss": entry.loss}
         if self.is_logged(entry.step) or entry.validation_loss is not None:
-            self._history.add(entry)
+            self._write(history.HISTORY, lambda: self._history.add(entry))
             scalars["learning_rate"] = entry.learning_rate
             scalars["tokens_per_second"] = entry.tokens_per_second
         if entry.validation_loss is not None:
@@ -132,14 +152,19 @@ class RunLogger:
             metadata=tf.compat.v1.SummaryMetadata(plugin_data=plugin),
             tensor=tf.make_tensor_proto([text.encode("utf-8", "replace")], tf.string),
         )
-        self._events.add_summary(tf.compat.v1.Summary(value=[value]), step)
+        self._add_summary([value], step)
 
     def _add_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         values = [
             tf.compat.v1.Summary.Value(tag=tag, simple_value=value)
             for tag, value in scalars.items()
         ]
-        self._events.add_summary(tf.compat.v1.Summary(value=values), step)
+        self._add_summary(values, step)
+
+    def _add_summary(self, values: Sequence[Any], step: int) -> None:
+        if self._events is not None:
+            summary = tf.compat.v1.Summary(value=values)
+            self._write(EVENTS, lambda: self._events.add_summary(summary, step))
 
 
 def perplexity(loss: float) -> float:

@@ -107,6 +107,7 @@ class TrainOps(NamedTuple):
         gradients_finite: bool scalar, whether the step can be taken; None if it always can. With
             float16, gradients may overflow: run `skip_step` then.
         skip_step: halves the loss scale instead of taking the step; evaluates to the loss.
+        loss_scale: float32 scalar, the factor of float16's loss; None in other precisions.
     """
 
     tokens: tf.Tensor
@@ -120,6 +121,7 @@ class TrainOps(NamedTuple):
     add_micro_batch: tf.Operation | None = None
     gradients_finite: tf.Tensor | None = None
     skip_step: tf.Tensor | None = None
+    loss_scale: tf.Tensor | None = None
 
 
 def build_train_ops(state: session.GraphState, settings: StepSettings, time: int) -> TrainOps:
@@ -252,7 +254,10 @@ class _StepBuilder:
         with tf.control_dependencies([self.loss_scale.halve()]):
             skip = tf.identity(loss)
         return ops._replace(
-            apply_gradients=apply, gradients_finite=total.all_finite(), skip_step=skip
+            apply_gradients=apply,
+            gradients_finite=total.all_finite(),
+            skip_step=skip,
+            loss_scale=self.loss_scale.scale.read_value(),
         )
 
     def _add_micro_batch(self, total: AccumulatingOptimizer) -> tf.Operation:

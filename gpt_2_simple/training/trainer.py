@@ -14,7 +14,8 @@ import tensorflow as tf
 
 from .. import session
 from ..common import files
-from ..common.report import say, verbosity
+from ..common.errors import first_line
+from ..common.report import say, verbosity, warn
 from ..data.windows import WindowSampler, window_length
 from ..generation import generate
 from ..generation.settings import GenerationSettings
@@ -30,6 +31,9 @@ from .step import build_train_ops
 from .validation import Validation
 
 SAMPLES_FOLDER = "samples"
+
+# float16: so many skipped steps in a row at a loss scale of 1, the lowest, end a training.
+MAX_UNSCALED_SKIPS = 5
 
 # What is fed to a run of the graph, by placeholder.
 Feeds = dict[tf.Tensor, Any]
@@ -113,6 +117,9 @@ class Trainer:
         """
         self.sess, self.state, self.data, self.settings = sess, state, data, settings
         self.folder, self.start = folder, start
+        # The current folder may change meanwhile.
+        self._start_path = os.path.abspath(start.checkpoint)
+        self._samples_folder = os.path.abspath(os.path.join(SAMPLES_FOLDER, settings.run_name))
         window = training_window(data.chunks, settings, state.hparams.n_ctx)
         self.ops = build_train_ops(state, settings.step, window)
         self.sampler = WindowSampler(
@@ -137,11 +144,13 @@ class Trainer:
             early_stopping.begin(self.run, self.validation.identity, settings.patience)
         if settings.overwrite and start.resumes:
             self.checkpoints.overwrite()
-        self.logger = RunLogger(folder, self.run, steps, settings.print_every)
+        self.logger = RunLogger(os.path.abspath(folder), self.run, steps, settings.print_every)
         self.interruption = Interruption(
             lambda: say("Stopping after this step, then saving; once more stops at once")
         )
         self.has_ended = False
+        self._is_updating = False
+        self._n_skipped_unscaled = 0
 
     def _new_run(self) -> runs.RunState:
         if checkpoint.is_whole(os.path.join(self.folder, checkpoint.BEST)):
@@ -189,16 +198,21 @@ class Trainer:
                 self.save()
             except Diverged as error:
                 raise Diverged(f"{error}; {self.restore_last_checkpoint()}") from None
-            except tf.errors.ResourceExhaustedError:
-                raise  # The weights may be those of half a step.
             except BrokenPipeError:
                 with verbosity(0):  # nobody reads what is printed any more
                     self.save_before_error()
                 raise
-            except (Exception, SystemExit):
-                self.save_before_error()
+            except BaseException as error:
+                if self._is_worth_saving(error):
+                    self.save_before_error()
                 raise
         return self.result()
+
+    def _is_worth_saving(self, error: BaseException) -> bool:
+        """Whether the weights are whole, and the user did not ask twice to stop."""
+        if isinstance(error, tf.errors.ResourceExhaustedError):
+            return not self._is_updating
+        return not (isinstance(error, KeyboardInterrupt) and self.interruption.requested_twice)
 
     def loop(self) -> None:
         """Takes steps until the last, or until something else ends the training."""
@@ -277,17 +291,38 @@ class Trainer:
         """Runs a step; returns its loss, or None if Ctrl-C came before the weights changed."""
         ops = self.ops
         if ops.add_micro_batch is None:
-            feed = {**batches[0], ops.learning_rate: learning_rate}
-            return float(self.sess.run(ops.apply_gradients, feed))
+            return self._update({**batches[0], ops.learning_rate: learning_rate})
         self.sess.run(ops.reset_gradients)
         for batch in batches:
             self.sess.run(ops.add_micro_batch, batch)
             if self.interruption.requested:
                 return None
         if ops.gradients_finite is not None and not self.sess.run(ops.gradients_finite):
-            say(f"step {self.run.step + 1} is skipped: float16 gradients overflowed")
-            return float(self.sess.run(ops.skip_step))
-        return float(self.sess.run(ops.apply_gradients, {ops.learning_rate: learning_rate}))
+            return self._skip()
+        self._n_skipped_unscaled = 0
+        return self._update({ops.learning_rate: learning_rate})
+
+    def _update(self, feed: Feeds) -> float:
+        """Changes the weights; an error in between may leave half of the change."""
+        self._is_updating = True
+        loss = float(self.sess.run(self.ops.apply_gradients, feed))
+        self._is_updating = False
+        return loss
+
+    def _skip(self) -> float:
+        """Halves the loss scale instead of changing the weights."""
+        step = self.run.step + 1
+        say(f"step {step} is skipped: float16 gradients overflowed")
+        loss = float(self.sess.run(self.ops.skip_step))
+        is_unscaled = self.sess.run(self.ops.loss_scale) <= 1
+        self._n_skipped_unscaled = self._n_skipped_unscaled + 1 if is_unscaled else 0
+        if self._n_skipped_unscaled >= MAX_UNSCALED_SKIPS:
+            raise Diverged(
+                f"float16 gradients overflow even at a loss scale of 1: {MAX_UNSCALED_SKIPS} steps "
+                f"in a row were skipped, the last was step {step}; precision='bfloat16' has the "
+                "range of float32"
+            )
+        return loss
 
     # --- between steps ----------------------------------------------------------------------------
 
@@ -305,9 +340,14 @@ class Trainer:
         if not math.isfinite(loss):
             raise Diverged(f"the validation loss is {loss} after step {self.run.step}")
         entry = self.logger.validated(entry, loss, self.sampler.times_seen)
+        best = (self.run.best_loss, self.run.best_step)
         verdict = early_stopping.judge(self.run, loss, self.settings.patience)
         if verdict.is_best:
-            self.checkpoints.save_best()
+            try:
+                self.checkpoints.save_best()
+            except OSError as error:  # It may pass: the next validation tries again.
+                self.run.best_loss, self.run.best_step = best
+                warn(f"the best weights so far are not kept: {error}")
         self.has_ended = self.has_ended or verdict.ends_training
         return entry
 
@@ -319,18 +359,27 @@ class Trainer:
         self.checkpoints.save(self.run)
 
     def save_before_error(self) -> None:
-        """Saves what an error is about to end, unless a save is what failed."""
+        """Saves what an error is about to end; the error of a save may have passed by now."""
         if self.run.step == 0:
             return
+        is_save_error = self.checkpoints.failed
         try:
             self.save()
         except Exception as error:
-            say(f"could not save step {self.run.step}: {error}")
+            if not is_save_error:  # Else the user is told already.
+                say(f"could not save step {self.run.step}: {error}")
 
     def restore_last_checkpoint(self) -> str:
         """Gives the session the last checkpoint's weights again; tells what to do now."""
         last = self.checkpoints.latest or self.start.checkpoint
-        restore_weights(self.sess, self.state, last)
+        try:
+            path = self.checkpoints.latest_path or self._start_path
+            restore_weights(self.sess, self.state, path)
+        except (OSError, ValueError, tf.errors.OpError) as error:
+            return (
+                "training stopped, and the session keeps these weights, as the last checkpoint "
+                f"cannot be restored: {first_line(error)}. Load another one by load_gpt2()"
+            )
         back = f"training stopped, and the session is back at {last}"
         if not self.checkpoints.are_weights_finite():
             return (
@@ -346,7 +395,7 @@ class Trainer:
         """Generates samples, each after a token drawn from the dataset; prints and writes them.
 
         They land in `samples/<run_name>/samples-<step + 1>`, the name that gpt-2-simple 0.8.1
-        gave them.
+        gave them. Each is written before it is printed.
         """
         settings = self.settings
         if not settings.sample_num:
@@ -366,13 +415,17 @@ class Trainer:
         with self.interruption.ends_block():
             for _, text in generate.iterate_texts(self.sess, request):
                 samples.append(f"======== SAMPLE {len(samples) + 1} ========\n{text}\n")
+                self._write_samples_file(step, "\n".join(samples))
                 say(samples[-1])
         if samples:
-            text = "\n".join(samples)
-            self.logger.samples(step, text)
-            folder = os.path.join(SAMPLES_FOLDER, settings.run_name)
-            os.makedirs(folder, exist_ok=True)
-            files.write_text(os.path.join(folder, f"samples-{step + 1}"), text)
+            self.logger.samples(step, "\n".join(samples))
+
+    def _write_samples_file(self, step: int, text: str) -> None:
+        try:
+            os.makedirs(self._samples_folder, exist_ok=True)
+            files.write_text(os.path.join(self._samples_folder, f"samples-{step + 1}"), text)
+        except OSError as error:
+            warn(f"samples cannot be written in {self._samples_folder}: {error}")
 
     def result(self) -> Result:
         """What this call reached."""
