@@ -1,6 +1,7 @@
 """CSV, TSV and JSON lines: columns, headers, rows, and tables that are broken."""
 
 import csv
+import gzip
 import json
 import warnings
 
@@ -154,3 +155,87 @@ def test_csv_reader_left_unfinished_keeps_the_field_size_limit(tmp_path):
         assert next(rows) == wrapped("row")[0]
         assert csv.field_size_limit() == 131072
         assert len(list(rows)) == 999
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("Emma\nOlivia\nAva\n", ["Emma", "Olivia", "Ava"]),
+        ("Hello world\nHow are you\n", ["Hello world", "How are you"]),
+        ("Witze\nA man walks into a bar\n", ["A man walks into a bar"]),
+        ("Tweets\none\n", ["one"]),
+    ],
+)
+def test_header_of_a_table_with_one_column(tmp_path, capsys, content, expected):
+    assert documents_of(write(tmp_path / "a.csv", content)) == wrapped(*expected)
+    out = capsys.readouterr().out
+    assert ("its first row, 'Witze', is taken for the column's name" in out) == (
+        content.startswith("Witze")
+    )
+
+
+def test_header_whose_first_name_is_empty_as_pandas_writes_its_index(tmp_path, capsys):
+    path = write(tmp_path / "a.csv", ",text,label\n0,one,x\n1,two,y\n")
+    assert documents_of(path) == wrapped("one", "two")
+    assert "its column 'text' is used, of 3" in capsys.readouterr().out
+    assert documents_of(path, column="label") == wrapped("x", "y")
+    assert documents_of(path, column=0) == wrapped("0", "1")
+
+
+@pytest.mark.parametrize("column", ["2024", 2024])
+def test_column_whose_name_is_a_number(tmp_path, column):
+    path = write(tmp_path / "a.csv", "2023,2024\nold,new\n")
+    assert documents_of(path, column=column) == wrapped("new")
+    path = write(tmp_path / "a.jsonl", '{"2023": "old", "2024": "new"}')
+    assert documents_of(path, column=column) == wrapped("new")
+
+
+def test_delimiter_is_found_out_and_told(tmp_path, capsys):
+    path = write(tmp_path / "a.csv", 'id;text\n1;"Hello; you"\n2;one, two\n')
+    assert documents_of(path, column="text") == wrapped("Hello; you", "one, two")
+    assert "its columns are read as separated by ';'" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="1 rows have more columns"):
+        assert documents_of(path, column="id;text", delimiter=",")[1:] == wrapped("2;one")
+    assert "separated" not in capsys.readouterr().out
+    poems = write(tmp_path / "b.csv", "roses are red; violets blue\nsugar is sweet; and so on\n")
+    assert documents_of(poems)[1] == wrapped("sugar is sweet; and so on")[0]
+    piped = write(tmp_path / "c.tsv", "id|text\n1|one\n")
+    assert documents_of(piped, column="text", delimiter="|") == wrapped("one")
+    with pytest.raises(ValueError, match="delimiter=';;' must be one character"):
+        load(path, delimiter=";;")
+
+
+@pytest.mark.parametrize("text", ['"Hello" she said', '"open', '"Hello, he said'])
+def test_quotes_of_tsv_that_are_text(tmp_path, capsys, text):
+    path = write(tmp_path / "a.tsv", f'id\ttext\n1\t{text}\n2\tother\n3\tlast"\n')
+    assert documents_of(path, column="text") == wrapped(text, "other", 'last"')
+    assert "its quotes are read as text" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[{"id": 1, "text": "one"}, {"id": 2, "text": "two"}]',
+        ' [\n  {"text": "one"},\n  {"text": "two"}\n]\n',
+        '{"text": "one"}\n{"text": "two"}\n',
+    ],
+)
+def test_json_array_and_json_lines_under_json(tmp_path, content):
+    assert documents_of(write(tmp_path / "a.json", content)) == wrapped("one", "two")
+    packed = write(tmp_path / "a.json.gz", gzip.compress(content.encode()))
+    assert documents_of(packed, column="text") == wrapped("one", "two")
+
+
+def test_malformed_json_array_raises_value_error(tmp_path):
+    with pytest.raises(ValueError, match="a.json': not JSON"):
+        load(write(tmp_path / "a.json", '[{"text": "one"}'))
+    with pytest.raises(ValueError, match="a.json', object 2: int, where an object"):
+        load(write(tmp_path / "a.json", '[{"text": "one"}, 2]'))
+
+
+@pytest.mark.parametrize("options", [{"column": "text"}, {"template": "{text}"}])
+def test_column_or_template_of_plain_text_warns(tmp_path, options):
+    for name, content in (("a.txt", "some text"), ("a.json", '{\n "setting": 1\n}')):
+        path = write(tmp_path / name, content)
+        with pytest.warns(UserWarning, match="is read as plain text, without (column|template)="):
+            assert texts_of(path, **options) == [content + "<|endoftext|>"]

@@ -39,7 +39,7 @@ class WordEncoder:
 
 
 ENC = WordEncoder()
-ROW_OPTIONS = ("column", "template", "header", "start_token", "end_token")
+ROW_OPTIONS = ("column", "template", "header", "delimiter", "start_token", "end_token")
 
 
 def write(path, content):

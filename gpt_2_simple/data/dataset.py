@@ -111,7 +111,7 @@ class Dataset:
 def find_dataset(path: Any, options: ReadOptions = ReadOptions()) -> Dataset:
     """Finds the files of a dataset, and reads none of them.
 
-    Files are read by their suffix: .csv, .tsv and .jsonl as tables, .npz and .tokens as
+    Files are read by their suffix: .csv, .tsv, .json and .jsonl as tables, .npz and .tokens as
     encode_dataset() wrote them, others as text; with .gz after it, unpacked. Which paths there are,
     and which errors, find_files() tells.
     """
@@ -212,6 +212,7 @@ def chunk_parts(
     """
     options, files = dataset.options, dataset.text_files
     end_token = options.row_format.end_token
+    _tell_unused_columns(dataset, report)
     chunk_characters = 0
     for file in files:
         ends_chunk = options.pad_documents and file.is_table
@@ -230,6 +231,23 @@ def chunk_parts(
         else:
             yield ChunkPart("" if len(files) == 1 else end_token, ends_chunk=True)
             chunk_characters = 0
+
+
+def _tell_unused_columns(dataset: Dataset, report: ReadReport) -> None:
+    """Tells that files of plain text have no columns, if the user names some."""
+    row_format = dataset.options.row_format
+    texts = [file.path for file in dataset.text_files if not file.is_table]
+    if not texts or row_format.columns == [None]:
+        return
+    setting = "column" if row_format.template is None else "template"
+    message = (
+        f"{texts[0]!r} is read as plain text, without {setting}={getattr(row_format, setting)!r}, "
+        "which is for .csv, .tsv, .jsonl and for .json with an array of objects"
+    )
+    if len(texts) < len(dataset.text_files):
+        report.lines.append(message)
+    else:
+        report.warnings.append(message)
 
 
 def read_text(
@@ -273,11 +291,12 @@ def encode_csv(settings: EncodeCsvSettings) -> int:
     check_folder("out_path", out_path)
     _check_is_not_input(out_path, path)
     kind = kind_of(path)
-    file = DataFile(path, kind if kind in ("tsv", "jsonl") else "csv", named=True)
+    file = DataFile(path, kind if kind in ("tsv", "json", "jsonl") else "csv", named=True)
     row_format = RowFormat(
         settings.column,
         settings.template,
         settings.header,
+        settings.delimiter,
         settings.start_token,
         settings.end_token,
     )
@@ -324,7 +343,7 @@ def encode_dataset(settings: EncodeSettings) -> None:
         options = ReadOptions(
             settings.combine,
             settings.encoding,
-            RowFormat(settings.column, settings.template, settings.header),
+            RowFormat(settings.column, settings.template, settings.header, settings.delimiter),
             settings.pad_documents,
         )
         dataset = find_dataset(settings.file_path, options)

@@ -37,6 +37,12 @@ HEADER = Setting(
     help="Whether a table's first row names its columns. None finds out by looking at it",
     default_help="found out by looking at it",
 )
+DELIMITER = Setting(
+    group=GROUP,
+    help="Character between the columns of a table. None for a tab in a .tsv, and otherwise a "
+    "comma, or `;`, a tab or `|` if all rows agree on it",
+    default_help="found out by looking at the rows",
+)
 PAD_DOCUMENTS = Setting(
     group="training", help="No window reaches from one document (a file, a row) into the next"
 )
@@ -65,8 +71,8 @@ class EncodeSettings(Settings):
 
     # fmt: off
     file_path: Annotated[str | Sequence[str], Setting(
-        FILES, "Text to encode: a text file, a folder, a glob pattern, a .csv, .tsv or .jsonl, or "
-        "several of these")]
+        FILES, "Text to encode: a text file, a folder, a glob pattern, a .csv, .tsv, .json or "
+        ".jsonl, or several of these")]
     model_dir: Annotated[str, Setting(FILES, "Folder that holds the models")] = "models"
     out_path: Annotated[str | os.PathLike[str], Setting(
         FILES, "File to write: an .npz, which gpt-2-simple 0.8.1 reads too, or a .tokens file, "
@@ -78,6 +84,7 @@ class EncodeSettings(Settings):
     column: Annotated[str | int | None, _in_files(COLUMN)] = None
     template: Annotated[str | None, _in_files(TEMPLATE)] = None
     header: Annotated[bool | None, _in_files(HEADER)] = None
+    delimiter: Annotated[str | None, _in_files(DELIMITER)] = None
     pad_documents: Annotated[bool, Setting(
         FILES, "Make each document (a file, a row) a chunk of its own, for "
         "finetune(pad_documents=True)")] = False
@@ -94,7 +101,7 @@ class EncodeCsvSettings(Settings):
 
     # fmt: off
     csv_path: Annotated[str | os.PathLike[str], Setting(
-        FILES, "Table to read: a .csv, .tsv or .jsonl, or one of these as .gz")]
+        FILES, "Table to read: a .csv, .tsv, .json or .jsonl, or one of these as .gz")]
     out_path: Annotated[str | os.PathLike[str], Setting(
         FILES, "Text file to write, in UTF-8")] = "csv_encoded.txt"
     header: Annotated[bool | None, _in_files(HEADER, default_help=None)] = True
@@ -104,6 +111,7 @@ class EncodeCsvSettings(Settings):
     _: dataclasses.KW_ONLY
     column: Annotated[str | int | None, _in_files(COLUMN)] = None
     template: Annotated[str | None, _in_files(TEMPLATE)] = None
+    delimiter: Annotated[str | None, _in_files(DELIMITER)] = None
     encoding: Annotated[str | None, _in_files(
         ENCODING,
         help="Encoding of the table. None for UTF-8, or what a byte order mark tells")] = None

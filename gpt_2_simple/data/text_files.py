@@ -9,6 +9,7 @@ import glob
 import gzip
 import io
 import os
+import re
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple, TextIO
 from ..common.report import say, warn
 
 SUPPORTED = (
-    "a text file, .csv, .tsv or .jsonl (each also as .gz), an .npz or .tokens file of "
+    "a text file, .csv, .tsv, .json or .jsonl (each also as .gz), an .npz or .tokens file of "
     "encode_dataset, a folder, a glob pattern, or a list of these"
 )
 KINDS = {
@@ -45,8 +46,8 @@ MAX_UNDECODABLE = 0.3  # share of a text file's first bytes
 class DataFile(NamedTuple):
     """One file of a dataset.
 
-    Its kind is 'text', 'csv', 'tsv', 'jsonl', 'npz' or 'tokens', by its suffix. It is `named` if
-    the user named it, rather than its folder or a pattern.
+    Its kind is 'text', 'csv', 'tsv', 'json' (an array of objects), 'jsonl', 'npz' or 'tokens', by
+    its suffix. It is `named` if the user named it, rather than its folder or a pattern.
     """
 
     path: str
@@ -56,7 +57,7 @@ class DataFile(NamedTuple):
     @property
     def is_table(self) -> bool:
         """Whether each of its rows is a document."""
-        return self.kind in ("csv", "tsv", "jsonl")
+        return self.kind in ("csv", "tsv", "json", "jsonl")
 
     @property
     def is_gzip(self) -> bool:
@@ -110,9 +111,27 @@ def find_files(path: Any) -> list[DataFile]:
 
 
 def kind_of(path: str) -> str:
-    """A file's kind by its suffix, without '.gz': see DataFile."""
+    """A file's kind by its suffix, without '.gz': see DataFile. The content of a .json decides."""
     stem = path.lower().removesuffix(".gz")
-    return KINDS.get(os.path.splitext(stem)[1], "text")
+    suffix = os.path.splitext(stem)[1]
+    return _kind_of_json(path) if suffix == ".json" else KINDS.get(suffix, "text")
+
+
+def _kind_of_json(path: str) -> str:
+    """'json' for an array of objects, 'jsonl' for an object a line, 'text' for any other."""
+    try:
+        head = _read_head(path)
+        start = head.decode(_choose_encoding(head, None), "ignore").lstrip()
+    except (OSError, EOFError, zlib.error):
+        return "text"  # open_text() tells what is wrong
+    if re.match(r"\[\s*\{", start):
+        return "json"
+    return "jsonl" if re.match(r"\{.*\}\s*\n\s*\{.*", start) else "text"
+
+
+def _read_head(path: str) -> bytes:
+    with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as binary:
+        return binary.read(HEAD_BYTES)
 
 
 def _files_in_folder(folder: str) -> list[DataFile]:
@@ -165,8 +184,7 @@ def open_text(
             named is not text.
     """
     try:
-        with gzip.open(file.path) if file.is_gzip else open(file.path, "rb") as binary:
-            head = binary.read(HEAD_BYTES)
+        head = _read_head(file.path)
         encoding = _choose_encoding(head, encoding)
         shown = "UTF-8" if encoding == "utf-8-sig" else encoding
         if not _is_text(head, encoding):

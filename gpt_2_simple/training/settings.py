@@ -12,6 +12,7 @@ from ..data.settings import (
     CACHE_DIR,
     COLUMN,
     COMBINE,
+    DELIMITER,
     ENCODING,
     HEADER,
     PAD_DOCUMENTS,
@@ -134,6 +135,7 @@ class TrainingSettings(Settings):
     column: Annotated[str | int | None, COLUMN] = None
     template: Annotated[str | None, TEMPLATE] = None
     header: Annotated[bool | None, HEADER] = None
+    delimiter: Annotated[str | None, DELIMITER] = None
     cache_dir: Annotated[str | None, CACHE_DIR] = None
     val_dataset: Annotated[str | Sequence[str] | None, Setting(
         VALIDATION, "Text to measure the validation loss on; read like `dataset`",
