@@ -17,6 +17,8 @@ SETTINGS = {
     "top_p": ({"temperature": 1.0, "top_p": 0.6}, lambda p: nucleus(p, 0.6)),
     "top_p off": ({"temperature": 1.0, "top_p": 1.0}, lambda p: p),
     "tiny top_p": ({"temperature": 1.0, "top_p": 1e-9}, lambda p: top(p, 1)),
+    "top_p below float32": ({"temperature": 1.0, "top_p": 1e-40}, lambda p: top(p, 1)),
+    "top_p of 100": ({"temperature": 1.0, "top_p": 100}, lambda p: p),
     "both": ({"temperature": 1.0, "top_k": 9, "top_p": 0.5}, lambda p: nucleus(top(p, 9), 0.5)),
     "cold nucleus": ({"temperature": 0.7, "top_p": 0.8}, lambda p: nucleus(p ** (1 / 0.7), 0.8)),
 }

@@ -167,3 +167,32 @@ def test_names_of_the_last_release_stay():
     assert sample.Sampling is SamplingParams
     assert sample.Search is sample.BeamSearch
     assert sample.Found is sample.Hypothesis
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_fault_is_an_error_only_for_a_text_that_has_not_ended(small_sess, chunk):
+    settings = SamplingParams(temperature=0, no_repeat_ngram_size=1)  # 61 tokens, each of them once
+
+    def read(generation, tokens, count):
+        """Adds the generation's tokens to `tokens`, and ends the text when there are so many."""
+        part = next(generation)
+        while True:
+            tokens += part[part >= 0].tolist()
+            part = generation.send([len(tokens) >= count])
+
+    whole, ended = [], []
+    with pytest.raises(ValueError, match="leave no token"):
+        read(generate_tokens(small_sess, [[7]], 100, settings, chunk=chunk), whole, 100)
+    assert sorted([7, *whole]) == list(range(61))
+    with pytest.raises(StopIteration):
+        read(generate_tokens(small_sess, [[7]], 100, settings, chunk=chunk), ended, 55)
+    assert ended[:55] == whole[:55]
+
+
+def test_lengths_and_strides_may_be_small_numpy_integers(small_sess):
+    tokens = generate_tokens(small_sess, [[7]], np.int8(100), GREEDY, chunk=np.uint8(9))
+    assert np.concatenate(list(tokens), 1)[0].tolist() == expected([7], 100)
+    row = list(range(61)) * 4
+    (found,), (wanted,) = (score_tokens(small_sess, [row], n) for n in (np.int8(16), 16))
+    assert found.tolist() == wanted.tolist()
+    assert len(next_token_probs(small_sess, [7], np.int8(5))[0]) == 5

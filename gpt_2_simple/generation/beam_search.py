@@ -85,7 +85,7 @@ class BeamSearch(Generation):
             for prefix in fit_prefixes(sess, prefixes, length, sampling)
         ]
         rows = [row for group in self.groups for row in group.rows]
-        super().__init__(sess, rows, length, sampling)
+        super().__init__(sess, rows, int(length), sampling)
 
     def __enter__(self) -> BeamSearch:
         try:

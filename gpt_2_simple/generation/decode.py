@@ -63,7 +63,7 @@ class Decode(StepInputs):
     uniform: Any = placeholder(tf.float64, None, None)  # numbers in [0, 1) [steps, rows]
     ended: Any = placeholder(tf.bool, None)  # rows that need no more tokens [rows]
     tokens: Any = fetched()  # [rows, steps], -1 after a row's end; fewer steps if all rows end
-    status: Any = fetched()  # [rows]; see sampling.check_status
+    status: Any = fetched()  # [rows]; see sampling.check_status; a fault ends its row
     run: Any = fetched()  # keeps the cache in the session
 
 
@@ -103,15 +103,16 @@ def build_decode(weights: model.Weights, hparams: model.HParams, one_row: bool) 
         text_length = tf.shape(text)[1] - n_steps + step
         so_far = TextTokens(text, text_length, ops.n_generated + step)
         token, fault = next_token(logits, ops.uniform[step], so_far, ops.sampling)
+        is_faulty = tf.not_equal(fault, HEALTHY)
         is_here = tf.equal(tf.range(tf.shape(text)[1]), text_length)
         return (
             step + 1,
             cache,
             token,
             tf.where(is_here, token[:, tf.newaxis], text),
-            ended | tf.equal(token, ops.sampling.stop_token),
-            tf.maximum(status, tf.where(ended, HEALTHY, fault)),
-            out.write(step, tf.where(ended, -1, token)),
+            ended | is_faulty | tf.equal(token, ops.sampling.stop_token),
+            tf.where(ended, status, fault),
+            out.write(step, tf.where(ended | is_faulty, -1, token)),
         )
 
     def has_more(step: Any, _cache: Any, _last: Any, _text: Any, ended: Any, *_: Any) -> tf.Tensor:

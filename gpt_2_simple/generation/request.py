@@ -80,13 +80,9 @@ def build_prompt(prefix: str, encoder: Encoder) -> Prompt:
     return Prompt(prefix, [encoder.end_of_text])
 
 
-def encode_text(text: str, encoder: Encoder, special_tokens: bool = True) -> list[int]:
-    """The token ids of a user's text.
-
-    With special_tokens, `<|endoftext|>` is one token, as in datasets; else its characters are
-    encoded.
-    """
-    return encoder.encode(text, allow_special=special_tokens and encoder.end_of_text is not None)
+def encode_text(text: str, encoder: Encoder) -> list[int]:
+    """The token ids of a user's text; `<|endoftext|>` is one token, as in datasets."""
+    return encoder.encode(text, allow_special=encoder.end_of_text is not None)
 
 
 def max_rows(hparams: HParams, n_texts: int) -> int:
@@ -107,5 +103,5 @@ def _stop_token(stop_token: str | int | None, encoder: Encoder) -> int | None:
 def _bad_words(words: Sequence[str], encoder: Encoder) -> tuple[tuple[int, ...], ...]:
     # After a space a word has other tokens than at the start of a text.
     forms = {form for word in words for form in (word, f" {word}")}
-    ids = {tuple(encode_text(form, encoder, special_tokens=False)) for form in forms}
+    ids = {tuple(encode_text(form, encoder)) for form in forms}
     return tuple(sorted(ids))

@@ -136,6 +136,7 @@ def score_tokens(
     hparams = session.graph_state(sess).hparams
     stride = max(1, hparams.n_ctx // 2) if stride is None else stride
     check_whole("stride", stride, 1)
+    stride = int(stride)
     if stride > hparams.n_ctx:
         raise ValueError(f"stride={stride} must not be above n_ctx={hparams.n_ctx}")
     rows = [check_tokens(row, hparams.n_vocab) for row in rows]
@@ -197,7 +198,7 @@ def likeliest_next_tokens(
     read = check_tokens(tokens, hparams.n_vocab)[-hparams.n_ctx :]
     (scores,) = sess.run(ops.next_log_probabilities, {ops.tokens: [read]})
     check_status(np.where(np.isfinite(scores).all(), HEALTHY, BROKEN))
-    best = np.argsort(-scores, kind="stable")[:k].astype(np.int32)
+    best = np.argsort(-scores, kind="stable")[: int(k)].astype(np.int32)
     return best, np.exp(scores[best])
 
 

@@ -20,7 +20,7 @@ from ..common.checks import check_whole
 from ..common.report import warn
 from .decode import StepInputs, build_decode, build_prefill
 from .kv_cache import SessionGenerator, build_merge, build_once, cache_ops, free_unused, unused_keys
-from .sampling import SamplingPlaceholders, check_status
+from .sampling import HEALTHY, SamplingPlaceholders, check_status
 from .settings import SamplingParams
 from .stopping import ends_with
 
@@ -73,8 +73,10 @@ def generate_tokens(
     """
     sampling = sampling or SamplingParams()
     prefixes = fit_prefixes(sess, prefixes, length, sampling)
+    length = int(length)
     if chunk is not None:
         check_whole("chunk", chunk, 1)
+        chunk = int(chunk)
     seed = random.SystemRandom().getrandbits(64) if seed is None else seed
     check_whole("seed", seed, -(2**63))
     ids = range(len(prefixes)) if row_ids is None else row_ids
@@ -100,6 +102,7 @@ def fit_prefixes(
     hparams = session.graph_state(sess).hparams
     n_ctx, n_vocab = hparams.n_ctx, hparams.n_vocab
     check_whole("length", length, 1)
+    length = int(length)
     checked = [check_tokens(prefix, n_vocab) for prefix in prefixes]
     if not checked:
         raise ValueError("prefixes=[] must hold at least one prefix")
@@ -169,6 +172,7 @@ class Generation:
         self.cache_rows: list[int] = []  # the row of the cache that each of these continues from
         self.cache_length = self.cache_capacity = 0  # columns in use, and all columns
         self.n_generated = 0  # new tokens that each row has
+        self.status = np.zeros(0, np.int32)  # of the live rows; see sampling.check_status
         self.keys: list[int] = []  # of all caches that were made
         self.key = self.new_key()
 
@@ -188,6 +192,8 @@ class Generation:
                 if ended is not None:
                     for row, has_ended in zip(self.rows, ended, strict=True):
                         row.ended = row.ended or bool(has_ended)
+                # Only now: a text that ended before the fault is whole, however long the chunk was.
+                check_status(np.where([row.ended for row in self.live], HEALTHY, self.status))
         finally:
             self.unused.extend(self.keys)
 
@@ -256,7 +262,7 @@ class Generation:
         return longest
 
     def decode(self, steps: int) -> np.ndarray:
-        """Generates up to `steps` tokens, int32 [rows, time]."""
+        """Generates up to `steps` tokens, int32 [rows, time]; -1 after a fault, see `status`."""
         ops = build_once(self.sess, build_decode, len(self.live) == 1)
         feeds: dict[Any, Any] = {
             **self.step_feeds(ops, steps),
@@ -264,8 +270,7 @@ class Generation:
             ops.uniform: np.array([row.draw(steps) for row in self.live]).T,
             ops.ended: [row.ended for row in self.live],
         }
-        new, status, _ = self.sess.run([ops.tokens, ops.status, ops.run], feeds)
-        check_status(status)
+        new, self.status, _ = self.sess.run([ops.tokens, ops.status, ops.run], feeds)
         self.cache_length += new.shape[1]
         self.n_generated += new.shape[1]
         tokens = np.full([len(self.rows), new.shape[1]], -1, np.int32)
@@ -321,6 +326,8 @@ def _sampling_feeds(placeholders: SamplingPlaceholders, sampling: SamplingParams
     values = {
         **dataclasses.asdict(sampling),
         "bad_words": np.reshape(padded, [-1, longest]),
+        # In float32 a smaller one would be 0, which means off.
+        "top_p": sampling.top_p and max(sampling.top_p, float(np.finfo(np.float32).tiny)),
         "stop_token": -1 if sampling.stop_token is None else sampling.stop_token,
         "changes_logits": sampling.changes_logits,
     }

@@ -71,7 +71,7 @@ class GenerationSettings(Settings):
     top_p: Annotated[float, Setting(
         TEXT, "Draw each token from the likeliest only, as many as together have this probability "
         "(nucleus sampling, Holtzman et al. 2019); `top_k` is applied first; 0 and 1 draw from all",
-        at_least=0, at_most=1)] = 0.0
+        at_least=0, at_most=1, special=(100, "draw from all"))] = 0.0
     include_prefix: Annotated[bool, Setting(TEXT, "Start each text with its prefix")] = True
     _: dataclasses.KW_ONLY
     max_new_tokens: Annotated[int | None, Setting(
