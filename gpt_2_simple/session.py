@@ -40,6 +40,8 @@ class GraphState:
     graph: tf.Graph
     # Held while the graph grows.
     lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
+    # Held while weights are loaded, and while a training claims the session. Taken before `lock`.
+    load_lock: threading.RLock = dataclasses.field(default_factory=threading.RLock)
     built_model: BuiltModel | None = None
     loaded_folder: str | None = None  # the run or model whose weights the session holds
     base_model_folder: str | None = None  # the model that the run started from, if that is known
@@ -103,9 +105,16 @@ def graph_state(sess: tf.compat.v1.Session) -> GraphState:
 
 
 @contextlib.contextmanager
-def training(state: GraphState, folder: str) -> Iterator[None]:
-    """Within this block the session's weights are those of the run in `folder`, being trained."""
-    state.training_folder = folder
+def training(sess: tf.compat.v1.Session, folder: str) -> Iterator[None]:
+    """Within this block the session is claimed for the run in `folder`, which is being trained.
+
+    Raises:
+        RuntimeError: the session is training already; of several threads one gets it.
+    """
+    state = graph_state(sess)
+    with state.load_lock:
+        check_idle(sess)
+        state.training_folder = folder
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ import tensorflow as tf
 import gpt_2_simple as gpt2
 from gpt_2_simple.common import folders, locks
 from gpt_2_simple.data import dataset
-from gpt_2_simple.storage import create
+from gpt_2_simple.storage import create, load
 
 RUN = {"model_name": "tiny", "sample_every": 0, "learning_rate": 0.01, "batch_size": 4}
 
@@ -642,6 +642,68 @@ def test_fresh_start_mentions_an_earlier_best_checkpoint(workplace, sess, capsys
     assert said not in capsys.readouterr().out
     finetune(sess, restore_from="fresh")
     assert said in capsys.readouterr().out
+
+
+def test_second_finetune_in_another_thread_is_refused_before_it_loads(workplace, sess, monkeypatch):
+    from gpt_2_simple.training import finetune as module
+
+    errors, load_data = [], module._load_data
+
+    def use_meanwhile(*args):  # the first call has loaded its weights, and has not built its step
+        monkeypatch.setattr(module, "_load_data", load_data)
+
+        def use():
+            for use in (gpt2.load_gpt2, finetune):
+                try:
+                    use(sess, model_name="tiny", run_name="other")
+                except RuntimeError as error:
+                    errors.append(str(error))
+
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+        return load_data(*args)
+
+    def finetune(sess, **names):
+        return gpt2.finetune(sess, "text.txt", **{**RUN, "steps": 1, **names})
+
+    monkeypatch.setattr(module, "_load_data", use_meanwhile)
+    assert finetune(sess).step == 1
+    assert len(errors) == 2
+    assert all("is training checkpoint/run1" in text for text in errors)
+    assert not os.path.exists("checkpoint/other")
+
+
+@pytest.mark.parametrize("release", ["0.8.1", "this"])
+def test_named_base_model_keeps_the_loaded_run(workplace, sess, capsys, release):
+    finetune(sess, run_name="mine", learning_rate=0.1, verbose=0)
+    from_run = texts(sess, temperature=0)
+    if release == "0.8.1":
+        os.remove("checkpoint/mine/settings.json")
+    with gpt2.start_tf_sess() as fresh:
+        gpt2.load_gpt2(fresh, run_name="mine", verbose=0)
+        capsys.readouterr()
+        both = texts(fresh, temperature=0, model_name="tiny", run_name="mine")
+        assert both == from_run
+        assert texts(fresh, temperature=0, model_name="tiny") == from_run
+        assert capsys.readouterr().out == ""
+
+
+def test_generate_waits_for_another_thread_that_loads(workplace, sess, monkeypatch):
+    gpt2.load_gpt2(sess, model_name="tiny", verbose=0)
+    expected, found, restore = texts(sess), [], load.restore_weights
+    generating = threading.Thread(target=lambda: found.append(texts(sess)))
+
+    def restore_slowly(*args):
+        generating.start()
+        generating.join(0.2)  # long enough for an error, had it not waited
+        assert found == []
+        restore(*args)
+
+    monkeypatch.setattr(load, "restore_weights", restore_slowly)
+    gpt2.load_gpt2(sess, model_name="tiny", verbose=0)
+    generating.join()
+    assert found == [expected]
 
 
 def test_unwritable_destination_is_an_error_before_the_work(loaded, workplace):

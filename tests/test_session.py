@@ -138,3 +138,28 @@ def test_get_available_gpus_names_devices(monkeypatch):
 def test_exported_graph_leaves_out_the_graph_state(sess):
     session.build_model(sess, HPARAMS, [])
     assert "gpt_2_simple" not in str(sess.graph.get_all_collection_keys())
+
+
+def test_two_threads_cannot_both_claim_a_session(sess):
+    barrier, refused, claimed = threading.Barrier(8), [], []
+
+    def claim(number):
+        barrier.wait(60)
+        try:
+            with session.training(sess, f"run{number}"):
+                claimed.append(number)
+                done.wait(60)
+        except RuntimeError as error:
+            refused.append(str(error))
+            if len(refused) == 7:
+                done.set()
+
+    done = threading.Event()
+    threads = [threading.Thread(target=claim, args=[number]) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(claimed) == 1
+    assert all(f"is training run{claimed[0]}" in text for text in refused)
+    session.check_idle(sess)

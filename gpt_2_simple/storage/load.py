@@ -46,7 +46,13 @@ def load_gpt2(sess: tf.compat.v1.Session, settings: LoadSettings) -> None:
         for attempt in range(MAX_TRIES):
             try:
                 prefix = checkpoints.restore_path(folder, checkpoint)
-                load_checkpoint(sess, folder, prefix, kind, settings.multi_gpu, settings.precision)
+                with session.graph_state(sess).load_lock:
+                    session.check_idle(sess)
+                    state = load_checkpoint(
+                        sess, folder, prefix, kind, settings.multi_gpu, settings.precision
+                    )
+                    if not settings.model_name:
+                        state.base_model_folder = runs.base_model_folder(folder)
                 return
             except FileNotFoundError:
                 # Another process that trains this run may have just replaced the checkpoint.
@@ -62,19 +68,22 @@ def load_checkpoint(
     multi_gpu: bool,
     precision: str | None,
 ) -> session.GraphState:
-    """Gives the session the model of `folder`, with the weights of the checkpoint `prefix`."""
+    """Gives the session the model of `folder`, with the weights of the checkpoint `prefix`.
+
+    The caller has checked that nobody else trains in the session.
+    """
     hparams = read_hparams(folder)
     vocabulary = encoder.get_encoder(folder)
     encoder.check_vocabulary(vocabulary, hparams.n_vocab, folder)
-    session.check_idle(sess)
     gpus = session.get_available_gpus() if multi_gpu else []
     precision = precision and fit_precision(sess, precision)
     state = session.build_model(sess, hparams, gpus, precision)
     checkpoints.check_shapes(prefix, session.named_variables(state), hparams)
     say(f"Loading {kind}", prefix)
-    state.loaded_folder = state.base_model_folder = None  # these weights are about to be replaced
-    restore_weights(sess, state, prefix)
-    state.loaded_folder, state.encoder = os.path.abspath(folder), vocabulary
+    with state.load_lock:
+        state.loaded_folder = state.base_model_folder = None  # these weights are about to go
+        restore_weights(sess, state, prefix)
+        state.loaded_folder, state.encoder = os.path.abspath(folder), vocabulary
     return state
 
 
@@ -91,20 +100,42 @@ def ensure_loaded(
     model_name: str | None = None,
     model_dir: str = "models",
 ) -> session.GraphState:
-    """The session's model. If the caller names another run or model, that is loaded first."""
+    """The session's model. If the caller names another run or model, that is loaded first.
+
+    A run that was loaded stays if the caller names it, or the model that it was made from: scripts
+    for gpt-2-simple 0.8.1 name that model beside the run. If another thread is loading, its end is
+    waited for.
+    """
     state = session.graph_state(sess)
-    named = model_name is not None or run_name is not LOADED_RUN or checkpoint_dir != "checkpoint"
+    if state.loaded_folder is None:
+        with state.load_lock:
+            pass
+    names_run = run_name is not LOADED_RUN or checkpoint_dir != "checkpoint"
+    named = model_name is not None or names_run
     if state.loaded_folder is None and not named:
         raise RuntimeError(
             "this session has no model yet: call gpt2.load_gpt2(sess) for a run of yours, "
             "gpt2.load_gpt2(sess, model_name='124M') for a downloaded model, or gpt2.finetune()"
         )
     if named:
-        path = (model_dir, model_name) if model_name else (checkpoint_dir, run_name)
-        folder = os.path.abspath(os.path.join(*path))
-        if folder not in (state.loaded_folder, state.base_model_folder):
+        run = os.path.abspath(os.path.join(checkpoint_dir, run_name))
+        folder = os.path.abspath(os.path.join(model_dir, model_name)) if model_name else run
+        is_kept = folder in (state.loaded_folder, state.base_model_folder) or (
+            run == state.loaded_folder if names_run else _is_run_of_unknown_model(state)
+        )
+        if not is_kept:
             load_gpt2(
                 sess, "latest", run_name, checkpoint_dir, model_name, model_dir,
                 verbose=0 if is_silent() else 1,
             )  # fmt: skip
     return state
+
+
+def _is_run_of_unknown_model(state: session.GraphState) -> bool:
+    """Whether the session holds a run of gpt-2-simple 0.8.1, which does not name its model."""
+    loaded = state.loaded_folder
+    return (
+        loaded is not None
+        and state.base_model_folder is None
+        and os.path.isfile(os.path.join(loaded, checkpoints.COUNTER))
+    )

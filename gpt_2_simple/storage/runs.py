@@ -83,6 +83,18 @@ def prepare(folder: str, base_model_folder: str) -> None:
             file.write(Path(base_model_folder, name).read_bytes())
 
 
+def base_model_folder(folder: str) -> str | None:
+    """The absolute path of the model that a run was made from, as its settings.json names it.
+
+    None if nothing tells it, as in runs of gpt-2-simple 0.8.1.
+    """
+    try:
+        settings = json.loads(Path(folder, SETTINGS).read_text(encoding="utf-8"))
+        return os.path.abspath(os.path.join(settings["model_dir"], settings["model_name"]))
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 @contextlib.contextmanager
 def prepared(folder: str, base_model_folder: str) -> Iterator[None]:
     """Within this block a folder is ready to train a model in it, see prepare().

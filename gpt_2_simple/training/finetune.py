@@ -53,6 +53,7 @@ def finetune(sess: tf.compat.v1.Session, settings: TrainingSettings) -> Result:
     session.check_model(sess, hparams, "float32")
     run = os.path.join(settings.checkpoint_dir, settings.run_name)
     with verbosity(settings.verbose), contextlib.ExitStack() as stack:
+        stack.enter_context(session.training(sess, run))
         settings = dataclasses.replace(settings, precision=fit_precision(sess, settings.precision))
         if settings.use_memory_saving_gradients is None:
             recompute = memory_plan.choose_recomputing(
@@ -71,7 +72,6 @@ def finetune(sess: tf.compat.v1.Session, settings: TrainingSettings) -> Result:
         runs.note_settings(run, settings.recorded(), start.resumes, per_call)
         stack.enter_context(memory_plan.explain_out_of_memory(hparams, settings.step))
         trainer = Trainer(sess, state, data, settings, run, start)
-        stack.enter_context(session.training(state, run))
         return trainer.train()
 
 
