@@ -141,7 +141,7 @@ class _Forward:
     Attributes:
         ys: names of the tensors that are differentiated.
         sources: names of the tensors that stand for the xs.
-        stops: names of the tensors not to differentiate through.
+        stops: by name, the tensors not to differentiate through.
         ops: all operations that the ys need, each after its inputs.
         position: the index of each operation in ops.
         kept: operations that are never run again.
@@ -155,7 +155,7 @@ class _Forward:
     ):
         self.ys = {y.name for y in ys}
         self.sources = {t.name for t in sources}
-        self.stops = {t.name for t in stops}
+        self.stops = {t.name: t for t in stops}
         self.ops = list(_inputs_first([y.op for y in ys], lambda op: [t.op for t in op.inputs]))
         self.position = {op: i for i, op in enumerate(self.ops)}
         self.kept = _kept(self.ops)
@@ -382,7 +382,7 @@ class _Backward:
         graph = tf.compat.v1.get_default_graph()
         before = len(graph.get_operations())
         inputs = [copies.get(t.name, t) for t in subgraph.inputs]
-        stops = [copies[name] for name in self.forward.stops if name in copies]
+        stops = [copies.get(name, t) for name, t in self.forward.stops.items()]
         found = tf.compat.v1.gradients(
             [copies.get(t.name, t) for t in subgraph.outputs],
             inputs,
@@ -441,7 +441,8 @@ def _gradient_of_read(before: tf.Tensor, t: tf.Tensor, gradient: Gradient) -> Gr
     if t.op.type not in VIEWS:
         return tf.gradients([t], before, [gradient], stop_gradients=before)[0]
     # Without tf.gradients, which would walk through the whole graph for each of these.
-    if t.op.type in ("Identity", "ReadVariableOp") or t.shape.as_list() == before.shape.as_list():
+    has_same_shape = t.shape.is_fully_defined() and t.shape == before.shape
+    if t.op.type in ("Identity", "ReadVariableOp") or has_same_shape:
         return gradient
     return tf.reshape(gradient, tf.shape(before))
 

@@ -126,6 +126,25 @@ def test_unconnected_x_gives_none_or_zeros():
     np.testing.assert_array_equal(evaluate(zero[0])[0], np.zeros((2, 3)))
 
 
+def test_stop_gradients_in_the_last_segment_equal_tf_gradients():
+    w, v = variable("w", 3), variable("v", 3)
+    u, frozen = tf.tanh(w), tf.tanh(v)
+    y = tf.reduce_sum((u - 2 * frozen) ** 2)
+    assert_same(y, [v, w], [u], stop_gradients=[frozen])
+
+
+@pytest.mark.parametrize("shape", [None, [None, None]])
+def test_gradient_of_a_fed_tensor_has_its_shape(shape):
+    x, target = v1.placeholder(tf.float32, shape), v1.placeholder(tf.int32, [2])
+    reshaped = tf.reshape(x, target)
+    u = tf.tanh(reshaped)
+    feed = {x: np.arange(6.0).reshape(2, 3), target: [3, 2]}
+    wanted = tf.gradients(tf.reduce_sum(tf.sin(u)), x)
+    found = gradients(tf.reduce_sum(tf.sin(u)), x, checkpoints=[u])
+    for f, w in evaluate(list(zip(found, wanted, strict=True)), feed=feed)[0]:
+        np.testing.assert_allclose(f, w, rtol=1e-6)
+
+
 def test_stop_gradients_equal_tf_gradients():
     weights, hidden, loss = mlp()
     stopped = tf.tanh(hidden[2] * 2)
