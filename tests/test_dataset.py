@@ -9,7 +9,7 @@ from word_encoder import ENC, END_OF_TEXT, WordEncoder, load, some_text, texts_o
 
 from gpt_2_simple.data import dataset, parallel_encode
 from gpt_2_simple.data.dataset import encode_csv, load_dataset
-from gpt_2_simple.data.token_file import save_npz
+from gpt_2_simple.data.token_file import MAGIC, save_npz
 from gpt_2_simple.data.windows import WindowSampler
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
@@ -237,3 +237,43 @@ def test_error_while_encoding_leaves_no_token_file(tmp_path, large, processes):
     with pytest.raises(ValueError, match="this text is refused"):
         load(path, Refuses(), processes=processes)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_files_of_a_list_are_read_in_its_order(tmp_path, monkeypatch, is_large):
+    monkeypatch.setattr(dataset, "LARGE_BYTES", 0 if is_large else 1000)
+    one, two = write(tmp_path / "one.txt", "one"), write(tmp_path / "two.txt", "two")
+    save_npz(tmp_path / "a.npz", [np.array([104, 105])])
+    paths = [two, str(tmp_path / "a.npz"), one]
+    assert texts_of(paths, processes=1) == ["two<|endoftext|>", "hi", "one<|endoftext|>"]
+
+
+def test_foreign_npz_in_a_folder_is_left_out_with_a_warning(tmp_path):
+    write(tmp_path / "in" / "a.txt", "x")
+    np.savez(tmp_path / "in" / "b.npz", np.ones((2, 2)))
+    with pytest.warns(UserWarning, match="b.npz' was left out: .* float64"):
+        assert texts_of(tmp_path / "in") == ["x<|endoftext|>"]
+
+
+def test_unusable_cache_folder_encodes_into_memory(tmp_path, large, monkeypatch, capsys):
+    text = some_text(30_000)
+    path = write(tmp_path / "a.txt", text)
+    folder = write(tmp_path / "file", "not a folder")
+    (chunk,) = load(path, processes=1, cache_dir=folder)
+    assert chunk.tolist() == ENC.encode(text + "<|endoftext|>", allow_special=True)
+    assert f"cannot be kept in {folder}" in capsys.readouterr().out
+
+    def fill_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dataset, "write_tokens", fill_disk)
+    assert load(path, processes=1)[0].tolist() == chunk.tolist()
+    assert "No space left" in capsys.readouterr().out
+
+
+def test_cached_tokens_with_another_footer_are_made_again(tmp_path, large):
+    path = write(tmp_path / "a.txt", some_text(30_000))
+    expected = load(path, processes=1)[0].tolist()
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.write_bytes(MAGIC + b"{}" + (2).to_bytes(8, "little") + MAGIC)
+    assert load(path, processes=1)[0].tolist() == expected

@@ -166,3 +166,60 @@ def test_undecodable_bytes_are_counted_for_each_file_when_two_are_read_in_turns(
         pass
     counts = sorted(warning.split(" bytes")[0] for warning in report.warnings)
     assert counts == [f"{one!r}: 4", f"{two!r}: 2"]
+
+
+def test_named_pipe_or_device_raises_value_error_and_is_left_out_of_a_folder(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    write(tmp_path / "a.txt", "x")
+    for path in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(ValueError, match="is a device or a named pipe.*to a file first"):
+            load(path)
+    for path in (tmp_path, tmp_path / "*"):
+        with pytest.warns(UserWarning, match="pipe' is a device or a named pipe and was left out"):
+            assert texts_of(str(path)) == ["x<|endoftext|>"]
+
+
+def test_folder_leaves_out_broken_links_and_unreadable_files_and_folders(tmp_path, monkeypatch):
+    write(tmp_path / "a.txt", "x")
+    os.symlink(tmp_path / "nothing", tmp_path / "broken.txt")
+    with pytest.warns(UserWarning, match="broken.txt' cannot be read and was left out: No such"):
+        assert texts_of(tmp_path) == ["x<|endoftext|>"]
+    os.remove(tmp_path / "broken.txt")
+    write(tmp_path / "sub" / "b.txt", "y")
+    scandir = os.scandir
+
+    def refuse_sub(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse_sub)
+    with pytest.warns(UserWarning, match="sub' cannot be read and was left out: Permission"):
+        assert texts_of(tmp_path) == ["x<|endoftext|>"]
+
+
+def test_linked_folders_are_read_and_cycles_end(tmp_path):
+    write(tmp_path / "elsewhere" / "b.txt", "b")
+    write(tmp_path / "in" / "a.txt", "a")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "in" / "link")
+    os.symlink(tmp_path / "in", tmp_path / "in" / "cycle")
+    assert texts_of(tmp_path / "in") == ["a<|endoftext|>b<|endoftext|>"]
+
+
+def test_file_that_is_named_twice_is_read_once(tmp_path, capsys):
+    path = write(tmp_path / "a.txt", "x")
+    assert [file.path for file in text_files.find_files([path, tmp_path, path])] == [path]
+    assert capsys.readouterr().out.count(f"{path} is the file {path}, which is read once") == 2
+
+
+def test_few_nuls_in_utf_8_are_text(tmp_path):
+    text = "some text \0 " + "and more " * 100
+    assert texts_of(write(tmp_path / "a.txt", text), combine=1) == [text]
+    short = write(tmp_path / "b.txt", "a\0b")
+    assert texts_of(short, combine=1, encoding="utf-8") == ["a\0b"]
+
+
+@pytest.mark.parametrize("encoding", ["rot13", "hex", "undefined"])
+def test_encoding_that_decodes_no_bytes_raises_value_error(tmp_path, encoding):
+    with pytest.raises(ValueError, match=f"encoding='{encoding}'"):
+        load(write(tmp_path / "a.txt", "x"), encoding=encoding)

@@ -92,3 +92,9 @@ def test_broken_or_foreign_token_file_raises_value_error(tmp_path):
 def test_id_dtype_is_uint32_above_65536_tokens():
     assert token_file.id_dtype(65536) == np.uint16
     assert token_file.id_dtype(65537) == np.uint32
+
+
+def test_npz_with_an_empty_chunk(tmp_path):
+    np.savez(tmp_path / "a.npz", np.array([1, 2]), np.array([]), np.array([3]))
+    chunks = token_file.read_npz(str(tmp_path / "a.npz"), 257)
+    assert [chunk.tolist() for chunk in chunks] == [[1, 2], [3]]

@@ -7,6 +7,7 @@ texts into chunks, and tokenize() encodes these. windows.py draws batches from t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from ..common.files import check_folder, write_whole
 from ..common.folders import model_folder, read_hparams
-from ..common.report import progress, say, verbosity
+from ..common.report import progress, say, verbosity, warn
 from ..common.settings import settings_function
 from ..encoder import check_vocabulary, get_encoder
 from .parallel_encode import (
@@ -85,7 +86,7 @@ class Dataset:
     @property
     def text_files(self) -> list[DataFile]:
         """The files that hold text, tables among them."""
-        return [file for file in self.files if file.kind not in ("npz", "tokens")]
+        return [file for file in self.files if file.is_text]
 
     @property
     def is_large(self) -> bool:
@@ -145,48 +146,81 @@ def tokenize(
         processes: how many processes encode; None for one, or one a core if there is much text.
 
     Returns:
-        The chunks, each a 1-D array of ids: those of .npz and .tokens files first.
+        The chunks, each a 1-D array of ids, in the order of the files.
 
     Raises:
         ValueError: there is no text, or a file cannot be read as asked.
     """
     parts: list[Sequence[np.ndarray]] = []
-    for file in dataset.files:
-        if file.kind == "npz":
-            parts.append(read_npz(file.path, enc.n_vocab))
-        elif file.kind == "tokens":
-            parts.append(read_tokens(file.path, hash_vocabulary(enc))[0])
-    if dataset.is_large:
-        parts.append(_encode_into_cache(dataset, enc, cache_dir, processes))
-    elif dataset.text_files:
-        report = ReadReport()
-        blocks = _token_blocks(dataset, enc, report, processes or 1)
-        parts.append(join_blocks(blocks, id_dtype(enc.n_vocab)))
-        report.tell()
+    is_large = dataset.is_large
+    for is_text, group in itertools.groupby(dataset.files, lambda file: file.is_text):
+        files = list(group)
+        if not is_text:
+            parts += [chunks for file in files if (chunks := _read_encoded(file, enc)) is not None]
+        elif is_large:
+            texts = dataclasses.replace(dataset, files=files)
+            parts.append(_encode_into_cache(texts, enc, cache_dir, processes))
+        else:
+            texts = dataclasses.replace(dataset, files=files)
+            parts.append(_encode_into_memory(texts, enc, processes or 1))
     if not any(len(chunk) for chunks in parts for chunk in chunks):
         raise ValueError(f"the dataset {dataset.path!r} is empty: there is no text in its files")
     return parts[0] if len(parts) == 1 else [chunk for chunks in parts for chunk in chunks]
 
 
+def _read_encoded(file: DataFile, enc: Any) -> Sequence[np.ndarray] | None:
+    """The chunks of an .npz or .tokens file; None if it is a foreign one that a folder holds."""
+    try:
+        if file.kind == "npz":
+            return read_npz(file.path, enc.n_vocab)
+        return read_tokens(file.path, hash_vocabulary(enc))[0]
+    except ValueError as error:
+        if file.named:
+            raise
+        warn(f"{file.path!r} was left out: {error}")
+        return None
+
+
+def _encode_into_memory(dataset: Dataset, enc: Any, processes: int) -> TokenChunks:
+    report = ReadReport()
+    blocks = _token_blocks(dataset, enc, report, processes)
+    chunks = join_blocks(blocks, id_dtype(enc.n_vocab))
+    report.tell()
+    return chunks
+
+
 def _encode_into_cache(
     dataset: Dataset, enc: Any, cache_dir: str | os.PathLike[str] | None, processes: int | None
 ) -> TokenChunks:
-    """Encodes text into a token file, or finds the one that an earlier call made."""
+    """Encodes text into a token file, or finds the one that an earlier call made.
+
+    If the folder cannot be used, the text is encoded into memory, and a line says so.
+    """
     folder = os.path.expanduser(cache_folder() if cache_dir is None else cache_dir)
-    os.makedirs(folder, exist_ok=True)
+    processes = processes or min(core_count(), MAX_PROCESSES)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        chunks, report = _find_or_encode(dataset, enc, folder, processes)
+    except OSError as error:
+        say(f"The tokens cannot be kept in {folder} ({error}), and are kept in memory")
+        return _encode_into_memory(dataset, enc, processes)
+    report.tell()
+    return chunks
+
+
+def _find_or_encode(
+    dataset: Dataset, enc: Any, folder: str, processes: int
+) -> tuple[TokenChunks, ReadReport]:
     vocabulary = hash_vocabulary(enc)
     path = os.path.join(folder, f"{dataset.cache_key(enc, vocabulary)}.tokens")
     try:
-        chunks, report = read_tokens(path, vocabulary)
+        return read_tokens(path, vocabulary)
     except (FileNotFoundError, ValueError):  # there is none yet, or it is damaged
         report = ReadReport()
-        processes = processes or min(core_count(), MAX_PROCESSES)
         blocks = _token_blocks(dataset, enc, report, processes)
         write_tokens(path, blocks, id_dtype(enc.n_vocab), vocabulary, report)
         say(f"The tokens are kept in {path}")
-        chunks, report = read_tokens(path, vocabulary)
-    report.tell()
-    return chunks
+        return read_tokens(path, vocabulary)
 
 
 def _token_blocks(

@@ -12,10 +12,11 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TextIO
 
+from ..common.files import is_special
 from ..common.report import say, warn
 
 SUPPORTED = (
@@ -41,6 +42,7 @@ READ_BYTES = 1 << 20
 MAX_PATH_LENGTH = 1000
 MAX_TOLD = 10
 MAX_UNDECODABLE = 0.3  # share of a text file's first bytes
+MAX_NULS = 0.01  # share of a text file's first characters
 
 
 class DataFile(NamedTuple):
@@ -58,6 +60,11 @@ class DataFile(NamedTuple):
     def is_table(self) -> bool:
         """Whether each of its rows is a document."""
         return self.kind in ("csv", "tsv", "json", "jsonl")
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it holds text, maybe as a table, rather than tokens."""
+        return self.kind not in ("npz", "tokens")
 
     @property
     def is_gzip(self) -> bool:
@@ -82,19 +89,33 @@ class ReadReport:
 
 
 def find_files(path: Any) -> list[DataFile]:
-    """Lists the files that a path stands for, or a list of paths, in its order.
+    """Lists the files that a path stands for, or a list of paths, in its order; each file once.
 
-    A path is a file, a folder (with its subfolders, without hidden files) or a glob pattern. The
-    files of the last two are sorted by name.
+    A path is a file, a folder (with its subfolders, also linked ones, without hidden files) or a
+    glob pattern. The files of the last two are sorted by name. Those of them that cannot be read
+    are left out with a warning.
 
     Raises:
         FileNotFoundError: there is nothing of that name.
-        ValueError: a folder holds no file, the list is empty, or it is not a path.
+        ValueError: a folder holds no file, the list is empty, or it is not a path, or the path is
+            a device or a named pipe.
     """
+    files: dict[str, DataFile] = {}
+    n_repeated = 0
+    for file in _files_of(path):
+        first = files.setdefault(os.path.realpath(file.path), file)
+        if first is not file:
+            n_repeated += 1
+            if n_repeated <= MAX_TOLD:
+                say(f"{file.path} is the file {first.path}, which is read once")
+    return list(files.values())
+
+
+def _files_of(path: Any) -> list[DataFile]:
     if isinstance(path, (list, tuple)):
         if not path:
             raise ValueError(f"the list of datasets is empty: give {SUPPORTED}")
-        return [file for one in path for file in find_files(one)]
+        return [file for one in path for file in _files_of(one)]
     if not isinstance(path, (str, os.PathLike)):
         raise ValueError(f"the dataset {path!r} is neither a path nor a list of paths")
     path = os.path.expanduser(os.fspath(path))
@@ -102,12 +123,63 @@ def find_files(path: Any) -> list[DataFile]:
         return [DataFile(path, kind_of(path), named=True)]
     if os.path.isdir(path):
         return _files_in_folder(path)
-    found = [one for one in sorted(glob.glob(path, recursive=True)) if os.path.exists(one)]
+    if is_special(path):
+        raise ValueError(
+            f"the dataset {path!r} is a device or a named pipe, and a dataset is read more than "
+            f"once: write it to a file first, as in `cat {path} > text.txt`"
+        )
+    return _files_of_pattern(path)
+
+
+def _files_of_pattern(pattern: str) -> list[DataFile]:
     # '**' finds a folder and also the files in it: each file is taken once.
-    files = {file.path: file._replace(named=False) for one in found for file in find_files(one)}
+    files: dict[str, DataFile] = {}
+    found = [one for one in sorted(glob.glob(pattern, recursive=True)) if os.path.exists(one)]
+    for path in found:
+        inside = _files_in_folder(path) if os.path.isdir(path) else _readable_files([path])
+        files |= {file.path: file for file in inside}
+    if not found:
+        raise FileNotFoundError(_not_found(pattern))
     if not files:
-        raise FileNotFoundError(_not_found(path))
+        raise ValueError(f"none of the files {pattern!r} can be read: give {SUPPORTED}")
     return list(files.values())
+
+
+def _files_in_folder(folder: str) -> list[DataFile]:
+    paths = []
+    seen = {os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, onerror=_tell_left_out, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in list(folders):
+            target = os.path.realpath(os.path.join(parent, name))
+            if target in seen:  # through a link, which may lead to a folder above
+                folders.remove(name)
+            seen.add(target)
+        paths += [os.path.join(parent, name) for name in sorted(names) if not name.startswith(".")]
+    files = _readable_files(paths)
+    if not files:
+        raise ValueError(f"the folder {folder!r} holds no file that can be read and is not hidden")
+    return files
+
+
+def _readable_files(paths: Sequence[str]) -> list[DataFile]:
+    """The files that can be opened, of those that the user did not name; warns of the others."""
+    files = []
+    for path in paths:
+        if is_special(path):
+            warn(f"{path!r} is a device or a named pipe and was left out")
+            continue
+        try:
+            open(path, "rb").close()
+        except OSError as error:
+            _tell_left_out(error)
+            continue
+        files.append(DataFile(path, kind_of(path), named=False))
+    return files
+
+
+def _tell_left_out(error: OSError) -> None:
+    warn(f"{error.filename!r} cannot be read and was left out: {error.strerror}")
 
 
 def kind_of(path: str) -> str:
@@ -132,19 +204,6 @@ def _kind_of_json(path: str) -> str:
 def _read_head(path: str) -> bytes:
     with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as binary:
         return binary.read(HEAD_BYTES)
-
-
-def _files_in_folder(folder: str) -> list[DataFile]:
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith("."):
-                path = os.path.join(parent, name)
-                files.append(DataFile(path, kind_of(path), named=False))
-    if not files:
-        raise ValueError(f"the folder {folder!r} holds no file that is not hidden")
-    return files
 
 
 def _not_found(path: str) -> str:
@@ -185,9 +244,10 @@ def open_text(
     """
     try:
         head = _read_head(file.path)
+        is_sure = file.named and encoding is not None
         encoding = _choose_encoding(head, encoding)
         shown = "UTF-8" if encoding == "utf-8-sig" else encoding
-        if not _is_text(head, encoding):
+        if not _is_text(head, encoding, is_sure):
             if file.named:
                 raise ValueError(
                     f"{file.path!r} is not {shown} text: if it is text, name its encoding, "
@@ -220,16 +280,24 @@ def _choose_encoding(head: bytes, encoding: str | None) -> str:
         encoding = next(marked, "utf-8")
     try:
         name = codecs.lookup(encoding).name
-    except LookupError as error:
-        raise ValueError(f"encoding={encoding!r} is unknown to Python") from error
+        b"x".decode(encoding, "ignore")
+    except (LookupError, UnicodeError) as error:  # 'rot13' and its like are known, but of no bytes
+        raise ValueError(f"encoding={encoding!r} is unknown to Python: {error}") from error
     return "utf-8-sig" if name == "utf-8" else encoding
 
 
-def _is_text(head: bytes, encoding: str) -> bool:
-    """Whether a file's first bytes look like text in this encoding."""
+def _is_text(head: bytes, encoding: str, is_sure: bool) -> bool:
+    """Whether a file's first bytes look like text in this encoding.
+
+    Text without an error may hold a few NULs if it is UTF-8, which no binary file is, or if the
+    user is sure: names the file and its encoding.
+    """
     left_out = _decoding.left_out = _LeftOut()
     text = codecs.getincrementaldecoder(encoding)(errors=COUNT_AND_LEAVE_OUT).decode(head)
-    return "\0" not in text and left_out.n_bytes <= MAX_UNDECODABLE * len(head)
+    if "\0" in text:
+        is_utf8 = encoding == "utf-8-sig" and text.count("\0") <= MAX_NULS * len(text)
+        return left_out.n_bytes == 0 and (is_sure or is_utf8)
+    return left_out.n_bytes <= MAX_UNDECODABLE * len(head)
 
 
 COUNT_AND_LEAVE_OUT = "gpt_2_simple.count_and_leave_out"

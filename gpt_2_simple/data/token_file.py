@@ -118,20 +118,25 @@ def read_tokens(path: str, vocabulary: str) -> tuple[TokenChunks, ReadReport]:
         if file.read() != MAGIC or length > size - tail - len(MAGIC):
             raise ValueError(broken)
         file.seek(size - tail - length)
-        footer = json.loads(file.read(length))
-    dtype, ends = np.dtype(footer["dtype"]), footer["ends"]
+        try:
+            footer = json.loads(file.read(length))
+            dtype, ends = np.dtype(footer["dtype"]), footer["ends"]
+            report = ReadReport(footer["lines"], footer["warnings"])
+            of_vocabulary = footer["vocabulary"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(broken) from error
     count = ends[-1] if ends else 0
     if count * dtype.itemsize != size - tail - length - len(MAGIC):
         raise ValueError(broken)
     tokens = np.empty(0, dtype)
     if count:
         tokens = np.memmap(path, dtype, mode="r", offset=len(MAGIC), shape=(count,))
-    if footer["vocabulary"] != vocabulary:
+    if of_vocabulary != vocabulary:
         raise ValueError(
             f"{path!r} was encoded with another vocabulary than this model's: "
             "encode it again with encode_dataset(model_name=...)"
         )
-    return TokenChunks(tokens, ends), ReadReport(footer["lines"], footer["warnings"])
+    return TokenChunks(tokens, ends), report
 
 
 def save_tokens(path: str | os.PathLike[str], chunks: Iterable[np.ndarray], enc: Any) -> None:
@@ -168,6 +173,8 @@ def read_npz(path: str, n_vocab: int) -> list[np.ndarray]:
         with open(path, "rb") as file, np.lib.npyio.NpzFile(file) as npz:
             for name in npz.files:
                 ids = np.asarray(npz[name])  # bytes, if it is another kind of archive
+                if ids.shape == (0,):
+                    continue  # NumPy gives an empty list float64
                 chunks.append(_checked_ids(ids, n_vocab, f"{path!r}, array {name!r}"))
     except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
         raise ValueError(
