@@ -387,9 +387,9 @@ def test_generate_ignores_a_dataset_as_0_8_1_did_but_says_so(calls, capsys):
         ("finetune --overwrite a.txt", "'a.txt' is neither True nor False"),
         ("generate --include_prefix=1", "'1' is neither True nor False"),
         ("generate --seed x", "invalid int value: 'x'"),
-        ("generate --nfiles 0", "nfiles=0 must be a whole number, 1 or above"),
-        ("generate --nfiles -2", "nfiles=-2 must be a whole number, 1 or above"),
-        ("generate --format xml", "format='xml' must be one of 'text', 'jsonl'"),
+        ("generate --nfiles 0", "--nfiles 0 must be a whole number, 1 or above"),
+        ("generate --nfiles -2", "--nfiles -2 must be a whole number, 1 or above"),
+        ("generate --format xml", "--format 'xml' must be one of 'text', 'jsonl'"),
         ("finetune a.txt --frobnicate 3", "unrecognized arguments: --frobnicate 3"),
         ("finetune a.txt --dataset b.txt", "--dataset 'b.txt' was given, and 'a.txt' beside it"),
         ("download 124M 355M", "'355M' is more than one model_name"),
@@ -789,6 +789,58 @@ def test_errors_are_one_line_and_exit_with_1(calls, capsys, error):
     assert calls.names()[-1] == "close"
 
 
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            "models/nano exists; give another model_name, or overwrite=True to replace it",
+            "models/nano exists; give another model_name, or --overwrite to replace it",
+        ),
+        ("give steps=5 or epochs=1.5, not both", "give --steps 5 or --epochs 1.5, not both"),
+        ("overwrite=False; run_name='my run'.", "--overwrite False; --run_name 'my run'."),
+        (
+            "get it by gpt2.download_gpt2(model_dir='models', model_name='124M'), or make a small "
+            "one by gpt2.create_gpt2()",
+            "get it by gpt_2_simple download --model_dir 'models' --model_name '124M', or make a "
+            "small one by gpt_2_simple create",
+        ),
+        (
+            "make it by gpt2.finetune(sess, dataset, run_name='run1'), or load a model by "
+            "load_gpt2(sess, model_name=...)",
+            "make it by gpt_2_simple finetune dataset --run_name 'run1', or load a model by "
+            "load_gpt2(sess, model_name=...)",
+        ),
+        ("no file /data/steps=3/a.txt, restful=5", "no file /data/steps=3/a.txt, restful=5"),
+    ],
+)
+def test_errors_name_flags_and_commands(calls, capsys, message, expected):
+    calls.results["finetune"] = ValueError(message)
+    assert cli.main(["finetune", "a.txt"]) == 1
+    assert capsys.readouterr().err == f"gpt_2_simple: error: {expected}\n"
+
+
+def test_flags_with_hyphens_are_those_with_underscores(calls):
+    assert cli.main(["finetune", "a.txt", "--run-name", "my-run", "--save-every=5"]) == 0
+    called = calls.one("finetune")
+    assert (called["run_name"], called["save_every"]) == ("my-run", 5)
+
+
+@pytest.mark.parametrize(("given", "expected"), [("2", 2), ("best", "best")])
+def test_checkpoint_is_a_step_or_a_name(calls, given, expected):
+    assert cli.main(["generate", "--checkpoint", given]) == 0
+    assert calls.one("load_gpt2")["checkpoint"] == expected
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_standard_output_is_told_in_one_line_and_exits_with_1():
+    with open("/dev/full", "w") as full:
+        done = python("-m", "gpt_2_simple", "--version", stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 1
+    message = "gpt_2_simple: error: standard output cannot be written: "
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+
+
 def test_tensorflow_errors_are_one_line(calls, capsys, monkeypatch):
     def finetune(sess, **options):
         with tf.Graph().as_default(), tf.compat.v1.Session() as session:
@@ -880,7 +932,7 @@ def test_tensorflow_is_imported_only_for_work():
     done = python("-c", WITHOUT_TENSORFLOW, *lines, capture_output=True)
     assert re.findall(r"ended with (\d)", done.stdout) == list("000211")
     *_, download, generate = re.split(r"after .*\n", done.stderr)[:-1]
-    assert download.startswith("gpt_2_simple: error: model_name='frobnicate'")
+    assert download.startswith("gpt_2_simple: error: --model_name 'frobnicate'")
     assert download.count("\n") == 1
     assert "tensorflow" in generate
     assert done.stderr.count("tensorflow") == generate.count("tensorflow")
@@ -973,17 +1025,17 @@ def test_generate_from_a_model_without_a_run(tiny, capsys):
         ("finetune nothing.txt --model_name tiny", "nothing.txt"),
         ("finetune text.txt --model_name tiny --optimizer frobnicate", "frobnicate"),
         ("finetune text.txt --model_name tiny --batch_size 0", "batch_size"),
-        ("finetune text.txt --model_name tiny --steps -2", "steps=-2"),
+        ("finetune text.txt --model_name tiny --steps -2", "--steps -2 must be"),
         ("finetune folder --model_name tiny", "the folder 'folder' holds no file"),
         ("finetune jokes.csv --model_name tiny --column joke", "its columns are 'ID', 'Joke'"),
         ("finetune text.txt --model_name tiny --checkpoint_dir . --run_name text.txt", "is a file"),
         ("generate --run_name poems", "poems"),
         ("generate --run_name folder --checkpoint_dir .", "./folder: it has no hparams.json"),
         ("generate --model_name tiny --temperature -1", "temperature"),
-        ("generate --model_name tiny --top_p 1.5", "top_p=1.5"),
-        ("generate --model_name tiny --length 0", "length=0"),
-        ("generate --model_name tiny --nsamples 0", "nsamples=0"),
-        ("generate --model_name tiny --stop ''", "stop=[''] holds an empty string"),
+        ("generate --model_name tiny --top_p 1.5", "--top_p 1.5 must be"),
+        ("generate --model_name tiny --length 0", "--length 0 must be"),
+        ("generate --model_name tiny --nsamples 0", "--nsamples 0 must be"),
+        ("generate --model_name tiny --stop ''", "--stop [''] holds an empty string"),
         ("generate --model_name tiny --nsamples 3 --batch_size 2", "multiple"),
         ("create --model_name tiny", "tiny"),
         ("encode nothing.txt --model_name tiny", "nothing.txt"),

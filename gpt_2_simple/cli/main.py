@@ -6,13 +6,13 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from ..common.errors import first_line
 from ..common.report import complain
 from .commands import COMMANDS, EXIT_INTERRUPTED, LEGACY_FLAGS
-from .parser import DEBUG_VARIABLE, PROGRAM, parse
+from .parser import DEBUG_VARIABLE, PROGRAM, in_shell_words, parse
 
 EXIT_CLOSED_PIPE = 141  # what shells report for a program whose reader went away: `... | head`
 
@@ -28,30 +28,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         130 stopped by Ctrl-C, 141 standard output was closed by its reader.
     """
     argv = sys.argv[1:] if argv is None else argv
+    flags: Collection[str] = ()
+    is_printed = True
     try:
         try:
             with _one_line_warnings():
                 command, options = parse(COMMANDS, argv, LEGACY_FLAGS)
-                return command.run(options)
+                flags = command.flags
+                status = command.run(options)
         finally:
-            if sys.stdout is not None:  # a daemon has none
-                sys.stdout.flush()  # a closed pipe shows here rather than after the end
+            is_printed = _flush_output()
+        return status or int(not is_printed)
     except SystemExit as stop:  # argparse, after --help or wrong usage
-        return int(stop.code or 0)
+        return int(stop.code or not is_printed)
     except KeyboardInterrupt:
         complain(f"{PROGRAM}: interrupted")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The way of Python's own documentation: what is still buffered must go somewhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return EXIT_CLOSED_PIPE
     except Exception as error:
         message = _message(error)
         wants_traceback = "--debug" in argv or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
         if message is None or wants_traceback:
             raise
-        complain(f"{PROGRAM}: error: {message}")
+        complain(f"{PROGRAM}: error: {in_shell_words(message, COMMANDS, flags)}")
         return 1
+
+
+def _flush_output() -> bool:
+    """Whether all that was printed has gone out; otherwise a line on standard error says why."""
+    if sys.stdout is None:  # a daemon has none
+        return True
+    try:
+        sys.stdout.flush()  # a closed pipe shows here rather than after the end
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
+        _discard_output()
+        complain(f"{PROGRAM}: error: standard output cannot be written: {error}")
+        return False
+    return True
+
+
+def _discard_output() -> None:
+    """What is still buffered must go somewhere when Python ends, its documentation says."""
+    with contextlib.suppress(OSError, ValueError):  # no file, or closed already
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _message(error: Exception) -> str | None:

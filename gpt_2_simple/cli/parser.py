@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..common.report import complain
@@ -113,8 +113,33 @@ def parse(
         try:
             command.own_settings(**{flag: given[flag] for flag in given if flag in own})
         except ValueError as error:
-            parser.error(str(error))
+            parser.error(in_shell_words(str(error), commands, command.flags))
     return command, given
+
+
+def in_shell_words(message: str, commands: Collection[str], flags: Iterable[str]) -> str:
+    """An error's message in the words of the command line.
+
+    Args:
+        message: it names settings as Python does, `overwrite=True` or `steps=0`.
+        commands: the commands' names. A call such as `gpt2.create_gpt2()` becomes its command.
+        flags: the names of the flags; `--overwrite` and `--steps 0` stand for them.
+    """
+
+    def as_flag(match: re.Match[str]) -> str:
+        return f"--{match[1]}" if match[2] == "True" else f"--{match[1]} {match[2]}"
+
+    def as_command(match: re.Match[str]) -> str:
+        name = match[1].removesuffix("_gpt2")
+        if name not in commands:
+            return match[0]
+        arguments = [word for word in match[2].split(", ") if word not in ("", "sess")]
+        words = [re.sub(r"^(\w+)=(.*)$", as_flag, word) for word in arguments]
+        return " ".join([PROGRAM, name, *words])
+
+    message = re.sub(r"gpt2\.(\w+)\(((?:[^()']|'[^']*')*)\)", as_command, message)
+    value = r"""('[^']*'|"[^"]*"|[^\s,;:()]*[^\s,;:().])"""
+    return re.sub(rf"(?<![\w./-])({'|'.join(flags)})={value}", as_flag, message)
 
 
 def _command_first(argv: Sequence[str]) -> list[str]:
@@ -132,6 +157,9 @@ def _command_first(argv: Sequence[str]) -> list[str]:
             words.append(token)
             continue
         name, equals, value = token.partition("=")
+        if name.startswith("--"):  # --run-name is --run_name
+            name = "--" + name[2:].replace("-", "_")
+            token = name + equals + value
         takes_value = not equals and name not in ("-h", "--help", "--version", "--debug")
         values = [rest.pop(0)] if takes_value and rest and not _is_flag(rest[0]) else []
         if name == "--mode":
