@@ -210,6 +210,14 @@ def test_finetune_reads_what_encode_dataset_wrote(workplace, sess):
     assert [h.loss for h in plain.history] == [h.loss for h in encoded.history]
 
 
+def test_encode_dataset_names_the_npz_that_it_writes(workplace, capsys):
+    gpt2.encode_dataset("text.txt", out_path="x.txt", model_name="tiny")
+    assert "Writing x.txt.npz\n" in capsys.readouterr().out
+    assert os.path.exists("x.txt.npz")
+    with pytest.raises(ValueError, match="'x.txt.npz' itself, which would be lost"):
+        gpt2.encode_dataset(["x.txt.npz", "text.txt"], out_path="x.txt", model_name="tiny")
+
+
 def test_finetune_csv_with_column_and_cache_dir(workplace, sess, capsys, monkeypatch):
     (workplace / "rows.csv").write_text("word,kind\nred,colour\ngreen,colour\n")
 
