@@ -210,6 +210,7 @@ def test_file_that_is_named_twice_is_read_once(tmp_path, capsys):
     path = write(tmp_path / "a.txt", "x")
     assert [file.path for file in text_files.find_files([path, tmp_path, path])] == [path]
     assert capsys.readouterr().out.count(f"{path} is the file {path}, which is read once") == 2
+    assert text_files.find_files([tmp_path, path]) == text_files.find_files(path)
 
 
 def test_few_nuls_in_utf_8_are_text(tmp_path):

@@ -113,15 +113,10 @@ def _csv_cells(
     head = list(itertools.islice(lines, HEAD_LINES))
     delimiter = _choose_delimiter(head, file, row_format, report)
     quoting = _choose_quoting(head, file, delimiter, report)
-    n_quotes = n_wider = row_start = 0
-
-    def quotes_counted() -> Iterator[str]:
-        nonlocal n_quotes
-        for line in itertools.chain(head, lines):
-            n_quotes += line.count('"')
-            yield line
-
-    reader = csv.reader(quotes_counted(), delimiter=delimiter, quoting=quoting)
+    n_wider = row_start = 0
+    quotes = _QuoteCounter()
+    counted = quotes.pass_on(itertools.chain(head, lines))
+    reader = csv.reader(counted, delimiter=delimiter, quoting=quoting)
     try:
         rows = _numbered_rows(reader)
         row_end, first = next((row for row in rows if row.cells), _Row(0, []))
@@ -138,7 +133,7 @@ def _csv_cells(
         raise ValueError(
             f"{file.path!r}, line {reader.line_num}: {error}. Is a quote left open?"
         ) from error
-    if n_quotes % 2 and reader.line_num - row_start > 1:
+    if quotes.count % 2 and reader.line_num - row_start > 1:
         report.warnings.append(
             f"{file.path!r}: a quote is left open: lines {row_start + 1:,} to "
             f"{reader.line_num:,} were read as one row"
@@ -148,6 +143,18 @@ def _csv_cells(
             f"{file.path!r}: {n_wider:,} rows have more columns than the first, which has "
             f"{len(first)}; text that holds the delimiter must be in quotes, or is cut there"
         )
+
+
+class _QuoteCounter:
+    """Counts the quotes of the lines that it passes on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def pass_on(self, lines: Iterable[str]) -> Iterator[str]:
+        for line in lines:
+            self.count += line.count('"')
+            yield line
 
 
 class _Row(NamedTuple):

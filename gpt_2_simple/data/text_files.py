@@ -103,8 +103,10 @@ def find_files(path: Any) -> list[DataFile]:
     files: dict[str, DataFile] = {}
     n_repeated = 0
     for file in _files_of(path):
-        first = files.setdefault(os.path.realpath(file.path), file)
+        place = os.path.realpath(file.path)
+        first = files.setdefault(place, file)
         if first is not file:
+            files[place] = first._replace(named=first.named or file.named)
             n_repeated += 1
             if n_repeated <= MAX_TOLD:
                 say(f"{file.path} is the file {first.path}, which is read once")
