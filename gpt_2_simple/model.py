@@ -268,7 +268,7 @@ def with_gradient(name: str, value: tf.Tensor, *stored: tf.Tensor) -> tf.Tensor:
 def linear(x: tf.Tensor, layer: Linear) -> tf.Tensor:
     """Projects x [..., nx] to x @ w + b [..., nf], in x's type."""
     *start, nx = dimensions(x)
-    nf = layer.w.shape[-1]
+    nf = layer.w.shape.as_list()[-1]
     y = tf.matmul(tf.reshape(x, [-1, nx]), cast_like(x, layer.w)) + cast_like(x, layer.b)
     return tf.reshape(y, [*start, nf])
 
@@ -314,7 +314,7 @@ def causal_attention(
     Returns:
         [batch, head, queries, width]
     """
-    n_queries, n_keys = q.shape[2], k.shape[2]
+    n_queries, n_keys = q.shape.as_list()[2], k.shape.as_list()[2]
     if n_queries is None or n_queries != n_keys or n_queries <= QUERY_CHUNK:
         mask = make_mask(dimensions(q)[2], dimensions(k)[2])
         return attention(q, k, v, mask, dropout)
@@ -391,7 +391,8 @@ def transformer_block(
     if past is not None:
         past_k, past_v = tf.unstack(past, num=2, axis=1)
         k, v = tf.concat([past_k, k], axis=2), tf.concat([past_v, v], axis=2)
-    attended = causal_attention(q * (1.0 / math.sqrt(q.shape[-1])), k, v, make_mask, dropout)
+    width = q.shape.as_list()[-1]
+    attended = causal_attention(q * (1.0 / math.sqrt(width)), k, v, make_mask, dropout)
     added = linear(merge_heads(attended), block.c_proj)
     x = x + (dropout(added) if dropout else added)
     hidden = gelu(linear(layer_norm(x, block.ln_2), block.mlp_c_fc))  # [batch, time, 4 * embd]
@@ -474,7 +475,7 @@ def unembed(weights: Weights, h: tf.Tensor) -> tf.Tensor:
     """Hidden states [..., embd] -> logits [..., n_vocab], by the token embedding."""
     *start, width = dimensions(h)
     logits = tf.matmul(tf.reshape(h, [-1, width]), weights.wte, transpose_b=True)
-    return tf.reshape(logits, [*start, weights.wte.shape[0]])
+    return tf.reshape(logits, [*start, weights.wte.shape.as_list()[0]])
 
 
 def model(

@@ -183,16 +183,17 @@ def _linear_one_row(x: tf.Tensor, w: tf.Tensor, *terms: tf.Tensor) -> tf.Tensor:
     # thread alone cannot read memory fast enough. Twice as many parts as cores leave less to do for
     # a thread that is late.
     n_parts = min(16, 2 ** (2 * (os.cpu_count() or 1) - 1).bit_length())
-    n_parts = math.gcd(n_parts, w.shape[0])
-    x = tf.reshape(x, [n_parts, 1, w.shape[0] // n_parts])
-    w = tf.reshape(w, [n_parts, w.shape[0] // n_parts, w.shape[1]])
+    n_rows, n_columns = w.shape.as_list()
+    n_parts = math.gcd(n_parts, n_rows)
+    x = tf.reshape(x, [n_parts, 1, n_rows // n_parts])
+    w = tf.reshape(w, [n_parts, n_rows // n_parts, n_columns])
     # oneDNN has no kernel for V3, and the one that it has for MatMul is slower here.
     products = tf.unstack(tf.raw_ops.BatchMatMulV3(x=x, y=w, Tout=x.dtype))
     return tf.add_n([*products, *(tf.reshape(term, [1, -1]) for term in terms)])
 
 
 def _unembed_one_row(h: tf.Tensor, wte: tf.Tensor) -> tf.Tensor:
-    middle = wte.shape[0] // 2
+    middle = wte.shape.as_list()[0] // 2
     halves = [wte[:middle], wte[middle:]]
     return tf.concat(
         [tf.raw_ops.BatchMatMulV3(x=h, y=half, adj_y=True, Tout=h.dtype) for half in halves], axis=1

@@ -171,7 +171,7 @@ def grow_cache(cache: list[tf.Tensor], added_columns: tf.Tensor) -> list[tf.Tens
     """The cache with so many more empty columns; without a copy if there are none to add."""
 
     def grow(part: tf.Tensor) -> tf.Tensor:
-        _, heads, _, width = part.shape
+        _, heads, _, width = part.shape.as_list()
         added = tf.zeros([tf.shape(part)[0], heads, added_columns, width])
         return tf.cond(added_columns > 0, lambda: tf.concat([part, added], axis=2), lambda: part)
 

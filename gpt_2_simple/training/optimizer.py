@@ -232,7 +232,7 @@ class Adafactor(Optimizer):
 
     def _update_of_matrix(self, gradient: tf.Tensor, variable: tf.Variable) -> tf.Tensor:
         gradient = _as_matrix(gradient)
-        rows, columns = gradient.shape
+        rows, columns = gradient.shape.as_list()
         row_sums, column_sums = _sum_both(lambda g: tf.square(g) + self.epsilon1, gradient)
         row_mean = self._average("rows", variable, [rows], row_sums / columns)
         column_mean = self._average("columns", variable, [columns], column_sums / rows)
@@ -269,7 +269,7 @@ def _as_matrix(x: tf.Tensor) -> tf.Tensor:
 
 def _chunks(matrix: tf.Tensor) -> Iterable[tf.Tensor]:
     """Chunks of rows of `matrix`, CHUNK_BYTES each; a slice of rows copies nothing."""
-    rows, columns = matrix.shape
+    rows, columns = matrix.shape.as_list()
     size = max(1, CHUNK_BYTES // (columns * matrix.dtype.size))
     if rows <= size:
         yield matrix
@@ -283,7 +283,7 @@ def _sum_both(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Sums of function(matrix) by row [rows] and by column [columns]."""
     by_row: list[tf.Tensor] = []
-    by_column = tf.zeros([matrix.shape[1]], matrix.dtype)
+    by_column = tf.zeros(matrix.shape[1:], matrix.dtype)
     for chunk in _chunks(matrix):
         with tf.control_dependencies([*by_row[-1:], by_column]):
             values = function(chunk)

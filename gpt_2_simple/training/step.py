@@ -67,8 +67,9 @@ def linear_cross_entropy(
     table = model.cast_like(h, wte)
     losses, dhs, dwte = [], [], None
     finished: list[Any] = []
-    for start in range(0, h.shape[0], LOSS_ROWS):
-        rows = slice(start, min(start + LOSS_ROWS, h.shape[0]))
+    n_rows = h.shape.as_list()[0]
+    for start in range(0, n_rows, LOSS_ROWS):
+        rows = slice(start, min(start + LOSS_ROWS, n_rows))
         with tf.control_dependencies(finished):
             x = tf.identity(h[rows])
         logits = tf.cast(tf.matmul(x, table, transpose_b=True), tf.float32)  # [rows, n_vocab]
@@ -202,7 +203,7 @@ class _StepBuilder:
         return tf.reshape(h, [rows, self.hparams.n_embd]), checkpoints
 
     def _loss(self, on_part: OnPart | None = None) -> LossAndGradients:
-        rows = self.h.shape[0]
+        rows = self.h.shape.as_list()[0]
         return linear_cross_entropy(
             self.h,
             self.tensors.wte,

@@ -275,7 +275,7 @@ class Trainer:
         micro-batches, whose losses and gradients the step averages.
         """
         ops, count = self.ops, self.settings.accumulate_gradients
-        batches = [self.sampler.next_batch(*ops.tokens.shape) for _ in range(count)]
+        batches = [self.sampler.next_batch(*ops.tokens.shape.as_list()) for _ in range(count)]
         scale = count / sum(float(batch.loss_mask.sum()) for batch in batches)
         step = self.run.step + 1
         return [

@@ -56,8 +56,9 @@ def _build(state: session.GraphState, batch_size: int, time: int) -> EvaluationO
         h = tf.reshape(hidden.h, [batch_size * (time - 1), state.hparams.n_embd])
         labels = tf.reshape(tokens[:, 1:], [-1])
         losses: list[tf.Tensor] = []
-        for start in range(0, h.shape[0], LOGIT_ROWS):
-            rows = slice(start, min(start + LOGIT_ROWS, h.shape[0]))
+        n_rows = h.shape.as_list()[0]
+        for start in range(0, n_rows, LOGIT_ROWS):
+            rows = slice(start, min(start + LOGIT_ROWS, n_rows))
             with tf.control_dependencies(losses[-1:]):
                 logits = model.unembed(weights, tf.identity(h[rows]))  # [rows, n_vocab]
             losses.append(
@@ -77,7 +78,7 @@ def mean_loss(sess: tf.compat.v1.Session, ops: EvaluationOps, windows: Batch) ->
     Returns:
         Nats a token; its exponential is the perplexity.
     """
-    batch_size, time = ops.tokens.shape
+    batch_size, time = ops.tokens.shape.as_list()
     total = 0.0
     for start in range(0, len(windows.tokens), batch_size):
         batch = windows.tokens[start : start + batch_size]
