@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -113,7 +114,11 @@ def _variable(
 
 
 def _normal(stddev: float) -> tf.compat.v1.Initializer:
-    return tf.compat.v1.random_normal_initializer(stddev=stddev)
+    # tf.config.experimental.enable_op_determinism() refuses random operations without a seed, even
+    # those that nobody runs. A seed drawn anew changes nothing else.
+    has_seed = tf.compat.v1.get_default_graph().seed is not None
+    seed = None if has_seed else secrets.randbits(31)
+    return tf.compat.v1.random_normal_initializer(stddev=stddev, seed=seed)
 
 
 def _block_variables(width: int, dtype: tf.DType) -> Block:
@@ -406,10 +411,12 @@ class HiddenStates(NamedTuple):
     Attributes:
         h: after the last layer norm, [batch, time, embd].
         presents: each block's keys and values, [batch, 2, head, time, width].
+        outputs: each block's output, [batch, time, embd].
     """
 
     h: tf.Tensor
     presents: list[tf.Tensor]
+    outputs: list[tf.Tensor]
 
 
 def hidden_states(
@@ -433,7 +440,7 @@ def hidden_states(
         dropout: of embeddings, attention and residuals, for training.
 
     Returns:
-        HiddenStates; each block's output is also added to the graph collection 'checkpoints'.
+        HiddenStates.
     """
     time = dimensions(X)[1]
     past_length = 0 if past is None else dimensions(past)[4]
@@ -442,16 +449,16 @@ def hidden_states(
     x = tf.gather(weights.wte, X) + weights.wpe[past_length : past_length + time]
     x = tf.cast(x, dtype)  # [batch, time, embd]
     x = dropout(x) if dropout else x
-    presents = []
+    presents, outputs = [], []
     for layer, block in enumerate(weights.blocks):
         device = block_device(layer, hparams.n_layer, gpus)
         with tf.device(device), tf.compat.v1.name_scope(f"h{layer}"):
             x, present = transformer_block(
                 x, block, hparams.n_head, pasts[layer], make_mask, dropout
             )
-        tf.compat.v1.add_to_collection(CHECKPOINTS, x)
         presents.append(present)
-    return HiddenStates(layer_norm(x, weights.ln_f), presents)
+        outputs.append(x)
+    return HiddenStates(layer_norm(x, weights.ln_f), presents, outputs)
 
 
 def _each_mask_once() -> MakeMask:
@@ -499,7 +506,8 @@ def model(
 
     Returns:
         {'logits': [batch, time, n_vocab], 'present': the keys and values of X's positions, shaped
-        as `past`}.
+        as `past`}. Each block's output is added to the graph collection 'checkpoints', where
+        memory_saving_gradients.gradients() finds it.
 
     Raises:
         ValueError: hparams that no GPT-2 can have.
@@ -507,6 +515,7 @@ def model(
     weights = read(variables(hparams, scope, gpus, reuse))
     with tf.compat.v1.name_scope(scope):
         hidden = hidden_states(weights, hparams, X, past, gpus)
+        tf.compat.v1.get_default_graph().get_collection_ref(CHECKPOINTS).extend(hidden.outputs)
         logits = unembed(weights, hidden.h)
         return {"logits": logits, "present": tf.stack(hidden.presents, axis=1)}
 

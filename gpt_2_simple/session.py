@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -47,6 +48,7 @@ class GraphState:
     base_model_folder: str | None = None  # the model that the run started from, if that is known
     encoder: Encoder = dataclasses.field(init=False)  # not set before anything was loaded
     training_folder: str | None = None  # the run that is being trained now
+    process: int = dataclasses.field(default_factory=os.getpid)
     _built: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
     def build_once(self, build: Callable[P, Ops], *args: P.args, **kwargs: P.kwargs) -> Ops:
@@ -90,7 +92,7 @@ def graph_state(sess: tf.compat.v1.Session) -> GraphState:
     """What the session's graph remembers; made on first use.
 
     Raises:
-        RuntimeError: the session is closed.
+        RuntimeError: the session is closed, or was forked from another process.
         TypeError: it is no session.
     """
     if not (hasattr(sess, "graph") and hasattr(sess, "run")):
@@ -101,7 +103,14 @@ def graph_state(sess: tf.compat.v1.Session) -> GraphState:
         found = sess.graph.get_collection_ref(_COLLECTION)
         if not found:
             found.append(GraphState(sess.graph))
-        return found[0]
+        state: GraphState = found[0]
+    if state.process != os.getpid():
+        raise RuntimeError(
+            f"this session is that of process {state.process}, from which this one was forked "
+            "without TensorFlow's threads: start processes by multiprocessing's 'spawn', and a "
+            "session in each"
+        )
+    return state
 
 
 @contextlib.contextmanager
@@ -148,11 +157,10 @@ def build_model(
     state = graph_state(sess)
     with state.lock, state.graph.as_default():
         if state.built_model is None:
-            names = [variable.op.name for variable in tf.compat.v1.global_variables()]
             held = precision or "float32"
-            weights = model.variables(
-                hparams, gpus=gpus, reuse="model/wte" in names, dtype=tf.as_dtype(held)
-            )
+            # Ctrl-C may have ended an earlier call, which made some of them.
+            reuse = tf.compat.v1.AUTO_REUSE
+            weights = model.variables(hparams, gpus=gpus, reuse=reuse, dtype=tf.as_dtype(held))
             state.built_model = BuiltModel(dataclasses.replace(hparams), weights, held, gpus)
         check_model(sess, hparams, precision)
         return state

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 import gpt_2_simple as gpt2
+from gpt_2_simple import session
 from gpt_2_simple.common import folders, locks
 from gpt_2_simple.data import dataset
 from gpt_2_simple.storage import create, load
@@ -714,6 +717,22 @@ def test_generate_waits_for_another_thread_that_loads(workplace, sess, monkeypat
     assert found == [expected]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_checkpoint_of_another_type_is_converted(workplace, sess, dtype):
+    prefix = "models/tiny/model.ckpt"
+    reader = tf.train.load_checkpoint(prefix)
+    expected = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+    with tf.Graph().as_default(), tf.compat.v1.Session() as other:
+        names, values = list(expected), [value.astype(dtype) for value in expected.values()]
+        other.run(tf.raw_ops.SaveV2(
+            prefix=prefix, tensor_names=names, shape_and_slices=[""] * len(names), tensors=values,
+        ))  # fmt: skip
+    gpt2.load_gpt2(sess, model_name="tiny", verbose=0)
+    variables = session.named_variables(session.graph_state(sess))
+    for name, value in sess.run(variables).items():
+        assert np.array_equal(value, expected[name].astype(dtype).astype(np.float32))
+
+
 def test_unwritable_destination_is_an_error_before_the_work(loaded, workplace):
     (workplace / "rows.csv").write_text("a\nb\n")
     for work in (
@@ -954,3 +973,23 @@ def test_failed_create_gpt2_leaves_nothing(workplace, monkeypatch):
     assert gpt2.is_gpt2_downloaded(model_name="tiny")
     assert os.listdir("models") == ["tiny"]
     shutil.rmtree("models")
+
+
+DETERMINISTIC = """
+import tensorflow as tf
+tf.config.experimental.enable_op_determinism()
+tf.random.set_seed(1)
+import gpt_2_simple as gpt2
+gpt2.create_gpt2(model_name="new", n_layer=1, n_head=1, n_embd=8, n_ctx=16, seed=1)
+with gpt2.start_tf_sess() as sess:
+    gpt2.load_gpt2(sess, model_name="new")
+    gpt2.finetune(sess, "text.txt", model_name="new", steps=2, sample_every=0, seed=1)
+"""
+
+
+def test_load_create_and_finetune_with_op_determinism(workplace):
+    done = subprocess.run(
+        [sys.executable, "-c", DETERMINISTIC], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert os.path.isfile("checkpoint/run1/model-2.index")

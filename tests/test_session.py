@@ -163,3 +163,26 @@ def test_two_threads_cannot_both_claim_a_session(sess):
     assert len(claimed) == 1
     assert all(f"is training run{claimed[0]}" in text for text in refused)
     session.check_idle(sess)
+
+
+def test_model_whose_building_was_interrupted_is_completed(sess, monkeypatch):
+    make, names = model._block_variables, []
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "_block_variables", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        session.build_model(sess, HPARAMS, [])
+    monkeypatch.setattr(model, "_block_variables", make)
+    names = session.named_variables(session.build_model(sess, HPARAMS, []))
+    with gpt2.start_tf_sess() as other:
+        assert set(names) == set(session.named_variables(session.build_model(other, HPARAMS, [])))
+
+
+def test_forked_process_is_told_that_it_cannot_use_the_session(sess, monkeypatch):
+    session.build_model(sess, HPARAMS, [])
+    process = session.os.getpid()
+    monkeypatch.setattr(session.os, "getpid", lambda: process + 1)
+    with pytest.raises(RuntimeError, match=f"that of process {process}, .* 'spawn'"):
+        gpt2.generate(sess)

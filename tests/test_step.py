@@ -359,3 +359,16 @@ def test_train_last_blocks_above_the_models_blocks_raises(sess):
     state = session.build_model(sess, HPARAMS, [])
     with pytest.raises(ValueError, match="the model has 3 blocks"):
         step.build_train_ops(state, step_settings(train_last_blocks=4), 12)
+
+
+def test_building_a_step_keeps_the_users_checkpoints_collection(workplace, sess):
+    import gpt_2_simple as gpt2
+
+    with sess.graph.as_default():
+        mine = tf.constant(1.0)
+        tf.compat.v1.add_to_collection("checkpoints", mine)
+    gpt2.finetune(
+        sess, "text.txt", model_name="tiny", steps=2, val_split=0.2, val_every=1, sample_every=0,
+        use_memory_saving_gradients=True,
+    )  # fmt: skip
+    assert sess.graph.get_collection("checkpoints") == [mine]

@@ -132,27 +132,36 @@ class CheckpointOps(NamedTuple):
     done: tf.Operation
 
 
-def build_restore(*variables: tf.Variable) -> CheckpointOps:
+def build_restore(*variables: tf.Variable, stored: tuple[int, ...] = ()) -> CheckpointOps:
     """Adds the operations that read variables; each has its own name in the checkpoint.
 
     They are read one after the other: when a model is loaded over another, at most one variable is
-    in memory twice.
+    in memory twice. `stored` has each variable's DataType number in the checkpoint, see
+    stored_types(); without it, weights are float32 there.
     """
     with tf.compat.v1.name_scope("restore"):
         prefix = tf.compat.v1.placeholder(tf.string, [], name="prefix")
         last: list[tf.Operation] = []
-        for variable in variables:
+        for index, variable in enumerate(variables):
             with tf.control_dependencies(last), tf.device("/cpu:0"):
-                # Weights are float32 in every checkpoint, in whatever precision they are held.
+                # In whatever precision they are held, weights are saved as float32.
                 narrow = variable.dtype in (tf.bfloat16, tf.float16)
+                dtype = tf.float32 if narrow else variable.dtype
                 (value,) = tf.raw_ops.RestoreV2(
                     prefix=prefix, tensor_names=[variable.op.name], shape_and_slices=[""],
-                    dtypes=[tf.float32 if narrow else variable.dtype],
+                    dtypes=[tf.as_dtype(stored[index]) if stored else dtype],
                 )  # fmt: skip
                 value.set_shape(variable.shape)
                 value = tf.cast(value, variable.dtype)
             last = [variable.assign(value, read_value=False)]
         return CheckpointOps(prefix, tf.group(*last))
+
+
+def stored_types(prefix: str, variables: Sequence[tf.Variable]) -> tuple[int, ...]:
+    """Each variable's DataType number in a checkpoint; () if all are float32, as we save them."""
+    entries = checkpoint_index.read_index(f"{prefix}.index")
+    types = tuple(entries[variable.op.name].dtype for variable in variables)
+    return () if set(types) == {tf.float32.as_datatype_enum} else types
 
 
 def check_shapes(prefix: str, variables: Mapping[str, tf.Variable], hparams: Any) -> None:

@@ -89,8 +89,15 @@ def load_checkpoint(
 
 def restore_weights(sess: tf.compat.v1.Session, state: session.GraphState, prefix: str) -> None:
     """Fills the session's model from the checkpoint `prefix`, see checkpoint.restore()."""
-    variables = session.named_variables(state).values()
-    checkpoints.restore(sess, state.build_once(checkpoints.build_restore, *variables), prefix)
+    variables = list(session.named_variables(state).values())
+    try:
+        stored = checkpoints.stored_types(prefix, variables)
+    except (FileNotFoundError, LookupError) as error:
+        raise FileNotFoundError(f"{prefix} went away while it was read; load it again") from error
+    options = {"stored": stored} if stored else {}
+    checkpoints.restore(
+        sess, state.build_once(checkpoints.build_restore, *variables, **options), prefix
+    )
 
 
 def ensure_loaded(

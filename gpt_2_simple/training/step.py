@@ -187,20 +187,17 @@ class _StepBuilder:
 
     def _forward(self) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """The hidden states [rows, n_embd], and the tensors to keep for the backward pass."""
-        settings, graph = self.settings, tf.compat.v1.get_default_graph()
-        graph.clear_collection(model.CHECKPOINTS)
-        h = model.hidden_states(
+        settings = self.settings
+        hidden = model.hidden_states(
             self.tensors,
             self.hparams,
             self.tokens[:, :-1],
             gpus=self.gpus,
             dtype=tf.as_dtype(settings.precision),
             dropout=model.Dropout(settings.dropout, self.seed) if settings.dropout else None,
-        ).h
-        checkpoints = graph.get_collection(model.CHECKPOINTS)
-        graph.clear_collection(model.CHECKPOINTS)
+        )
         rows = self.loss_weights.shape.num_elements()
-        return tf.reshape(h, [rows, self.hparams.n_embd]), checkpoints
+        return tf.reshape(hidden.h, [rows, self.hparams.n_embd]), hidden.outputs
 
     def _loss(self, on_part: OnPart | None = None) -> LossAndGradients:
         rows = self.h.shape.as_list()[0]

@@ -52,7 +52,6 @@ def _build(state: session.GraphState, batch_size: int, time: int) -> EvaluationO
         tokens = tf.compat.v1.placeholder(tf.int32, [batch_size, time], "tokens")
         weights = model.read(state.weights)
         hidden = model.hidden_states(weights, state.hparams, tokens[:, :-1], gpus=state.gpus)
-        tf.compat.v1.get_default_graph().clear_collection(model.CHECKPOINTS)
         h = tf.reshape(hidden.h, [batch_size * (time - 1), state.hparams.n_embd])
         labels = tf.reshape(tokens[:, 1:], [-1])
         losses: list[tf.Tensor] = []
