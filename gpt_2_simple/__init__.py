@@ -49,15 +49,17 @@ __all__ = [
     "model",
     "mount_gdrive",
     "next_token_probs",
+    "os",
     "plot_history",
     "reset_session",
     "sample",
     "score",
     "start_tf_sess",
+    "tf",
 ]
 
 
-_MODULES = {"encoder", "memory_saving_gradients", "model", "sample"}
+_MODULES = {"encoder", "gpt_2", "memory_saving_gradients", "model", "sample"}
 
 
 def __getattr__(name: str) -> Any:

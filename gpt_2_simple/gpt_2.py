@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+# Scripts take these two from here, as 0.8.1 had them.
+import os
+
+import tensorflow as tf
+
 from . import encoder, memory_saving_gradients, model, sample
 from .data.dataset import encode_csv, encode_dataset
 from .generation.generate import generate, generate_stream, generate_to_file
@@ -48,11 +53,13 @@ __all__ = [
     "model",
     "mount_gdrive",
     "next_token_probs",
+    "os",
     "plot_history",
     "reset_session",
     "sample",
     "score",
     "start_tf_sess",
+    "tf",
 ]
 
 

@@ -5,9 +5,10 @@ import threading
 import numpy as np
 import oracle
 import pytest
-from small_model import PREFIXES, WEIGHTS, expected, loader, started, write
+import tensorflow as tf
+from small_model import GREEDY, HPARAMS, PREFIXES, WEIGHTS, expected, loader, started, write
 
-from gpt_2_simple import model
+from gpt_2_simple import model, session
 from gpt_2_simple.generation import decode, kv_cache, sequences
 from gpt_2_simple.sample import SamplingParams, next_token_probs, score_tokens
 
@@ -107,3 +108,28 @@ def test_two_sessions_build_their_decode_loops_in_two_threads(monkeypatch):
         first.join()
         second.join()
     assert found == dict.fromkeys(["first", "second"], [expected([7], 5)])
+
+
+def test_float16_overflow_names_the_precision():
+    with session.start_tf_sess() as sess:
+        session.build_model(sess, HPARAMS, [], "float16")
+        large = np.full(4 * HPARAMS.n_embd, 1e5, np.float32)  # more than float16 holds
+        loader(sess)({**WEIGHTS, "model/h1/mlp/c_fc/b": large})
+        with pytest.raises(RuntimeError, match="float16 holds none above 65504"):
+            write(sess, [[7]], 5)
+
+
+@pytest.mark.parametrize("error", [None, tf.errors.CancelledError(None, None, "")])
+def test_session_closed_while_it_generates_is_an_error_with_the_remedy(monkeypatch, error):
+    with started() as sess:
+        tokens = sequences.generate_tokens(sess, [[7]], 50, GREEDY, chunk=5)
+        next(tokens)
+        sess.close()
+        if error is not None:  # as for a run that was going on
+
+            def run(*_):
+                raise error
+
+            monkeypatch.setattr(sess, "run", run)
+        with pytest.raises(RuntimeError, match=r"is closed; make another with start_tf_sess\(\)"):
+            next(tokens)

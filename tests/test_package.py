@@ -157,6 +157,15 @@ def test_each_import_statement_of_0_8_1_works():
     assert run_python(code) == "True"
 
 
+def test_names_that_scripts_take_from_the_package():
+    code = (
+        "import sys, gpt_2_simple as gpt2; assert 'tensorflow' not in sys.modules\n"
+        "assert gpt2.gpt_2.finetune is gpt2.finetune and gpt2.tf.compat.v1.Session\n"
+        "from gpt_2_simple import *; print(tf is gpt2.tf and os.path.isdir('.'))"
+    )
+    assert run_python(code) == "True"
+
+
 def test_import_leaves_global_state_unchanged():
     code = """
 import logging, random, sys, warnings

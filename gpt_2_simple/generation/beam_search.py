@@ -12,8 +12,8 @@ import tensorflow as tf
 
 from .. import session
 from .decode import build_beam_step
-from .kv_cache import build_once
-from .sampling import HEALTHY, NOTHING_LEFT, check_status
+from .kv_cache import build_once, run
+from .sampling import NOTHING_LEFT, check_status
 from .sequences import Generation, Sequence, fit_prefixes
 from .settings import Beams, SamplingParams
 from .stopping import ends_with
@@ -131,8 +131,8 @@ class BeamSearch(Generation):
             ops.count: min(2 * self.settings.count, n_vocab),
         }
         fetches = [ops.tokens, ops.log_probabilities, ops.status, ops.run]
-        tokens, log_probabilities, status, _ = self.sess.run(fetches, feeds)
-        check_status(np.where([row.ended for row in self.live], HEALTHY, status))
+        tokens, log_probabilities, status, _ = run(self.sess, fetches, feeds)
+        self.check(status)
         self.cache_length += 1
         self.n_generated += 1
         self.cache_rows = list(range(len(self.live)))
@@ -151,7 +151,11 @@ class BeamSearch(Generation):
         """Replaces the beams by their likeliest extensions, given candidates [beams, count]."""
         count = self.settings.count
         beams: list[Beam] = []
-        for rank, beam in enumerate(_likeliest(group.beams, tokens, log_probabilities, 2 * count)):
+        likeliest = _likeliest(group.beams, tokens, log_probabilities, 2 * count)
+        first = next(likeliest, None)
+        if first is None:
+            check_status(np.array([NOTHING_LEFT]), self.precision)
+        for rank, beam in enumerate(filter(None, [first, *likeliest])):
             if self._has_ended(beam.new_tokens):
                 if rank < count:
                     group.finished.append(self._hypothesis(beam))
@@ -195,8 +199,6 @@ def _likeliest(
     """Yields up to `count` extensions of the beams by candidates [beams, n], the best first."""
     totals = log_probabilities + np.array([[beam.log_probability] for beam in beams])
     totals[np.isnan(totals)] = -math.inf  # all tokens of this beam are forbidden
-    if totals.max() == -math.inf:
-        check_status(np.array([NOTHING_LEFT]))
     for place in np.argsort(-totals, axis=None, kind="stable")[:count]:
         parent, candidate = np.unravel_index(place, totals.shape)
         total = float(totals[parent, candidate])

@@ -88,7 +88,7 @@ def free_unused(sess: tf.compat.v1.Session) -> None:
         except IndexError:  # another thread was quicker
             return
         ops = build_once(sess, _build_cache_ops)
-        sess.run(ops.free, {ops.key: key})
+        run(sess, ops.free, {ops.key: key})
 
 
 class SessionGenerator(Generator[T, Any, None]):
@@ -133,6 +133,21 @@ def build_once(sess: tf.compat.v1.Session, build: Callable[..., Any], *args: Any
 # Held while any graph grows: what a loop or a condition becomes depends on a switch of the whole
 # process, which build_decode turns for a while.
 _building = threading.RLock()
+
+
+def run(sess: tf.compat.v1.Session, fetches: Any, feeds: dict[Any, Any]) -> Any:
+    """As sess.run; RuntimeError with the remedy if another thread has closed the session."""
+    try:
+        return sess.run(fetches, feeds)
+    except (RuntimeError, tf.errors.OpError):
+        session.graph_state(sess)  # raises if the session is closed
+        raise
+
+
+def model_precision(sess: tf.compat.v1.Session) -> str:
+    """The precision of the session's model; see BuiltModel."""
+    built = session.graph_state(sess).built_model
+    return built.precision if built else "float32"
 
 
 def _build_in_scope(state: session.GraphState, build: Callable[..., Any], *args: Any) -> Any:

@@ -45,8 +45,17 @@ class TextTokens(NamedTuple):
     n_generated: Any  # new tokens that each text has
 
 
-def check_status(status: np.ndarray) -> None:
-    """Raises RuntimeError if a row is BROKEN, and ValueError if NOTHING_LEFT."""
+def check_status(status: np.ndarray, precision: str) -> None:
+    """Raises RuntimeError if a row is BROKEN, and ValueError if NOTHING_LEFT.
+
+    The precision is that of the model; see BuiltModel.
+    """
+    if BROKEN in status and precision == "float16":
+        raise RuntimeError(
+            "the model gives logits that are not finite numbers: float16 holds none above 65504; "
+            "load the model with precision='bfloat16' or 'float32' in another session, or load "
+            "another checkpoint"
+        )
     if BROKEN in status:
         raise RuntimeError(
             "the model's weights are broken: they give logits that are not finite numbers; "

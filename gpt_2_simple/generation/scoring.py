@@ -12,7 +12,7 @@ import tensorflow as tf
 from .. import model, session
 from ..common.checks import check_whole
 from ..storage.load import ensure_loaded
-from .kv_cache import build_once, fetched, placeholder
+from .kv_cache import build_once, fetched, model_precision, placeholder, run
 from .request import build_prompt, encode_text
 from .sampling import BROKEN, HEALTHY, check_status
 from .sequences import MAX_TOKENS_PER_RUN, check_tokens
@@ -149,10 +149,11 @@ def score_tokens(
         for i, (length, row, start, _) in enumerate(batch):
             tokens = rows[row][start : start + length + 1]
             pairs[:, i, :length] = tokens[:-1], tokens[1:]
-        found = sess.run(ops.log_probabilities, {ops.tokens: pairs[0], ops.targets: pairs[1]})
+        found = run(sess, ops.log_probabilities, {ops.tokens: pairs[0], ops.targets: pairs[1]})
         for (length, row, start, skipped), values in zip(batch, found, strict=True):
             scores[row][start + skipped : start + length] = values[skipped:length]
-    check_status(np.where([np.isfinite(values).all() for values in scores], HEALTHY, BROKEN))
+    is_finite = [np.isfinite(values).all() for values in scores]
+    check_status(np.where(is_finite, HEALTHY, BROKEN), model_precision(sess))
     return scores
 
 
@@ -196,8 +197,8 @@ def likeliest_next_tokens(
     hparams = session.graph_state(sess).hparams
     check_whole("k", k, 1)
     read = check_tokens(tokens, hparams.n_vocab)[-hparams.n_ctx :]
-    (scores,) = sess.run(ops.next_log_probabilities, {ops.tokens: [read]})
-    check_status(np.where(np.isfinite(scores).all(), HEALTHY, BROKEN))
+    (scores,) = run(sess, ops.next_log_probabilities, {ops.tokens: [read]})
+    check_status(np.where(np.isfinite(scores).all(), HEALTHY, BROKEN), model_precision(sess))
     best = np.argsort(-scores, kind="stable")[: int(k)].astype(np.int32)
     return best, np.exp(scores[best])
 

@@ -19,7 +19,16 @@ from .. import session
 from ..common.checks import check_whole
 from ..common.report import warn
 from .decode import StepInputs, build_decode, build_prefill
-from .kv_cache import SessionGenerator, build_merge, build_once, cache_ops, free_unused, unused_keys
+from .kv_cache import (
+    SessionGenerator,
+    build_merge,
+    build_once,
+    cache_ops,
+    free_unused,
+    model_precision,
+    run,
+    unused_keys,
+)
 from .sampling import HEALTHY, SamplingPlaceholders, check_status
 from .settings import SamplingParams
 from .stopping import ends_with
@@ -166,6 +175,7 @@ class Generation:
         sampling: SamplingParams,
     ) -> None:
         self.sess, self.cache_ops, self.unused = sess, cache_ops(sess), unused_keys(sess)
+        self.precision = model_precision(sess)
         self.n_ctx = session.graph_state(sess).hparams.n_ctx
         self.rows, self.length, self.sampling = rows, length, sampling
         self.live: list[Sequence] = []  # the rows in the cache
@@ -193,7 +203,7 @@ class Generation:
                     for row, has_ended in zip(self.rows, ended, strict=True):
                         row.ended = row.ended or bool(has_ended)
                 # Only now: a text that ended before the fault is whole, however long the chunk was.
-                check_status(np.where([row.ended for row in self.live], HEALTHY, self.status))
+                self.check(self.status)
         finally:
             self.unused.extend(self.keys)
 
@@ -232,9 +242,9 @@ class Generation:
                 merge.kept_columns: [kept_length, new_length],
                 merge.rows: kept_rows + new_rows,
             }
-            self.sess.run(merge.run, feeds)
+            run(self.sess, merge.run, feeds)
         else:
-            self.sess.run(self.cache_ops.free, {self.cache_ops.key: self.key})
+            run(self.sess, self.cache_ops.free, {self.cache_ops.key: self.key})
             self.key = new_key
         self.live = [*kept, *rows]
         self.cache_rows = list(range(len(self.live)))
@@ -244,7 +254,7 @@ class Generation:
         """Makes a cache of these contexts, as wide as the longest; returns its width."""
         ops, longest = self.cache_ops, max(map(len, contexts), default=0)
         shape = {ops.rows: len(contexts), ops.capacity: longest}
-        self.sess.run(ops.allocate, {ops.key: key, **shape})
+        run(self.sess, ops.allocate, {ops.key: key, **shape})
         if not longest:
             return 0
         prefill = build_once(self.sess, build_prefill)
@@ -258,7 +268,7 @@ class Generation:
                 prefill.left_pads: pads,
                 prefill.cache_length: start,
             }
-            self.sess.run(prefill.run, feeds)
+            run(self.sess, prefill.run, feeds)
         return longest
 
     def decode(self, steps: int) -> np.ndarray:
@@ -270,7 +280,7 @@ class Generation:
             ops.uniform: np.array([row.draw(steps) for row in self.live]).T,
             ops.ended: [row.ended for row in self.live],
         }
-        new, self.status, _ = self.sess.run([ops.tokens, ops.status, ops.run], feeds)
+        new, self.status, _ = run(self.sess, [ops.tokens, ops.status, ops.run], feeds)
         self.cache_length += new.shape[1]
         self.n_generated += new.shape[1]
         tokens = np.full([len(self.rows), new.shape[1]], -1, np.int32)
@@ -279,6 +289,11 @@ class Generation:
             row.tokens.extend(row_tokens[row_tokens >= 0].tolist())
             row.ended = row.ended or ends_with(row.tokens, self.sampling.stop_token)
         return tokens
+
+    def check(self, status: np.ndarray) -> None:
+        """Raises check_status()'s errors for the live rows that have not ended."""
+        has_ended = [row.ended for row in self.live]
+        check_status(np.where(has_ended, HEALTHY, status), self.precision)
 
     def step_feeds(self, inputs: StepInputs, steps: int) -> dict[Any, Any]:
         """Feeds for the next `steps` tokens, except text_tokens; the cache grows by what is fed."""
