@@ -10,7 +10,7 @@ import tensorflow as tf
 tf.compat.v1.{switch}()
 import gpt_2_simple as gpt2
 
-gpt2.create_gpt2(model_name="tiny", n_layer=1, n_head=1, n_embd=8, n_ctx=16, seed=3, verbose=0)
+gpt2.create_gpt2(model_name="tiny", n_layer=1, n_head=1, n_embd=8, n_ctx=16, seed=3)
 with open("text.txt", "w") as file:
     file.write("ten green bottles hanging on the wall\\n" * 9)
 settings = dict(model_name="tiny", sample_every=1, sample_length=3, val_split=0.3, verbose=0)
