@@ -440,7 +440,9 @@ def test_version_without_installation(capsys, monkeypatch):
 
 @pytest.mark.parametrize("model", [[], ["--model_name", "355M", "--model_dir", "m"]])
 @pytest.mark.parametrize("there", [True, False])
-def test_finetune_downloads_a_missing_model_first(calls, model, there):
+def test_finetune_downloads_a_missing_model_first(calls, model, there, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("a text")
     calls.results["is_gpt2_downloaded"] = there
     assert cli.main(["finetune", "a.txt", *model]) == 0
     fetch = ["is_gpt2_downloaded"] if there else ["is_gpt2_downloaded", "download_gpt2"]
@@ -448,6 +450,28 @@ def test_finetune_downloads_a_missing_model_first(calls, model, there):
     name, folder = ("355M", "m") if model else ("124M", "models")
     expected = {"model_name": name, "model_dir": folder}
     assert all(calls.one(name) == expected for name in fetch)
+
+
+@pytest.mark.parametrize("wrong", ["dataset", "file", "run of another model"])
+def test_finetune_checks_dataset_and_run_before_it_downloads(
+    calls, wrong, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    calls.results["is_gpt2_downloaded"] = False
+    (tmp_path / "checkpoint").mkdir()
+    run = tmp_path / "checkpoint" / "run1"
+    if wrong != "dataset":
+        (tmp_path / "a.txt").write_text("a text")
+    if wrong == "file":
+        run.write_text("mine")
+    if wrong == "run of another model":
+        run.mkdir()
+        sizes = {"n_vocab": 257, "n_ctx": 32, "n_embd": 16, "n_head": 2, "n_layer": 2}
+        (run / "hparams.json").write_text(json.dumps(sizes))
+    assert cli.main(["finetune", "a.txt"]) != 0
+    assert calls.names() == ["is_gpt2_downloaded"]
+    said = {"dataset": "a.txt", "file": "run1 is a file", "run of another model": "other sizes"}
+    assert said[wrong] in capsys.readouterr().err
 
 
 def test_unpublished_model_is_not_downloaded(calls):

@@ -275,6 +275,11 @@ def test_missing_model_error_names_download_gpt2(workplace, sess):
     assert not os.path.exists("checkpoint")
 
 
+def test_model_name_in_lower_case_error_names_the_published_model(workplace, sess):
+    with pytest.raises(FileNotFoundError, match=r"did you mean model_name='124M'\?"):
+        gpt2.load_gpt2(sess, model_name="124m")
+
+
 def test_missing_run_error_lists_the_runs(workplace, sess):
     finetune(sess, run_name="good")
     with pytest.raises(FileNotFoundError, match="runs there: good"):

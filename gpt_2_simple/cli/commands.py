@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from ..common.published import MODEL_NAMES, published_hparams
 from ..common.report import complain, progress, say, verbosity
 from ..common.settings import Setting, Settings, fields_of
 from ..data.settings import EncodeCsvSettings, EncodeSettings
+from ..data.text_files import find_files
 from ..generation.settings import FILES, TEXT, GenerationSettings
 from ..storage.settings import CreateSettings, DownloadSettings, LoadSettings
 from ..training.settings import MemoryPlanSettings, PlotSettings, TrainingSettings
@@ -42,10 +44,16 @@ def _pass_to(module: str, function: str) -> Callable[[Options], int]:
     return run
 
 
-def _ensure_model(gpt2: ModuleType, model_name: str | None, model_dir: str) -> None:
-    """Downloads the model if it is one of OpenAI's and is not there."""
+def _ensure_model(
+    gpt2: ModuleType,
+    model_name: str | None,
+    model_dir: str,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Downloads the model if it is one of OpenAI's and is not there; `check` is called before."""
     model = {"model_name": model_name, "model_dir": model_dir}
     if model_name in MODEL_NAMES and not gpt2.is_gpt2_downloaded(**model):
+        check()
         gpt2.download_gpt2(**model)
 
 
@@ -56,10 +64,29 @@ def _finetune(options: Options) -> int:
     options = {**FINETUNE.own_defaults, **options}
     settings = TrainingSettings(**options)  # wrong ones are told before a model is downloaded
     gpt2 = _module("gpt_2")
-    _ensure_model(gpt2, settings.model_name, settings.model_dir)
+    check = functools.partial(_check_before_download, settings)
+    _ensure_model(gpt2, settings.model_name, settings.model_dir, check)
     with contextlib.closing(gpt2.start_tf_sess()) as sess:
         result = gpt2.finetune(sess, **options)
     return EXIT_INTERRUPTED if getattr(result, "interrupted", False) else 0
+
+
+def _check_before_download(settings: TrainingSettings) -> None:
+    """Raises what finetune() would raise after the download, as far as that is known before."""
+    for dataset in (settings.dataset, settings.val_dataset):
+        if dataset is not None:
+            find_files(dataset)
+    run = os.path.join(settings.checkpoint_dir, settings.run_name)
+    if os.path.lexists(run) and not os.path.isdir(run):
+        raise NotADirectoryError(f"{run} is a file; give another run_name or checkpoint_dir")
+    if os.path.isfile(os.path.join(run, "hparams.json")):
+        of_run, of_model = read_hparams(run), published_hparams(settings.model_name)
+        if of_run != of_model:
+            raise ValueError(
+                f"{run} was made from a model of other sizes ({of_run}) than "
+                f"{settings.model_name} ({of_model}), which is not downloaded; give another "
+                "run_name, or the model_name it was made from"
+            )
 
 
 FINETUNE = Command(

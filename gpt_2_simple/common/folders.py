@@ -8,12 +8,16 @@ import os
 from glob import glob
 
 from .hparams import HParams, default_hparams
+from .published import MODEL_NAMES
 
 
 def model_folder(model_dir: str, model_name: str) -> str:
     """The folder of a model. Raises FileNotFoundError if there is none; lists the models."""
     folder = os.path.join(model_dir, model_name)
     if not os.path.isfile(os.path.join(folder, "hparams.json")):
+        meant = model_name.upper()
+        if meant != model_name and meant in MODEL_NAMES:
+            raise FileNotFoundError(f"no model in {folder}; did you mean model_name={meant!r}?")
         raise FileNotFoundError(
             f"no model in {folder}{_listing(model_dir, 'models')}; get it by "
             f"gpt2.download_gpt2(model_dir={model_dir!r}, model_name={model_name!r}), "
