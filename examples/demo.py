@@ -24,7 +24,8 @@ result = gpt2.finetune(
     gradient_clip=1.0, val_split=0.05, val_every=200, print_every=40, sample_every=400,
     sample_length=200, seed=1,
 )  # fmt: skip
-
+if result.interrupted:
+    raise SystemExit("Interrupted: the run is saved")
 shares = [count / text.stat().st_size for count in Counter(text.read_bytes()).values()]
 entropy = -sum(share * math.log(share) for share in shares)
 print(f"\nUnigram entropy of the text: {entropy:.2f} nats a byte, from letter counts alone.")

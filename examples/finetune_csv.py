@@ -19,7 +19,6 @@ names = [name.lower() for code in codes if (name := unicodedata.name(chr(code), 
 random.Random(0).shuffle(names)  # val_split takes the end: it should be like the rest
 with open("symbols.csv", "w", newline="", encoding="utf-8") as file:
     csv.writer(file).writerows([["number", "name"], *enumerate(names)])
-
 gpt2.create_gpt2(model_name=MODEL, n_ctx=128, n_layer=3, n_embd=96, seed=1, overwrite=True)
 sess = gpt2.start_tf_sess()
 data = {"dataset": "symbols.csv", "column": "name", "val_split": 0.1, "sampling": "epoch"}
@@ -29,8 +28,9 @@ result = gpt2.finetune(
     sess, model_name=MODEL, run_name="symbols", restore_from="fresh", epochs=EPOCHS,
     lr_schedule="cosine", seed=1, **data, **small, **often,
 )  # fmt: skip
+if result.interrupted:
+    raise SystemExit("Interrupted: the run is saved")
 print(f"Best after step {result.best_step} of {result.step}: {result.best_loss:.2f} nats a token")
-
 gpt2.load_gpt2(sess, "best", run_name="symbols")
 rows = gpt2.generate(
     sess, prefix="<|startoftext|>", include_prefix=False, stop_token=END, length=100, nsamples=10,

@@ -6,11 +6,13 @@ import json
 import os
 import re
 import runpy
+import signal
 from pathlib import Path
 
 import pytest
 
 import gpt_2_simple as gpt2
+from gpt_2_simple.training import trainer
 
 REPOSITORY = Path(__file__).parent.parent
 EXAMPLES = REPOSITORY / "examples"
@@ -88,6 +90,19 @@ def test_stream_and_score_streams_and_ranks_texts(run):
     assert len(re.findall(r"(?m)^ +[\d.]+ (?:Simple|Complex) is better", out)) == 2
     texts = out.partition("gives the same texts:\n")[2].split("=" * 20 + "\n")
     assert [text[:3] for text in texts] == ["Now", "Now", "Alt", "Alt", ""]
+
+
+@pytest.mark.parametrize("name", ["demo.py", "finetune_csv.py", "resume_and_best.py"])
+def test_ctrl_c_in_an_example_ends_it_without_a_traceback(run, monkeypatch, name):
+    def draw_and_send(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return next_batches(self)
+
+    next_batches = trainer.Trainer.next_batches
+    monkeypatch.setattr(trainer.Trainer, "next_batches", draw_and_send)
+    with pytest.raises(SystemExit, match="Interrupted: the run is saved"):
+        run(name)
+    assert list(Path("checkpoint").glob("*/model-*.index"))
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
