@@ -140,8 +140,12 @@ def fields_of(cls: type[Settings]) -> dict[str, Field]:
     if cls not in _fields:
         # Not typing.get_type_hints(): Python 3.10's refuses a class with dataclasses.KW_ONLY.
         names = {**vars(sys.modules[cls.__module__]), **vars(cls)}
-        fields = dataclasses.fields(cls)
-        _fields[cls] = {f.name: _read_field(f, eval(str(f.type), names)) for f in fields}
+        # Annotations are strings only in modules that import them from __future__.
+        hints = {
+            f.name: eval(f.type, names) if isinstance(f.type, str) else f.type
+            for f in dataclasses.fields(cls)
+        }
+        _fields[cls] = {f.name: _read_field(f, hints[f.name]) for f in dataclasses.fields(cls)}
     return _fields[cls]
 
 
