@@ -564,7 +564,8 @@ def test_float16_that_skips_on_at_scale_1_diverges(small, sess, monkeypatch):
     monkeypatch.setattr(train.Trainer, "run_step", overflowing)
     with pytest.raises(
         train.Diverged,
-        match=r"overflow even at a loss scale of 1: 5 steps in a row .* step \d+; precision='bfloat",
+        match=r"overflow even at a loss scale of 1: 5 steps in a row .* step \d+; "
+        r"precision='bfloat16'",
     ):
         finetune(sess, 99, precision="float16")
 
