@@ -8,7 +8,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 
-from ..common.files import check_folder, is_special
+from ..common.files import check_folder, is_special, replace, sync_file
 from ..common.report import say
 
 # Adds a string to a file, or prints it.
@@ -54,11 +54,10 @@ def open_output(path: str) -> Iterator[Append]:
 
             yield append
             is_kept = True
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
     finally:
         if is_kept:
-            os.replace(part, path)
+            replace(part, path)
         else:
             os.remove(part)
 

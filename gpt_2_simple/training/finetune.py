@@ -78,7 +78,8 @@ def finetune(sess: tf.compat.v1.Session, settings: TrainingSettings) -> Result:
 def _start(settings: TrainingSettings, run: str, model: str) -> Start:
     """The checkpoint to start from; `run` and `model` are folders."""
     checkpoint = runs.starting_checkpoint(settings.restore_from, run, model)
-    of_run = os.path.samefile(os.path.dirname(checkpoint), run)
+    # Not os.path.samefile(): some network drives change their inode numbers.
+    of_run = os.path.realpath(os.path.dirname(checkpoint)) == os.path.realpath(run)
     return Start(checkpoint, resumes=settings.restore_from == "latest" and of_run)
 
 

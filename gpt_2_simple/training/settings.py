@@ -45,8 +45,8 @@ class TrainingSettings(Settings):
 
     # fmt: off
     dataset: Annotated[str | Sequence[str], Setting(
-        RUN, "Text to learn: a text file, a folder, a glob pattern, a .csv, .tsv or .jsonl, what "
-        "encode_dataset() made, or several of these")]
+        RUN, "Text to learn: a text file, a folder, a glob pattern, a .csv, .tsv, .json or .jsonl, "
+        "what encode_dataset() made, or several of these")]
     steps: Annotated[int, Setting(
         TRAINING, "Steps to train in this call; -1 goes on until Ctrl-C, which saves", at_least=1,
         special=(-1, "until Ctrl-C"), per_call=True)] = -1
@@ -84,7 +84,8 @@ class TrainingSettings(Settings):
     print_every: Annotated[int, Setting(
         SAVING, "Steps between lines with the loss", at_least=1, per_call=True)] = 1
     max_checkpoints: Annotated[int, Setting(
-        SAVING, "Checkpoints to keep; 0 keeps all", at_least=0, per_call=True)] = 1
+        SAVING, "Checkpoints to keep; 0 keeps all. The one that a call continued from is kept, too",
+        at_least=0, per_call=True)] = 1
     use_memory_saving_gradients: Annotated[bool | None, Setting(
         MEMORY, "Recompute activations in the backward pass instead of storing them: less memory, "
         "more time. None does so where the device's memory is too small otherwise",
