@@ -100,6 +100,10 @@ class SessionGenerator(Generator[T, Any, None]):
     def __init__(self, sess: tf.compat.v1.Session, values: Generator[T, Any, None]) -> None:
         self._sess, self._values = sess, values
 
+    def __next__(self) -> T:
+        """As a generator's; the base class's would stand between a warning and the user's line."""
+        return self.send(None)
+
     def send(self, value: Any) -> T:
         """As a generator's send."""
         try:
