@@ -47,8 +47,9 @@ def small_model_session():
     """A session that holds small_model's model."""
     import small_model
 
-    with small_model.started() as session:
-        yield session
+    session = small_model.started()  # no `with`: that would make its graph the default graph
+    yield session
+    session.close()
 
 
 @pytest.fixture

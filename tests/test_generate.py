@@ -139,7 +139,8 @@ def test_iterate_texts_gives_what_generate_returns(loaded):
 
 
 def test_delimiter_follows_each_text(loaded, monkeypatch):
-    monkeypatch.setattr(text_stream, "generate_texts", lambda *_: iter([("a", "ab"), ("", "c\n")]))
+    texts = [("a", "ab"), ("", "c\n")]
+    monkeypatch.setattr(text_stream, "generate_texts", lambda *_: (text for text in texts))
     gpt2.generate(loaded, nsamples=2, sample_delim="==\n", destination_path="out.txt")
     with open("out.txt") as file:
         assert file.read() == "ab\n==\nc\n\n==\n"
