@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
@@ -11,6 +12,10 @@ import pytest
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_ctx": 32}
 
 TEXT = "".join(f"{n} green bottles, hanging on the wall.\n" for n in range(200))
+
+
+# A shell's background job starts with SIGINT ignored, and a training leaves it so.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
