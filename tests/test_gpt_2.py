@@ -709,6 +709,18 @@ def test_named_base_model_keeps_the_loaded_run(workplace, sess, capsys, release)
         assert capsys.readouterr().out == ""
 
 
+def test_another_model_than_the_base_of_the_loaded_run_is_loaded(workplace, sess):
+    shutil.copytree("models/tiny", "models/other")
+    finetune(sess, run_name="mine", learning_rate=0.1, verbose=0)
+    with gpt2.start_tf_sess() as fresh:
+        gpt2.load_gpt2(fresh, model_name="other", verbose=0)
+        expected = texts(fresh, temperature=0)
+    with gpt2.start_tf_sess() as fresh:
+        gpt2.load_gpt2(fresh, run_name="mine", verbose=0)
+        assert texts(fresh, temperature=0) != expected
+        assert texts(fresh, temperature=0, model_name="other") == expected
+
+
 def test_generate_waits_for_another_thread_that_loads(workplace, sess, monkeypatch):
     gpt2.load_gpt2(sess, model_name="tiny", verbose=0)
     expected, found, restore = texts(sess), [], load.restore_weights

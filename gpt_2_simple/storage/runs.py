@@ -86,7 +86,8 @@ def prepare(folder: str, base_model_folder: str) -> None:
 def base_model_folder(folder: str) -> str | None:
     """The absolute path of the model that a run was made from, as its settings.json names it.
 
-    None if nothing tells it, as in runs of gpt-2-simple 0.8.1.
+    A relative `model_dir` counts from the current folder, as it does in every call. None if nothing
+    tells it, as in runs of gpt-2-simple 0.8.1.
     """
     try:
         settings = json.loads(Path(folder, SETTINGS).read_text(encoding="utf-8"))

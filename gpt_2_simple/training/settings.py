@@ -53,7 +53,7 @@ class TrainingSettings(Settings):
     model_name: Annotated[str, Setting(
         RUN, "Model to start from: a folder in `model_dir`")] = "124M"
     model_dir: Annotated[str, Setting(
-        RUN, "Folder that holds the models", recorded=False)] = "models"
+        RUN, "Folder that holds the models", per_call=True)] = "models"
     combine: Annotated[int, COMBINE] = 50000
     batch_size: Annotated[int, Setting(
         TRAINING, "Windows of text in a micro-batch", at_least=1)] = 1
