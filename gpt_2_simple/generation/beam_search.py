@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from .. import session
+from ..common.checks import check_whole
 from .decode import build_beam_step
 from .kv_cache import build_once, run
 from .sampling import NOTHING_LEFT, check_status
@@ -77,6 +78,7 @@ class BeamSearch(Generation):
             RuntimeError: the session is closed or holds no model.
         """
         sampling = sampling or SamplingParams()
+        length = check_whole("length", length, 1)
         self.settings, self.ends = beams, ends
         # The beams of a prefix are equal at first: only one of them may be extended.
         start = [Beam([], 0.0, 0), *[Beam([], -math.inf, 0)] * (beams.count - 1)]
@@ -85,7 +87,7 @@ class BeamSearch(Generation):
             for prefix in fit_prefixes(sess, prefixes, length, sampling)
         ]
         rows = [row for group in self.groups for row in group.rows]
-        super().__init__(sess, rows, int(length), sampling)
+        super().__init__(sess, rows, length, sampling)
 
     def __enter__(self) -> BeamSearch:
         try:

@@ -135,8 +135,7 @@ def score_tokens(
     ops = build_once(sess, _build_score)
     hparams = session.graph_state(sess).hparams
     stride = max(1, hparams.n_ctx // 2) if stride is None else stride
-    check_whole("stride", stride, 1)
-    stride = int(stride)
+    stride = check_whole("stride", stride, 1)
     if stride > hparams.n_ctx:
         raise ValueError(f"stride={stride} must not be above n_ctx={hparams.n_ctx}")
     rows = [check_tokens(row, hparams.n_vocab) for row in rows]
@@ -195,11 +194,11 @@ def likeliest_next_tokens(
     """
     ops = build_once(sess, _build_score)
     hparams = session.graph_state(sess).hparams
-    check_whole("k", k, 1)
+    k = check_whole("k", k, 1)
     read = check_tokens(tokens, hparams.n_vocab)[-hparams.n_ctx :]
     (scores,) = run(sess, ops.next_log_probabilities, {ops.tokens: [read]})
     check_status(np.where(np.isfinite(scores).all(), HEALTHY, BROKEN), model_precision(sess))
-    best = np.argsort(-scores, kind="stable")[: int(k)].astype(np.int32)
+    best = np.argsort(-scores, kind="stable")[:k].astype(np.int32)
     return best, np.exp(scores[best])
 
 

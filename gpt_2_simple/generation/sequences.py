@@ -81,19 +81,18 @@ def generate_tokens(
             not finite numbers.
     """
     sampling = sampling or SamplingParams()
+    length = check_whole("length", length, 1)
     prefixes = fit_prefixes(sess, prefixes, length, sampling)
-    length = int(length)
     if chunk is not None:
-        check_whole("chunk", chunk, 1)
-        chunk = int(chunk)
+        chunk = check_whole("chunk", chunk, 1)
     seed = random.SystemRandom().getrandbits(64) if seed is None else seed
-    check_whole("seed", seed, -(2**63))
+    seed = check_whole("seed", seed, -(2**63))
     ids = range(len(prefixes)) if row_ids is None else row_ids
     if len(ids) != len(prefixes):
         raise ValueError(f"{len(ids)} row_ids for {len(prefixes)} prefixes; give one each")
     rows = []
     for prefix, row_id in zip(prefixes, ids, strict=True):
-        key = np.array([int(seed) % 2**64, int(row_id) % 2**64], np.uint64)
+        key = np.array([seed % 2**64, int(row_id) % 2**64], np.uint64)
         rows.append(Sequence(list(prefix), np.random.Philox(key=key)))
     return SessionGenerator(sess, Generation(sess, rows, length, sampling).generate(chunk))
 
@@ -106,12 +105,10 @@ def fit_prefixes(
 ) -> list[list[int]]:
     """Checks arguments as generate_tokens() says; cuts prefixes that are longer than the context.
 
-    The end of such a prefix stays, with room for new tokens after it.
+    `length` is checked already. The end of such a prefix stays, with room for new tokens after it.
     """
     hparams = session.graph_state(sess).hparams
     n_ctx, n_vocab = hparams.n_ctx, hparams.n_vocab
-    check_whole("length", length, 1)
-    length = int(length)
     checked = [check_tokens(prefix, n_vocab) for prefix in prefixes]
     if not checked:
         raise ValueError("prefixes=[] must hold at least one prefix")
