@@ -74,6 +74,16 @@ class ReadOptions:
         if self.combine < 1:
             raise ValueError(f"combine={self.combine} must be at least 1")
 
+    @classmethod
+    def of(cls, settings: Any) -> ReadOptions:
+        """The options in an EncodeSettings or a TrainingSettings, whose names are the same."""
+        return cls(
+            settings.combine,
+            settings.encoding,
+            RowFormat(settings.column, settings.template, settings.header, settings.delimiter),
+            settings.pad_documents,
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
@@ -374,13 +384,7 @@ def encode_dataset(settings: EncodeSettings) -> None:
         if not out_path.endswith(".npz") and not out_path.lower().endswith(".tokens"):
             out_path += ".npz"  # as NumPy, and so gpt-2-simple 0.8.1, names it
         say("Reading files")
-        options = ReadOptions(
-            settings.combine,
-            settings.encoding,
-            RowFormat(settings.column, settings.template, settings.header, settings.delimiter),
-            settings.pad_documents,
-        )
-        dataset = find_dataset(settings.file_path, options)
+        dataset = find_dataset(settings.file_path, ReadOptions.of(settings))
         for file in dataset.files:
             if file.named:
                 _check_is_not_input(out_path, file.path)

@@ -14,7 +14,6 @@ from ..common.locks import lock_run
 from ..common.report import say, verbosity
 from ..common.settings import fields_of, session_function
 from ..data.dataset import Dataset, ReadOptions, find_dataset, tokenize
-from ..data.tables import RowFormat
 from ..data.windows import split_dataset
 from ..encoder import Encoder
 from ..precision import fit_precision
@@ -85,12 +84,7 @@ def _start(settings: TrainingSettings, run: str, model: str) -> Start:
 
 def _find_datasets(settings: TrainingSettings) -> tuple[Dataset, Dataset | None]:
     """The dataset to train on, and the one to validate on if the user names one."""
-    options = ReadOptions(
-        settings.combine,
-        settings.encoding,
-        RowFormat(settings.column, settings.template, settings.header, settings.delimiter),
-        settings.pad_documents,
-    )
+    options = ReadOptions.of(settings)
     dataset = find_dataset(settings.dataset, options)
     if settings.val_dataset is None:
         return dataset, None
