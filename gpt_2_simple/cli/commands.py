@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
 from types import ModuleType
 from typing import Annotated, Any, ClassVar
@@ -34,6 +34,11 @@ EXIT_INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
 def _module(name: str) -> ModuleType:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its notes on CPU features help nobody here
     return importlib.import_module(f"gpt_2_simple.{name}")
+
+
+def _take(options: Options, names: Iterable[str]) -> Options:
+    """Removes the options of these names, as far as they were given, and returns them."""
+    return {name: options.pop(name) for name in names if name in options}
 
 
 def _pass_to(module: str, function: str) -> Callable[[Options], int]:
@@ -136,11 +141,11 @@ class OutputSettings(Settings):
 
 def _generate(options: Options) -> int:
     options = {**GENERATE.own_defaults, **options}
-    own = OutputSettings(**{n: options.pop(n) for n in fields_of(OutputSettings) if n in options})
+    own = OutputSettings(**_take(options, fields_of(OutputSettings)))
     if own.prefix_file is not None:
         _take_prefixes(own.prefix_file, options)
     output = _Output.of(own, options)
-    load = {name: options.pop(name) for name in _NAMES_OF_WEIGHTS if name in options}
+    load = _take(options, _NAMES_OF_WEIGHTS)
     gpt2 = _module("gpt_2")
     named = LoadSettings(**load)
     _ensure_model(gpt2, named.model_name, named.model_dir)
@@ -301,7 +306,7 @@ class CardSettings(Settings):
 
 def _memory(options: Options) -> int:
     plans = _module("training.memory_plan")
-    own = CardSettings(**{n: options.pop(n) for n in fields_of(CardSettings) if n in options})
+    own = CardSettings(**_take(options, fields_of(CardSettings)))
     name = options.pop("model_name", MemoryPlanSettings.model_name)
     hparams = _sizes(name, own.model_dir)
     flag = "use_memory_saving_gradients"
