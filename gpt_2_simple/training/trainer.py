@@ -398,8 +398,6 @@ class Trainer:
         gave them. Each is written before it is printed.
         """
         settings = self.settings
-        if not settings.sample_num:
-            return
         rng = np.random.default_rng([self.run.seed, step])
         chunk = self.data.chunks[int(rng.integers(len(self.data.chunks)))]
         first = self.state.encoder.decode([chunk[rng.integers(len(chunk))]], surrogates=False)
