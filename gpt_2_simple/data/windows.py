@@ -37,12 +37,12 @@ def window_length(
     Raises:
         ValueError: there are fewer than the 2 tokens that it takes to predict one.
     """
-    lengths = [len(chunk) for chunk in chunks]
-    is_packed = sampling == "epoch" and not pad_documents
-    longest = sum(lengths) if is_packed else max(lengths, default=0)
+    stream = _TokenStream(chunks)
+    lengths = np.diff(_span_ends(stream, sampling, pad_documents), prepend=0)
+    longest = int(lengths.max(initial=0))
     if longest < 2:
         raise ValueError(
-            f"the dataset has {sum(lengths)} tokens in {len(lengths)} chunks: "
+            f"the dataset has {stream.size} tokens in {len(chunks)} chunks: "
             "training needs at least 2 in a row, the second to be predicted from the first"
         )
     return min(wanted, longest)
