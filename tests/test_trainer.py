@@ -416,7 +416,7 @@ def test_passing_error_in_save_best_does_not_stop_later_saves(small, sess, monke
     def fail_once(sess, folder, base, *args):
         if base == checkpoint.BEST and failures:
             raise failures.pop()
-        return save_model(sess, folder, base, *args)
+        save_model(sess, folder, base, *args)
 
     monkeypatch.setattr(checkpoint, "save_model", fail_once)
     script_losses(monkeypatch, [2.0, 2.5])
@@ -434,7 +434,7 @@ def test_passing_error_in_a_save_is_tried_again(small, sess, monkeypatch):
     def fail_once(*args):
         if failures:
             raise failures.pop()
-        return save_model(*args)
+        save_model(*args)
 
     monkeypatch.setattr(checkpoint, "save_model", fail_once)
     with pytest.raises(OSError, match="Stale file handle"):

@@ -252,7 +252,7 @@ def save_model(
     hparams: model.HParams,
     saves: Mapping[str, CheckpointOps],
     texts: Mapping[str, str],
-) -> str:
+) -> None:
     """Writes a model's `<base>.data-...`, `.index` and `.meta`, and other files: all or nothing.
 
     All files are written into a folder of their own, `.saving-...`, and flushed to disk. The save
@@ -262,7 +262,7 @@ def save_model(
     Args:
         sess: holds the variables.
         folder: a model or run folder; nobody else may save there now.
-        base: the base name of the model's checkpoint, whose prefix is returned.
+        base: the base name of the model's checkpoint.
         hparams: the model's sizes.
         saves: operations by the base name of the checkpoint that they write.
         texts: contents of other files, by their names.
@@ -270,7 +270,6 @@ def save_model(
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
-    prefix = os.path.join(folder, base)
     contents = {name: text.encode("utf-8") for name, text in texts.items()}
     contents[f"{base}.meta"] = _meta_graph(dataclasses.astuple(hparams))
     try:
@@ -286,10 +285,10 @@ def save_model(
         _move_into_place(folder, base)
     except (tf.errors.OpError, OSError) as error:
         raise OSError(
-            f"could not save {prefix}: {_reason(error)}. Earlier checkpoints are untouched; "
-            "free some space on the disk or give another checkpoint_dir"
+            f"could not save {os.path.join(folder, base)}: {_reason(error)}. "
+            "Earlier checkpoints are untouched; free some space on the disk or give another "
+            "checkpoint_dir"
         ) from error
-    return prefix
 
 
 def _write_all(
