@@ -10,10 +10,12 @@ import pytest
 import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trained_vocabulary import trained_vocabulary
 from word_encoder import ENC, WordEncoder, some_text
 
 from gpt_2_simple.data import parallel_encode, token_file
 from gpt_2_simple.data.parallel_encode import (
+    CONTEXT_FLAG,
     BlockEncoder,
     ChunkPart,
     TextBlock,
@@ -67,7 +69,7 @@ def test_block_encoder_gives_the_encoders_ids(texts, allow_special):
 
     enc, block_encoder = get_encoder(str(SHARED)), block_encoder_of_gpt2(allow_special)
     texts = [text.replace("|", "<|endoftext|>") for text in texts]
-    ids, counts, _ = block_encoder.encode_block(TextBlock(texts, [True] * len(texts)))
+    ids, counts, _ = block_encoder.encode_block(TextBlock(texts, [True] * len(texts), []))
     expected = [enc.encode(text, allow_special=allow_special) for text in texts]
     assert counts == [len(one) for one in expected]
     assert np.frombuffer(ids, np.uint16).tolist() == sum(expected, [])
@@ -108,6 +110,43 @@ def test_end_of_text_is_not_cut_between_blocks(size):
     assert chunk.tolist() == ENC.encode("".join(texts), allow_special=True)
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(ANY_TEXT, st.booleans(), st.booleans()), max_size=12), st.integers(1, 60))
+def test_tokens_that_lie_within_context_are_flagged_in_blocks_of_any_size(parts, size):
+    expected, text, is_context = [], "", []
+    for part, ends, in_context in [*parts, ("", True, False)]:
+        text += part
+        is_context += [in_context] * len(part.encode("utf-8", "surrogatepass"))
+        if ends and text:
+            ids, start = [], 0
+            for i in ENC.encode(text):
+                end = start + len(ENC.decode_bytes([i]))
+                ids.append(i + CONTEXT_FLAG * all(is_context[start:end]))
+                start = end
+            expected.append(ids)
+            text, is_context = "", []
+    chunk_parts = (
+        ChunkPart(text, ends, ((0, len(text)),) * (in_context and text != ""))
+        for text, ends, in_context in parts
+    )
+    encode_block = BlockEncoder(ENC, np.dtype(np.uint32)).encode_block
+    encoded = map(encode_block, cut_into_blocks(chunk_parts, size))
+    chunks = token_file.join_blocks(encoded, np.dtype(np.uint32))
+    assert [chunk.tolist() for chunk in chunks] == expected
+
+
+def test_token_across_the_border_of_context_is_learned():
+    enc = trained_vocabulary()
+    text = "Is it the case? the case"
+    start = len("Is it the case? ")
+    block = TextBlock([text], [True], [((0, start),)])
+    encoded = BlockEncoder(enc, np.dtype(np.uint32)).encode_block(block)
+    ids = np.frombuffer(encoded.ids, np.uint32)
+    context = enc.decode([i - CONTEXT_FLAG for i in ids.tolist() if i >= CONTEXT_FLAG])
+    assert context == "Is it the case?"
+    assert enc.decode([i for i in ids.tolist() if i < CONTEXT_FLAG]) == " the case"
+
+
 def test_text_without_white_space_is_cut_into_blocks():
     blocks = list(cut_into_blocks([ChunkPart("漢字，" * 100, False)] * 10, 200))
     assert len(blocks) == 11
@@ -118,7 +157,7 @@ def test_word_cache_is_bounded():
     block_encoder = BlockEncoder(ENC, np.uint16, max_words=30)
     for start in range(0, 1000, 10):
         text = " ".join(map(str, range(start, start + 10)))
-        ids, (count,), _ = block_encoder.encode_block(TextBlock([text], [True]))
+        ids, (count,), _ = block_encoder.encode_block(TextBlock([text], [True], []))
         assert np.frombuffer(ids, np.uint16).tolist() == ENC.encode(text)
         assert count == len(ENC.encode(text))
         assert len(block_encoder.cache) <= 30
@@ -126,7 +165,7 @@ def test_word_cache_is_bounded():
 
 def test_helper_processes_import_no_tensorflow(monkeypatch):
     text = some_text(5000)
-    blocks = [TextBlock([text, "two"], [True, False])] * 20
+    blocks = [TextBlock([text, "two"], [True, False], [])] * 20
     started = parallel_encode._start_helpers((ENC, np.uint16, False, 1000), 2)
     assert len(started) == 2
     modules = Path(f"/proc/{started[0].process.pid}/maps")
@@ -162,7 +201,7 @@ class DiesElsewhere(WordEncoder):
 @pytest.mark.parametrize("enc", [NotPicklable(), DiesElsewhere()])
 def test_encoding_goes_on_when_helpers_fail(enc):
     texts = ["some text", "it may die here"] * 10
-    blocks = [TextBlock([text], [True]) for text in texts]
+    blocks = [TextBlock([text], [True], []) for text in texts]
     encoded = encode_blocks(iter(blocks), enc, np.uint16, False, 2)
     assert [np.frombuffer(block.ids, np.uint16).tolist() for block in encoded] == [
         WordEncoder().encode(text) for text in texts
@@ -171,6 +210,6 @@ def test_encoding_goes_on_when_helpers_fail(enc):
 
 def test_encoding_goes_on_without_an_interpreter_for_helpers(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    blocks = [TextBlock(["text"], [True])]
+    blocks = [TextBlock(["text"], [True], [])]
     (encoded,) = encode_blocks(iter(blocks), ENC, np.uint16, False, 2)
     assert encoded.counts == [len(ENC.encode("text"))]

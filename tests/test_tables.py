@@ -2,14 +2,16 @@
 
 import csv
 import gzip
+import itertools
 import json
 import warnings
 
 import pytest
-from word_encoder import documents_of, load, texts_of, wrapped, write
+from word_encoder import ENC, documents_of, load, texts_of, wrapped, write
 
-from gpt_2_simple.data import tables
+from gpt_2_simple.data import dataset, tables
 from gpt_2_simple.data.text_files import DataFile, ReadReport
+from gpt_2_simple.data.windows import without_flags
 
 
 def test_choice_of_the_first_column_is_printed(tmp_path, capsys):
@@ -53,6 +55,82 @@ def test_template_of_several_columns(tmp_path):
     path = write(tmp_path / "a.csv", JOKES)
     rows = documents_of(path, template="{Joke} ({2} stars)")
     assert rows == wrapped('He said "no", then left (3 stars)', "Two\nlines (4 stars)")
+
+
+QUESTIONS = "question,answer\nWhy?,Because.\n1 + 1,2\n"
+
+
+def learned_texts(path, **options):
+    """Each row's text, in pieces that are learned or not: [(text, is_learned)...]."""
+    found = []
+    for chunk in load(path, pad_documents=True, **options):
+        ids, is_learned = without_flags(chunk)
+        groups = itertools.groupby(zip(ids, is_learned, strict=True), key=lambda pair: pair[1])
+        found.append([(ENC.decode([i for i, _ in group]), bool(key)) for key, group in groups])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [
+        (".csv", QUESTIONS),
+        (
+            ".jsonl",
+            '{"question": "Why?", "answer": "Because."}\n{"question": "1 + 1", "answer": 2}',
+        ),
+    ],
+)
+def test_train_on_a_column_learns_it_and_the_end_token_alone(tmp_path, suffix, content):
+    path = write(tmp_path / f"a{suffix}", content)
+    rows = learned_texts(path, template="{question}\n{answer}", train_on="answer")
+    assert rows == [
+        [("<|startoftext|>Why?\n", False), ("Because.<|endoftext|>\n", True)],
+        [("<|startoftext|>1 + 1\n", False), ("2<|endoftext|>\n", True)],
+    ]
+    rows = learned_texts(path, template="{answer} = {question}", train_on="answer")
+    assert rows[1] == [
+        ("<|startoftext|>", False),
+        ("2", True),
+        (" = 1 + 1", False),
+        ("<|endoftext|>\n", True),
+    ]
+
+
+def test_train_on_a_string_learns_what_comes_after_its_first_occurrence(tmp_path):
+    path = write(tmp_path / "a.csv", "text\nHi ### there ### x\nno mark\n")
+    with pytest.warns(UserWarning, match="1 of 2 rows do not hold train_on='###': nothing"):
+        rows = learned_texts(path, train_on="###")
+    assert rows == [
+        [("<|startoftext|>Hi ###", False), (" there ### x<|endoftext|>\n", True)],
+        [("<|startoftext|>no mark<|endoftext|>\n", False)],
+    ]
+
+
+def test_train_on_that_nothing_has_raises_value_error(tmp_path):
+    path = write(tmp_path / "a.csv", QUESTIONS)
+    with pytest.raises(ValueError, match="train_on='anwser' is neither a column of the template"):
+        load(path, template="{question}\n{answer}", train_on="anwser")
+    with pytest.raises(ValueError, match="train_on='' names nothing"):
+        load(path, train_on="")
+    with pytest.raises(ValueError, match="is encoded already"):
+        load(write(tmp_path / "a.npz", b""), train_on="answer")
+
+
+def test_train_on_with_plain_text_warns(tmp_path):
+    path = write(tmp_path / "a.txt", "some text")
+    with pytest.warns(UserWarning, match="read as plain text, without train_on='answer'"):
+        load(path, train_on="answer")
+
+
+def test_train_on_tokens_are_found_again_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "LARGE_BYTES", 10)
+    path = write(tmp_path / "a.csv", QUESTIONS)
+    options = {"template": "{question}\n{answer}", "cache_dir": str(tmp_path / "cache")}
+    first = learned_texts(path, train_on="answer", **options)
+    assert learned_texts(path, train_on="answer", **options) == first
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert learned_texts(path, **options) != first
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_missing_column_lists_the_columns(tmp_path):
@@ -152,7 +230,7 @@ def test_csv_reader_left_unfinished_keeps_the_field_size_limit(tmp_path):
     file = DataFile(path, "csv", named=True)
     with open(path, encoding="utf-8") as lines:
         rows = tables.read_rows(lines, file, tables.RowFormat(), ReadReport())
-        assert next(rows) == wrapped("row")[0]
+        assert next(rows).text == wrapped("row")[0]
         assert csv.field_size_limit() == 131072
         assert len(list(rows)) == 999
 

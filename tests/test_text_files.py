@@ -10,7 +10,7 @@ import pytest
 from word_encoder import load, texts_of, write
 
 from gpt_2_simple.data import text_files
-from gpt_2_simple.data.dataset import read_text
+from gpt_2_simple.data.dataset import read_documents
 from gpt_2_simple.data.tables import RowFormat
 
 
@@ -161,7 +161,7 @@ def test_undecodable_bytes_are_counted_for_each_file_when_two_are_read_in_turns(
     two = write(tmp_path / "two.txt", b"more\n" * 500_000 + b"\xff\xff")
     report = text_files.ReadReport()
     files = [text_files.DataFile(path, "text", named=True) for path in (one, two)]
-    readers = [read_text(file, RowFormat(), "utf-8", report) for file in files]
+    readers = [read_documents(file, RowFormat(), "utf-8", report) for file in files]
     for _ in itertools.zip_longest(*readers):
         pass
     counts = sorted(warning.split(" bytes")[0] for warning in report.warnings)

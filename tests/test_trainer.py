@@ -22,7 +22,7 @@ import tensorflow as tf
 import gpt_2_simple as gpt2
 from gpt_2_simple import session
 from gpt_2_simple.common import report
-from gpt_2_simple.generation import text_stream
+from gpt_2_simple.generation import scoring, text_stream
 from gpt_2_simple.storage import checkpoint, runs
 from gpt_2_simple.training import loss_scale
 from gpt_2_simple.training import trainer as train
@@ -118,6 +118,44 @@ def test_resume_keeps_optimizer_state_when_precision_changes(small, capsys):
     out = capsys.readouterr().out
     assert "goes on with other settings: precision float32 -> float16\n" in out
     assert "anew" not in out
+
+
+def test_train_on_gives_the_loss_of_the_column_alone(workplace):
+    (workplace / "qa.csv").write_text("q,a\nWhy,No\n", encoding="utf-8")
+    table = {"template": "{q}: {a}", "train_on": "a", "pad_documents": True}
+    prompt, answer = "<|startoftext|>Why: ", "No<|endoftext|>\n"
+    with gpt2.start_tf_sess() as sess:
+        gpt2.load_gpt2(sess, model_name="tiny", verbose=0)
+        encoder = session.graph_state(sess).encoder
+        tokens = [encoder.encode(text, allow_special=True) for text in (prompt, answer)]
+        (log_probabilities,) = scoring.score_tokens(sess, [tokens[0] + tokens[1]])
+        result = finetune(
+            sess, 2, dataset="qa.csv", **table, batch_size=3, accumulate_gradients=2,
+            sample_every=1, sample_length=2,
+        )  # fmt: skip
+    expected = -log_probabilities[-len(tokens[1]) :].mean()
+    assert result.history[0].loss == pytest.approx(expected, rel=1e-5)
+    assert abs(expected + log_probabilities.mean()) > 1e-3
+    assert json.loads(Path("checkpoint/run1/settings.json").read_text())["train_on"] == "a"
+
+
+def test_step_whose_windows_hold_only_context_changes_nothing(small, sess):
+    prompts = "word " * 200
+    (small / "qa.csv").write_text(f"q,a\n{prompts},Yes\n", encoding="utf-8")
+    table = {"template": "{q}{a}", "train_on": "a", "sampling": "epoch", "optimizer": "sgd"}
+    result = finetune(sess, 5, dataset="qa.csv", **table, batch_size=1, sequence_length=16)
+    losses = [entry.loss for entry in result.history]
+    assert losses.count(0) >= 3
+    assert all(map(math.isfinite, losses))
+
+
+def test_validation_without_anything_to_learn_raises_value_error(small, sess):
+    (small / "qa.csv").write_text("q,a\n" + "word " * 200 + ",Yes\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="validation set has nothing to learn"):
+        finetune(
+            sess, 1, dataset="qa.csv", val_dataset="qa.csv", template="{q}{a}", train_on="a",
+            val_batch_count=1, batch_size=1, sequence_length=16,
+        )  # fmt: skip
 
 
 def test_resume_says_what_the_run_lacks(small, sess, capsys):

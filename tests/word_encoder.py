@@ -39,7 +39,9 @@ class WordEncoder:
 
 
 ENC = WordEncoder()
-ROW_OPTIONS = ("column", "template", "header", "delimiter", "start_token", "end_token")
+ROW_OPTIONS = (
+    *("column", "template", "header", "delimiter", "start_token", "end_token", "train_on"),
+)
 
 
 def write(path, content):

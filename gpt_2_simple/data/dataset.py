@@ -1,7 +1,7 @@
 """Paths and settings in, chunks of tokens out; encode_dataset() and encode_csv() write them.
 
-The stages: find_dataset() lists the files, read_text() reads each as text, chunk_parts() joins the
-texts into chunks, and tokenize() encodes these. windows.py draws batches from the result.
+The stages: find_dataset() lists the files, read_documents() reads each as text, chunk_parts() joins
+the texts into chunks, and tokenize() encodes these. windows.py draws batches from the result.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .parallel_encode import (
     encode_blocks,
 )
 from .settings import EncodeCsvSettings, EncodeSettings
-from .tables import RowFormat, read_rows
+from .tables import Document, RowFormat, read_rows
 from .text_files import READ_BYTES, DataFile, ReadReport, find_files, kind_of, open_text
 from .token_file import (
     TokenChunks,
@@ -80,7 +80,13 @@ class ReadOptions:
         return cls(
             settings.combine,
             settings.encoding,
-            RowFormat(settings.column, settings.template, settings.header, settings.delimiter),
+            RowFormat(
+                settings.column,
+                settings.template,
+                settings.header,
+                settings.delimiter,
+                train_on=getattr(settings, "train_on", None),  # EncodeSettings has none
+            ),
             settings.pad_documents,
         )
 
@@ -111,8 +117,15 @@ class Dataset:
         """A digest of all that decides the tokens of the text files."""
         content = [[file.kind, hash_file(file.path)] for file in self.text_files]
         options = dataclasses.asdict(self.options) | {"allow_special": self.allows_special(enc)}
-        options["rows"] = options.pop("row_format")  # the name in the digests of files that exist
+        rows = options.pop("row_format")
+        if rows["train_on"] is None:
+            del rows["train_on"]  # files that exist were named without it
+        options["rows"] = rows  # the name in the digests of files that exist
         return hash_json([CACHE_VERSION, content, options, vocabulary])
+
+    def id_dtype(self, enc: Any) -> np.dtype:
+        """The type of the tokens; CONTEXT_FLAG needs 32 bits."""
+        return np.dtype(np.uint32) if self.options.row_format.train_on else id_dtype(enc.n_vocab)
 
     def allows_special(self, enc: Any) -> bool:
         """Whether `<|endoftext|>` in the text is one token of this encoder."""
@@ -125,8 +138,19 @@ def find_dataset(path: Any, options: ReadOptions = ReadOptions()) -> Dataset:
     Files are read by their suffix: .csv, .tsv, .json and .jsonl as tables, .npz and .tokens as
     encode_dataset() wrote them, others as text; with .gz after it, unpacked. Which paths there are,
     and which errors, find_files() tells.
+
+    Raises:
+        ValueError: `train_on` is given, and the user names a file that is encoded already.
     """
-    return Dataset(path, find_files(path), options)
+    files = find_files(path)
+    train_on = options.row_format.train_on
+    encoded = [file.path for file in files if file.named and not file.is_text]
+    if train_on is not None and encoded:
+        raise ValueError(
+            f"{encoded[0]!r} is encoded already, and does not tell what train_on={train_on!r} is: "
+            "give the table that it was made from"
+        )
+    return Dataset(path, files, options)
 
 
 def load_dataset(enc: Any, path: Any, combine: int = 50000) -> Sequence[np.ndarray]:
@@ -194,7 +218,7 @@ def _read_encoded(file: DataFile, enc: Any) -> Sequence[np.ndarray] | None:
 def _encode_into_memory(dataset: Dataset, enc: Any, processes: int) -> TokenChunks:
     report = ReadReport()
     blocks = _token_blocks(dataset, enc, report, processes)
-    chunks = join_blocks(blocks, id_dtype(enc.n_vocab))
+    chunks = join_blocks(blocks, dataset.id_dtype(enc))
     report.tell()
     return chunks
 
@@ -228,7 +252,7 @@ def _find_or_encode(
     except (FileNotFoundError, ValueError):  # there is none yet, or it is damaged
         report = ReadReport()
         blocks = _token_blocks(dataset, enc, report, processes)
-        write_tokens(path, blocks, id_dtype(enc.n_vocab), vocabulary, report)
+        write_tokens(path, blocks, dataset.id_dtype(enc), vocabulary, report)
         say(f"The tokens are kept in {path}")
         return read_tokens(path, vocabulary)
 
@@ -239,7 +263,7 @@ def _token_blocks(
     total = sum(os.path.getsize(file.path) for file in dataset.text_files)
     with progress(total=total, desc="Encoding", unit="B", unit_scale=True, leave=False) as bar:
         blocks = cut_into_blocks(chunk_parts(dataset, report, bar.update))
-        dtype = id_dtype(enc.n_vocab)
+        dtype = dataset.id_dtype(enc)
         yield from encode_blocks(blocks, enc, dtype, dataset.allows_special(enc), processes)
 
 
@@ -261,9 +285,10 @@ def chunk_parts(
     for file in files:
         ends_chunk = options.pad_documents and file.is_table
         file_characters = 0
-        for text in read_text(file, options.row_format, options.encoding, report, on_bytes):
+        documents = read_documents(file, options.row_format, options.encoding, report, on_bytes)
+        for text, context in documents:
             file_characters += len(text)
-            yield ChunkPart(text, ends_chunk)
+            yield ChunkPart(text, ends_chunk, context)
         chunk_characters += file_characters
         if file.is_table or not file_characters:
             continue
@@ -281,11 +306,15 @@ def _tell_unused_columns(dataset: Dataset, report: ReadReport) -> None:
     """Tells that files of plain text have no columns, if the user names some."""
     row_format = dataset.options.row_format
     texts = [file.path for file in dataset.text_files if not file.is_table]
-    if not texts or row_format.columns == [None]:
+    given = [
+        f"{name}={value!r}"
+        for name in ("column", "template", "train_on")
+        if (value := getattr(row_format, name)) is not None
+    ]
+    if not texts or not given:
         return
-    setting = "column" if row_format.template is None else "template"
     message = (
-        f"{texts[0]!r} is read as plain text, without {setting}={getattr(row_format, setting)!r}, "
+        f"{texts[0]!r} is read as plain text, without {' and '.join(given)}, "
         "which is for .csv, .tsv, .jsonl and for .json with an array of objects"
     )
     if len(texts) < len(dataset.text_files):
@@ -294,13 +323,13 @@ def _tell_unused_columns(dataset: Dataset, report: ReadReport) -> None:
         report.warnings.append(message)
 
 
-def read_text(
+def read_documents(
     file: DataFile,
     row_format: RowFormat,
     encoding: str | None,
     report: ReadReport,
     on_bytes: Callable[[int], object] = lambda count: None,
-) -> Iterator[str]:
+) -> Iterator[Document]:
     """Yields parts of a text file, or each row's document of a table; see also open_text().
 
     Raises:
@@ -311,7 +340,7 @@ def read_text(
             yield from read_rows(text, file, row_format, report)
         else:
             while part := text.read(READ_BYTES):
-                yield part
+                yield Document(part)
 
 
 @settings_function(EncodeCsvSettings)
@@ -347,8 +376,8 @@ def encode_csv(settings: EncodeCsvSettings) -> int:
     report = ReadReport()
     n_rows = 0
     with write_whole(out_path) as out:
-        for document in read_text(file, row_format, settings.encoding, report):
-            out.write(document.encode("utf-8", errors="replace"))
+        for document in read_documents(file, row_format, settings.encoding, report):
+            out.write(document.text.encode("utf-8", errors="replace"))
             n_rows += 1
     report.tell()
     return n_rows

@@ -45,18 +45,39 @@ _SAFE_CUT = regex.compile(
 )
 
 
+# Added to the id of a token that is read but not learned; such ids need 32 bits.
+CONTEXT_FLAG = 1 << 31
+
+# Ranges [start, end) of a text's characters, in order.
+Spans = tuple[tuple[int, int], ...]
+
+
 class ChunkPart(NamedTuple):
-    """A part of a chunk's text, and whether the chunk ends with it."""
+    """A part of a chunk's text, and whether the chunk ends with it.
+
+    `context` is what is read but not learned.
+    """
 
     text: str
     ends_chunk: bool
+    context: Spans = ()
 
 
 class TextBlock(NamedTuple):
-    """Texts in a row, and for each of them whether a chunk ends with it."""
+    """Texts in a row, and for each of them whether a chunk ends with it.
+
+    `contexts` are each text's spans that are read but not learned.
+    """
 
     texts: list[str]
     ends_chunk: list[bool]
+    contexts: list[Spans]
+
+    def add(self, text: str, ends_chunk: bool, context: Spans) -> None:
+        """Appends a text."""
+        self.texts.append(text)
+        self.ends_chunk.append(ends_chunk)
+        self.contexts.append(context)
 
 
 class TokenBlock(NamedTuple):
@@ -74,29 +95,36 @@ def cut_into_blocks(
 
     To join the parts of a chunk first would change nothing.
     """
-    texts: list[str] = []
-    ends_chunk: list[bool] = []
+    block = TextBlock([], [], [])
     open_text: list[str] = []
-    n_characters = 0
-    for text, ends in parts:
+    open_context: Spans = ()
+    n_open = n_characters = 0
+    for text, ends, context in parts:
         open_text.append(text)
+        open_context += tuple((start + n_open, end + n_open) for start, end in context)
+        n_open += len(text)
         n_characters += len(text)
         is_full = n_characters >= size
         if ends or is_full:
             before, after = "".join(open_text), ""
             if not ends:
                 before, after = split_safely(before)
-            texts.append(before)
-            ends_chunk.append(ends)
-            open_text = [] if ends else [after]
+            inside, open_context = _split_spans(open_context, len(before))
+            block.add(before, ends, inside)
+            open_text, n_open = ([], 0) if ends else ([after], len(after))
         if is_full:
-            yield TextBlock(texts, ends_chunk)
-            texts, ends_chunk, n_characters = [], [], sum(map(len, open_text))
+            yield block
+            block, n_characters = TextBlock([], [], []), n_open
     if open_text:
-        texts.append("".join(open_text))
-        ends_chunk.append(True)
-    if texts:
-        yield TextBlock(texts, ends_chunk)
+        block.add("".join(open_text), True, open_context)
+    if block.texts:
+        yield block
+
+
+def _split_spans(spans: Spans, cut: int) -> tuple[Spans, Spans]:
+    """The spans before a cut, and those after it, counted from there."""
+    before = tuple((start, min(end, cut)) for start, end in spans if start < cut)
+    return before, tuple((max(start - cut, 0), end - cut) for start, end in spans if end > cut)
 
 
 def split_safely(text: str) -> tuple[str, str]:
@@ -153,8 +181,24 @@ class BlockEncoder:
             for i in gaps:
                 row[i] = self.cache[words[i]]
         encoded = [b"".join(row) for row in ids_of]
+        for number, context in enumerate(block.contexts):
+            if context:
+                encoded[number] = self._flag(encoded[number], block.texts[number], context)
         counts = [len(ids) // self.dtype.itemsize for ids in encoded]
         return TokenBlock(b"".join(encoded), counts, block.ends_chunk)
+
+    def _flag(self, encoded: bytes, text: str, context: Spans) -> bytes:
+        """Adds CONTEXT_FLAG to the ids of tokens that lie wholly within spans of the text."""
+        ids = np.frombuffer(encoded, self.dtype).copy()
+        byte_of = _byte_offsets(text)
+        is_context = np.zeros(byte_of[-1] + 1, np.int64)
+        for start, end in context:
+            is_context[byte_of[start] + 1 : byte_of[end] + 1] = 1
+        n_before = np.cumsum(is_context)  # bytes of context before each place in the text
+        widths = self.id_widths[ids]
+        ends = np.cumsum(widths)
+        ids[n_before[ends] - n_before[ends - widths] == widths] |= CONTEXT_FLAG
+        return ids.tobytes()
 
     def _learn(self, words: set[str]) -> None:
         """Adds words to the cache.
@@ -174,6 +218,13 @@ class BlockEncoder:
         for word, end in zip(joined, ends.tolist(), strict=True):
             self.cache[word] = encoded[start:end]
             start = end
+
+
+def _byte_offsets(text: str) -> np.ndarray:
+    """Where each character of a text starts in its UTF-8, and where the last one ends."""
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    widths = 1 + (codes >= 0x80) + (codes >= 0x800) + (codes >= 0x10000)
+    return np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])
 
 
 def core_count() -> int:

@@ -31,7 +31,7 @@ _field_size_lock = threading.Lock()
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How a row of a table becomes a document.
+    """How a row of a table becomes a document, and which part of that is learned.
 
     Attributes:
         column: the column's name, or its number from 0. None takes the first that has a name; in
@@ -42,6 +42,9 @@ class RowFormat:
             and finds out in others: a comma, or else `;`, the tab or `|`.
         start_token: put before each row.
         end_token: put after each row, and after each file of plain text.
+        train_on: a column of `columns`, or else a string: only that column, or what stands after
+            the string's first occurrence in a row, is learned, each with the end token. None learns
+            all.
     """
 
     column: str | int | None = None
@@ -50,8 +53,11 @@ class RowFormat:
     delimiter: str | None = None
     start_token: str = START_TOKEN
     end_token: str = END_OF_TEXT
+    train_on: str | None = None
 
     def __post_init__(self) -> None:
+        if self.train_on == "":
+            raise ValueError("train_on='' names nothing; give a column of the template, or None")
         if self.column is not None and self.template is not None:
             raise ValueError(
                 f"column={self.column!r} and template={self.template!r} exclude each other: "
@@ -73,33 +79,83 @@ class RowFormat:
             return [self.column]
         return list(re.findall(r"\{([^{}]*)\}", self.template))
 
-    def document(self, cells: list[str]) -> str:
+    @property
+    def trains_on_column(self) -> bool:
+        """Whether `train_on` is a column, rather than a string to look for."""
+        return self.train_on is not None and self.train_on in map(str, self.columns)
+
+    def document(self, cells: list[str]) -> Document:
         """A row's document, from the cells of `columns`."""
-        text = cells[0]
-        if self.template is not None:
-            remaining = iter(cells)
-            text = re.sub(r"\{[^{}]*\}", lambda _: next(remaining), self.template)
-        return self.start_token + text + self.end_token + "\n"
+        pieces = [(self.start_token, False), *self._pieces(cells), (self.end_token + "\n", True)]
+        text = "".join(piece for piece, _ in pieces)
+        if self.train_on is None:
+            return Document(text)
+        if not self.trains_on_column:
+            found = text.find(self.train_on)
+            return Document(text, ((0, len(text) if found < 0 else found + len(self.train_on)),))
+        ends = itertools.accumulate(len(piece) for piece, _ in pieces)
+        context = [
+            (end - len(piece), end)
+            for (piece, is_learned), end in zip(pieces, ends, strict=True)
+            if piece and not is_learned
+        ]
+        return Document(text, tuple(context))
+
+    def _pieces(self, cells: list[str]) -> list[tuple[str, bool]]:
+        """What the start and end token enclose, and of each piece whether `train_on` names it."""
+        is_learned = [str(column) == self.train_on for column in self.columns]
+        if self.template is None:
+            return [(cells[0], is_learned[0])]
+        literals = re.split(r"\{[^{}]*\}", self.template)
+        pieces = [(literals[0], False)]
+        for cell, learned, literal in zip(cells, is_learned, literals[1:], strict=True):
+            pieces += [(cell, learned), (literal, False)]
+        return pieces
+
+
+class Document(NamedTuple):
+    """A text, and the ranges [start, end) of its characters that are read but not learned."""
+
+    text: str
+    context: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether some of it is."""
+        return self.context != ((0, len(self.text)),)
 
 
 def read_rows(
     lines: Iterable[str], file: DataFile, row_format: RowFormat, report: ReadReport
-) -> Iterator[str]:
+) -> Iterator[Document]:
     """Makes a document of each row of a table that is not blank; `lines` are those of `file`.
 
     Raises:
-        ValueError: a column does not exist (the message lists those that do), or a line is
-            malformed.
+        ValueError: a column does not exist (the message lists those that do), a line is
+            malformed, or no row holds the string of `train_on`.
     """
     read_cells = _json_cells if file.kind in ("json", "jsonl") else _csv_cells
-    n_blank = 0
+    n_blank = n_learned = n_context = 0
     for cells in read_cells(lines, file, row_format, report):
         if any(cell.strip() for cell in cells):
-            yield row_format.document(cells)
+            document = row_format.document(cells)
+            n_learned += document.is_learned
+            n_context += not document.is_learned
+            yield document
         else:
             n_blank += 1
     if n_blank:
         report.lines.append(f"{file.path}: {n_blank:,} blank rows skipped")
+    if n_context and not n_learned:
+        raise ValueError(
+            f"train_on={row_format.train_on!r} is neither a column of the template nor in a row of "
+            f"{file.path!r}, so there is nothing to learn"
+        )
+    if n_context:
+        report.warnings.append(
+            f"{file.path!r}: {n_context:,} of {n_context + n_learned:,} rows do not hold "
+            f"train_on={row_format.train_on!r}: nothing is learned from them"
+        )
 
 
 # --- CSV and TSV ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..common.report import say
+from .parallel_encode import CONTEXT_FLAG
 from .settings import SAMPLING
 from .token_file import TokenChunks
 
@@ -103,6 +104,12 @@ def fixed_windows(
     return stream.batch([_Window(start, length) for start in starts.tolist()], length)
 
 
+def without_flags(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of tokens, some of which may have CONTEXT_FLAG, and whether each is to be learned."""
+    tokens = np.asarray(tokens, np.uint32)
+    return tokens & ~np.uint32(CONTEXT_FLAG), tokens < CONTEXT_FLAG
+
+
 class _Window(NamedTuple):
     """A part of the token stream; its tokens before `first_target` are not to be predicted."""
 
@@ -127,13 +134,15 @@ class _TokenStream:
         tokens = np.full((len(windows), length), pad_id, np.int32)
         loss_mask = np.zeros((len(windows), length - 1), np.float32)
         for row, window in enumerate(windows):
-            tokens[row, : window.size] = self._read(window.start, window.size)
-            loss_mask[row, window.first_target - 1 : window.size - 1] = 1
+            ids, is_learned = without_flags(self._read(window.start, window.size))
+            tokens[row, : window.size] = ids
+            loss_mask[row, : window.size - 1] = is_learned[1:]
+            loss_mask[row, : window.first_target - 1] = 0
         return Batch(tokens, loss_mask)
 
     def _read(self, start: int, length: int) -> np.ndarray:
-        """Reads tokens across chunks: int32 [length]."""
-        tokens = np.empty(length, np.int32)
+        """Reads tokens across chunks: uint32 [length]."""
+        tokens = np.empty(length, np.uint32)
         index = int(np.searchsorted(self.ends, start, side="right"))
         n_read = 0
         while n_read < length:

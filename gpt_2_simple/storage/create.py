@@ -14,7 +14,7 @@ from ..common.hparams import HParams
 from ..common.published import MODEL_FILES
 from ..common.report import say
 from ..common.settings import settings_function
-from ..data.dataset import read_text
+from ..data.dataset import read_documents
 from ..data.tables import RowFormat
 from ..data.text_files import ReadReport, find_files
 from ..data.vocabulary import byte_vocabulary, save_vocabulary, train_vocabulary
@@ -108,7 +108,8 @@ def _vocabulary(settings: CreateSettings) -> Encoder:
 def _texts(dataset: str | Sequence[str]) -> Iterator[str]:
     report = ReadReport()
     for file in find_files(dataset):
-        yield from read_text(file, RowFormat(), None, report)
+        for document in read_documents(file, RowFormat(), None, report):
+            yield document.text
     report.tell()
 
 

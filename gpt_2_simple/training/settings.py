@@ -135,6 +135,10 @@ class TrainingSettings(Settings):
     encoding: Annotated[str | None, ENCODING] = None
     column: Annotated[str | int | None, COLUMN] = None
     template: Annotated[str | None, TEMPLATE] = None
+    train_on: Annotated[str | None, Setting(
+        RUN, "Learn only this column of `template`, and read the rest of each row without "
+        "learning it. A string that is no column: learn only what comes after it in each row",
+        default_help="all is learned")] = None
     header: Annotated[bool | None, HEADER] = None
     delimiter: Annotated[str | None, DELIMITER] = None
     cache_dir: Annotated[str | None, CACHE_DIR] = None

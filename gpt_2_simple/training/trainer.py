@@ -16,7 +16,7 @@ from .. import session
 from ..common import files
 from ..common.errors import first_line
 from ..common.report import say, verbosity, warn
-from ..data.windows import WindowSampler, window_length
+from ..data.windows import WindowSampler, window_length, without_flags
 from ..generation import generate
 from ..generation.settings import GenerationSettings
 from ..storage import checkpoint, runs
@@ -276,7 +276,8 @@ class Trainer:
         """
         ops, count = self.ops, self.settings.accumulate_gradients
         batches = [self.sampler.next_batch(*ops.tokens.shape.as_list()) for _ in range(count)]
-        scale = count / sum(float(batch.loss_mask.sum()) for batch in batches)
+        n_targets = sum(float(batch.loss_mask.sum()) for batch in batches)
+        scale = count / max(n_targets, 1)  # with train_on, a step may show nothing to learn
         step = self.run.step + 1
         return [
             {
@@ -400,7 +401,8 @@ class Trainer:
         settings = self.settings
         rng = np.random.default_rng([self.run.seed, step])
         chunk = self.data.chunks[int(rng.integers(len(self.data.chunks)))]
-        first = self.state.encoder.decode([chunk[rng.integers(len(chunk))]], surrogates=False)
+        ids, _ = without_flags(chunk)
+        first = self.state.encoder.decode([int(ids[rng.integers(len(ids))])], surrogates=False)
         request = GenerationSettings(
             prefix=first,
             seed=int(rng.integers(1 << 31)),

@@ -113,7 +113,8 @@ class Validation:
             window: tokens in a window, if the validation set has that many.
 
         Raises:
-            ValueError: there are fewer than 2 tokens, and one is predicted from another.
+            ValueError: there are fewer than 2 tokens, and one is predicted from another; or none
+                of them is to be learned.
         """
         size = sum(map(len, chunks))
         if size < 2:
@@ -122,6 +123,11 @@ class Validation:
             say(f"the validation set is shorter than {window} tokens: one window of {size}")
         count = settings.val_batch_count * settings.batch_size
         self.windows = fixed_windows(chunks, min(window, size), count, settings.pad_documents)
+        if not self.windows.loss_mask.any():
+            raise ValueError(
+                "the validation set has nothing to learn: its windows lie outside what train_on= "
+                "names; give a higher val_split or val_batch_count, or pad_documents=True"
+            )
         rows, time = self.windows.tokens.shape
         self.ops = build_evaluation(sess, state, min(settings.batch_size, rows), time)
         self.sess = sess
