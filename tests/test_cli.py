@@ -363,9 +363,17 @@ def test_each_mode_accepts_all_flags_of_0_8_1(calls, mode, capsys):
     assert used >= (FLAGS_OF_0_8_1.keys() & options) - {"folder", "nfiles"}
 
 
-def test_generate_ignores_a_dataset_as_0_8_1_did_but_says_so(calls, capsys):
+def test_generate_ignores_a_dataset_as_0_8_1_did_but_says_so(calls, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shakespeare.txt").write_text("text")
     assert cli.main(["generate", "shakespeare.txt"]) == 0
     assert "note: generate makes no use of dataset 'shakespeare.txt'" in capsys.readouterr().err
+
+
+def test_generate_with_a_word_that_is_no_file_names_the_flag_for_a_run(calls, capsys):
+    assert cli.main(["generate", "chg"]) == 2
+    assert "for a run of that name give --run_name chg" in capsys.readouterr().err
+    assert calls == []
 
 
 # Wrong usage
@@ -951,7 +959,7 @@ for line in sys.argv[1:]:
 
 def test_tensorflow_is_imported_only_for_work():
     lines = [
-        "--help", "finetune --help", "--version", "finetune", "download frobnicate", "generate x=1"
+        "--help", "finetune --help", "--version", "finetune", "download frobnicate", "generate --prefix x"
     ]  # fmt: skip
     done = python("-c", WITHOUT_TENSORFLOW, *lines, capture_output=True)
     assert re.findall(r"ended with (\d)", done.stdout) == list("000211")

@@ -52,6 +52,28 @@ def test_run_lock_excludes_a_second_holder_in_one_process(tmp_path):
         pass
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_child_does_not_keep_the_lock(tmp_path):
+    reader, writer = os.pipe()
+    with locks.lock_run(str(tmp_path)):
+        child = os.fork()
+        if child == 0:
+            try:
+                os.close(writer)
+                os.read(reader, 1)  # lives until the parent has looked
+            finally:
+                os._exit(0)
+        assert locks.run_lock_state(str(tmp_path)) is locks.LockState.HELD
+    try:
+        assert locks.run_lock_state(str(tmp_path)) is locks.LockState.FREE
+        with locks.lock_run(str(tmp_path)):
+            pass
+    finally:
+        os.close(writer)
+        os.waitpid(child, 0)
+        os.close(reader)
+
+
 def test_run_lock_refuses_a_folder_that_is_a_file(tmp_path):
     (tmp_path / "run1").write_text("mine")
     with pytest.raises(NotADirectoryError, match="run1 is a file; give another run_name"):

@@ -156,6 +156,22 @@ def test_truncated_gzip_file_raises_value_error(tmp_path):
         load(write(tmp_path / "b.txt.gz", b"plain text"))
 
 
+def test_damaged_gzip_file_in_a_folder_is_read_up_to_the_damage(tmp_path):
+    cut = gzip.compress(random.Random(1).randbytes(3_000_000).hex().encode())[:-1_000_000]
+    write(tmp_path / "data" / "a.txt.gz", cut)
+    write(tmp_path / "data" / "b.txt.gz", b"plain text")
+    write(tmp_path / "data" / "c.txt", "the last")
+    with pytest.warns(UserWarning, match="is not a whole gzip file") as warned:
+        text = "".join(texts_of(tmp_path / "data"))
+    told = [str(warning.message) for warning in warned]
+    assert [name for line in told for name in ("a.txt.gz", "b.txt.gz") if name in line] == [
+        "a.txt.gz",
+        "b.txt.gz",
+    ]
+    assert len(text) > 1_000_000
+    assert text.endswith("the last<|endoftext|>")
+
+
 def test_undecodable_bytes_are_counted_for_each_file_when_two_are_read_in_turns(tmp_path):
     one = write(tmp_path / "one.txt", b"\xff\xfe\xff" + b"text\n" * 500_000 + b"\xff")
     two = write(tmp_path / "two.txt", b"more\n" * 500_000 + b"\xff\xff")

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import os
 import re
+import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -102,6 +104,11 @@ def parse(
     command = commands[name]
     if words:
         # gpt-2-simple 0.8.1 took a dataset for generate too, and ignored it.
+        if name == "generate" and not os.path.exists(words[0]):
+            parser.error(
+                f"generate takes no {words[0]!r}, which is no file either; "
+                f"for a run of that name give --run_name {shlex.quote(words[0])}"
+            )
         _take_words(parser, "dataset" if name == "generate" else command.positional, words, given)
     wanted = command.positional
     if wanted is not None and command.is_required(wanted) and wanted not in given:

@@ -28,8 +28,33 @@ RUN_LOCK = ".lock"
 
 # Windows forbids others to read a locked byte; this one lies behind all that is written.
 _LOCKED_BYTE = 1 << 30
+# Lock files that are open. A forked process shares the lock of each, and would keep it when this
+# process has ended.
+_open_files: set[IO[Any]] = set()
+
 _POLL_SECONDS = 0.2
 _PROBE_SECONDS = 0.005  # how long to wait for a process that only asks who holds a lock
+
+
+def _close_in_child() -> None:
+    for file in _open_files:
+        file.close()
+    _open_files.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
+@contextlib.contextmanager
+def _open(path: str | os.PathLike[str]) -> Iterator[IO[Any]]:
+    """Opens a lock file, which is made if it is missing, for this block and this process alone."""
+    with open(path, "ab+") as file:
+        _open_files.add(file)
+        try:
+            yield file
+        finally:
+            _open_files.discard(file)
 
 
 class LockState(enum.Enum):
@@ -53,23 +78,24 @@ def lock_run(folder: str) -> Iterator[LockState]:
     """
     if os.path.lexists(folder) and not os.path.isdir(folder):
         raise NotADirectoryError(f"{folder} is a file; give another run_name or checkpoint_dir")
-    try:
-        os.makedirs(folder, exist_ok=True)
-        file = open(os.path.join(folder, RUN_LOCK), "a+", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise type(error)(
-            f"cannot write in {folder} ({error}); give another checkpoint_dir, or make it writable"
-        ) from error
-    with file:
+    with contextlib.ExitStack() as stack:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            file = stack.enter_context(_open(os.path.join(folder, RUN_LOCK)))
+        except OSError as error:
+            raise type(error)(
+                f"cannot write in {folder} ({error}); give another checkpoint_dir, or make it "
+                "writable"
+            ) from error
         state = _lock_exclusively(file)
         if state is LockState.HELD:
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = file.read().decode("utf-8", "replace").strip() or "another process"
             raise RuntimeError(
                 f"{folder} is being trained by {holder}; wait for it, or give another run_name"
             )
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         file.flush()
         yield state
 
@@ -91,7 +117,7 @@ def wait_for_lock(path: str | os.PathLike[str], notice: str) -> Iterator[None]:
     """
     waiting = False
     while True:
-        with open(path, "ab") as file:
+        with _open(path) as file:
             if _try_lock(file) is not LockState.HELD and _is_current(file, path):
                 try:
                     yield

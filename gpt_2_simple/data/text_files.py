@@ -235,7 +235,8 @@ def open_text(
 ) -> Iterator[TextIO]:
     """Opens a file as text, unpacked if it is a .gz; bytes that cannot be decoded are left out.
 
-    A binary file that the user did not name is left out with a warning, and reads as empty.
+    A binary file that the user did not name is left out with a warning, and reads as empty. A
+    damaged gzip file that the user did not name ends, with a warning, where it is damaged.
 
     `encoding=None` stands for UTF-8, or what a byte order mark tells. `report` takes the warnings.
     `on_bytes` is called with the number of bytes, each time that some of the file are read.
@@ -244,6 +245,8 @@ def open_text(
         ValueError: the encoding is unknown, the gzip file is damaged, or a file that the user
             named is not text.
     """
+    has_yielded = False
+    left_out = _LeftOut()
     try:
         head = _read_head(file.path)
         is_sure = file.named and encoding is not None
@@ -256,18 +259,24 @@ def open_text(
                     f"as in encoding='utf-16' or 'cp1251'. A dataset is {SUPPORTED}"
                 )
             report.warnings.append(f"{file.path!r} is not {shown} text and was left out")
+            has_yielded = True
             yield io.StringIO()
             return
-        left_out = _LeftOut()
         with _CountingFile(file.path, on_bytes) as on_disk:
             raw: Any = on_disk
             if file.is_gzip:
                 raw = gzip.GzipFile(fileobj=io.BufferedReader(on_disk, READ_BYTES))
             reader = _CountingReader(raw, left_out)
             with io.TextIOWrapper(reader, encoding=encoding, errors=COUNT_AND_LEAVE_OUT) as text:
+                has_yielded = True
                 yield text
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{file.path!r} is not a whole gzip file: {error}") from error
+        message = f"{file.path!r} is not a whole gzip file: {error}"
+        if file.named:
+            raise ValueError(message) from error
+        report.warnings.append(f"{message}; what comes after the damage was left out")
+        if not has_yielded:
+            yield io.StringIO()
     if left_out.n_bytes:
         report.warnings.append(
             f"{file.path!r}: {left_out.n_bytes:,} bytes are not {shown} and were left out; "
