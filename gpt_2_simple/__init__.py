@@ -43,6 +43,8 @@ __all__ = [
     "get_tarfile_name",
     "is_gpt2_downloaded",
     "is_mounted",
+    "list_models",
+    "list_runs",
     "load_gpt2",
     "memory_plan",
     "memory_saving_gradients",

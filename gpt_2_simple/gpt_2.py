@@ -23,6 +23,7 @@ from .storage.drive import (
     is_mounted,
     mount_gdrive,
 )
+from .storage.listing import list_models, list_runs
 from .storage.load import load_gpt2
 from .training.finetune import finetune
 from .training.history import plot_history
@@ -47,6 +48,8 @@ __all__ = [
     "get_tarfile_name",
     "is_gpt2_downloaded",
     "is_mounted",
+    "list_models",
+    "list_runs",
     "load_gpt2",
     "memory_plan",
     "memory_saving_gradients",
