@@ -959,7 +959,8 @@ for line in sys.argv[1:]:
 
 def test_tensorflow_is_imported_only_for_work():
     lines = [
-        "--help", "finetune --help", "--version", "finetune", "download frobnicate", "generate --prefix x"
+        "--help", "finetune --help", "--version", "finetune", "download frobnicate",
+        "generate --prefix x",
     ]  # fmt: skip
     done = python("-c", WITHOUT_TENSORFLOW, *lines, capture_output=True)
     assert re.findall(r"ended with (\d)", done.stdout) == list("000211")

@@ -107,7 +107,7 @@ def _describe_run(checkpoint_dir: str, name: str) -> RunInfo:
 def _folders_with_hparams(parent: str) -> Iterator[tuple[str, HParams]]:
     """Names, which may hold slashes, and sizes; a folder whose sizes cannot be read is told."""
     # glob leaves out names that start with a dot: folders that are being made.
-    found = glob("**/hparams.json", root_dir=os.path.expanduser(parent), recursive=True)
+    found = glob("**/hparams.json", root_dir=parent, recursive=True)
     for name in sorted(map(os.path.dirname, found)):
         try:
             yield name, read_hparams(os.path.join(parent, name))
