@@ -9,6 +9,9 @@ import tensorflow as tf
 
 from . import encoder, memory_saving_gradients, model, sample
 from .data.dataset import encode_csv, encode_dataset
+from .exchange.gguf import export_gguf
+from .exchange.huggingface import export_huggingface, import_huggingface
+from .exchange.push import push_to_hub
 from .generation.generate import generate, generate_stream, generate_to_file
 from .generation.scoring import next_token_probs, score
 from .session import get_available_gpus, reset_session, start_tf_sess
@@ -40,12 +43,15 @@ __all__ = [
     "encode_csv",
     "encode_dataset",
     "encoder",
+    "export_gguf",
+    "export_huggingface",
     "finetune",
     "generate",
     "generate_stream",
     "generate_to_file",
     "get_available_gpus",
     "get_tarfile_name",
+    "import_huggingface",
     "is_gpt2_downloaded",
     "is_mounted",
     "list_models",
@@ -58,6 +64,7 @@ __all__ = [
     "next_token_probs",
     "os",
     "plot_history",
+    "push_to_hub",
     "reset_session",
     "sample",
     "score",

@@ -25,6 +25,7 @@ from gpt_2_simple.cli import commands, parser
 from gpt_2_simple.cli import main as cli
 from gpt_2_simple.common import published
 from gpt_2_simple.data import dataset
+from gpt_2_simple.exchange import gguf, huggingface, push
 from gpt_2_simple.generation import generate as generate_module
 from gpt_2_simple.generation.settings import GenerationSettings
 from gpt_2_simple.storage import create, download
@@ -104,13 +105,17 @@ FUNCTIONS = {
     "encode_csv": {dataset: ["encode_csv"]},
     "memory": {memory: ["memory_plan"]},
     "plot": {history: ["plot_history"]},
+    "export": {huggingface: ["export_huggingface"], gguf: ["export_gguf"]},
+    "import": {huggingface: ["import_huggingface"]},
+    "push": {push: ["push_to_hub"]},
 }
 # What a shell has no use for.
-NOT_FLAGS = {"sess", "reuse", "on_step", "return_as_list", "sample_dir"}
+NOT_FLAGS = {"sess", "reuse", "on_step", "return_as_list", "sample_dir", "token"}
 # What the command line adds to the functions.
 OWN_FLAGS = {
     "generate": {"nfiles", "folder", "prefix_file", "format"},
     "memory": {"model_dir", "gpu_gb"},
+    "export": {"format"},
 }
 # Flags that do not reach the function as they are.
 CHANGED = {"destination_path", ("memory", "model_name")}

@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from exchange_models import write_transformers
 
 import gpt_2_simple as gpt2
 from gpt_2_simple.training import trainer
@@ -90,6 +91,14 @@ def test_stream_and_score_streams_and_ranks_texts(run):
     assert len(re.findall(r"(?m)^ +[\d.]+ (?:Simple|Complex) is better", out)) == 2
     texts = out.partition("gives the same texts:\n")[2].split("=" * 20 + "\n")
     assert [text[:3] for text in texts] == ["Now", "Now", "Alt", "Alt", ""]
+
+
+def test_exchange_trains_an_imported_model_and_writes_it(run, tmp_path):
+    write_transformers(tmp_path / "theirs")
+    out = run("exchange.py", STEPS=2, SOURCE="theirs")
+    assert Path("export/zen/model.safetensors").is_file()
+    assert Path("export/zen-f16/Modelfile").is_file()
+    assert f"llama-cli -m {Path('export/zen-f16/zen-f16.gguf')}" in out
 
 
 @pytest.mark.parametrize("name", ["demo.py", "finetune_csv.py", "resume_and_best.py"])

@@ -33,7 +33,7 @@ LAYERS = [
     ["src", "cli"],
     ["__main__", "__init__"],
 ]
-FUTURE_ROOMS = {"exchange", "distributed", "serving"}
+FUTURE_ROOMS = {"distributed", "serving"}
 
 # Imports within functions, and the reason for each.
 FUNCTION_IMPORTS = {
@@ -42,6 +42,9 @@ FUNCTION_IMPORTS = {
     ("storage.create", "model"),  # the same
     ("storage.create", "storage.checkpoint"),  # the same
     ("data.vocabulary", "tokenizers"),  # an extra
+    ("exchange.hub", "huggingface_hub"),  # an extra
+    ("exchange.hub", "huggingface_hub.errors"),  # the same
+    ("exchange.gguf", "gguf"),  # an extra
     ("training.history", "matplotlib.figure"),  # an extra
     ("training.history", "IPython.display"),  # there only in notebooks
     ("storage.drive", "google.colab"),  # there only in Colab
@@ -52,7 +55,8 @@ WITHOUT_TENSORFLOW = [
     "common", "encoder", "data", "cli", "__main__",
     "training.settings", "training.history", "training.schedule", "training.interruption",
     "generation.settings", "storage.settings", "storage.create", "storage.download",
-    "storage.drive",
+    "storage.drive", "exchange.settings", "exchange.tensor_names", "exchange.safetensors_file",
+    "exchange.config_file", "exchange.tokenizer_files", "exchange.hub",
 ]  # fmt: skip
 
 # gpt-2-simple 0.8.1's functions: names, order and defaults of their arguments.

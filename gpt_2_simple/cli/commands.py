@@ -23,6 +23,7 @@ from ..common.report import complain, progress, say, verbosity
 from ..common.settings import Setting, Settings, fields_of
 from ..data.settings import EncodeCsvSettings, EncodeSettings
 from ..data.text_files import find_files
+from ..exchange.settings import ExportSettings, GgufSettings, ImportSettings, PushSettings
 from ..generation.settings import FILES, TEXT, GenerationSettings
 from ..storage.settings import CreateSettings, DownloadSettings, LoadSettings
 from ..training.settings import MemoryPlanSettings, PlotSettings, TrainingSettings
@@ -371,7 +372,68 @@ PLOT = Command(
 )
 
 
+# --- export ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class FormatSettings(Settings):
+    """Which of the two exports `export` makes."""
+
+    GROUPS: ClassVar = ExportSettings.GROUPS
+
+    # fmt: off
+    format: Annotated[str | None, Setting(
+        GROUPS[1], "'huggingface', for transformers, vLLM and CTranslate2; or 'gguf', for "
+        "llama.cpp and Ollama", choices=("huggingface", "gguf"),
+        default_help="huggingface, but gguf if --quantization is given")] = None
+    # fmt: on
+
+
+def _export(options: Options) -> int:
+    own = FormatSettings(**_take(options, fields_of(FormatSettings)))
+    form = own.format or ("gguf" if "quantization" in options else "huggingface")
+    settings = GgufSettings if form == "gguf" else ExportSettings
+    foreign = [name for name in options if name not in fields_of(settings)]
+    if foreign:
+        raise ValueError(f"--format {form} has no {', '.join(f'--{name}' for name in foreign)}")
+    getattr(_module(f"exchange.{form}"), f"export_{form}")(**options)
+    return 0
+
+
+EXPORT = Command(
+    run=_export,
+    summary="Write a run or a model for other programs: Hugging Face transformers, or llama.cpp.",
+    examples=(
+        "gpt_2_simple export run1",
+        "gpt_2_simple export run1 --checkpoint best --precision bfloat16 --path mine",
+        "gpt_2_simple export --model_name 124M --quantization q8_0",
+    ),
+    settings=[ExportSettings, GgufSettings],
+    own_settings=FormatSettings,
+    positional="run_name",
+)
+
+
 # --- commands that pass their options on ----------------------------------------------------------
+
+IMPORT = Command(
+    run=_pass_to("exchange.huggingface", "import_huggingface"),
+    summary="Make a model of one that Hugging Face transformers wrote, in a folder or on the hub.",
+    examples=(
+        "gpt_2_simple import distilgpt2",
+        "gpt_2_simple import path/to/folder --model_name mine",
+    ),
+    settings=[ImportSettings],
+    positional="source",
+)
+
+PUSH = Command(
+    run=_pass_to("exchange.push", "push_to_hub"),
+    summary="Export a run or a model, and upload it to the Hugging Face hub.",
+    examples=("gpt_2_simple push me/my-model --run_name run1",),
+    settings=[PushSettings],
+    positional="repo_id",
+)
 
 DOWNLOAD = Command(
     run=_pass_to("storage.download", "download_gpt2"),
@@ -420,6 +482,9 @@ COMMANDS = {
     "encode_csv": ENCODE_CSV,
     "memory": MEMORY,
     "plot": PLOT,
+    "export": EXPORT,
+    "import": IMPORT,
+    "push": PUSH,
 }
 
 # gpt-2-simple 0.8.1 had one list of flags for both its modes: finetune and generate accept each

@@ -115,11 +115,12 @@ def _say_flush_failure(path: str, error: OSError) -> None:
 
 
 @contextlib.contextmanager
-def write_folder_whole(path: str) -> Iterator[str]:
+def write_folder_whole(path: str, overwrite: bool = True) -> Iterator[str]:
     """Makes an empty folder beside `path`, which replaces the folder `path` if the block ends well.
 
     If the block fails, `path` stays as it was. What a killed process left is removed. If `path` is
-    a link, the folder that it leads to is replaced.
+    a link, the folder that it leads to is replaced. Without `overwrite`, FileExistsError is raised
+    if there is something at `path` when the block has ended.
     """
     if os.path.islink(path):
         path = os.path.realpath(path)
@@ -131,6 +132,8 @@ def write_folder_whole(path: str) -> Iterator[str]:
     os.makedirs(new)
     try:
         yield new
+        if not overwrite and os.path.lexists(path):
+            raise FileExistsError(f"{path} was made meanwhile, and is not replaced")
         if os.path.isdir(path):
             os.rename(path, old)
         os.rename(new, path)

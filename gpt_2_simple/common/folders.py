@@ -72,3 +72,8 @@ def read_hparams(folder: str) -> HParams:
     if hparams.n_vocab < 1:
         raise ValueError(f"{path}: n_vocab={hparams.n_vocab} must be above 0")
     return hparams
+
+
+def hparams_text(hparams: HParams) -> str:
+    """The content of hparams.json."""
+    return json.dumps(dataclasses.asdict(hparams), indent=2) + "\n"

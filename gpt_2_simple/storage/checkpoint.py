@@ -179,7 +179,14 @@ def check_shapes(prefix: str, variables: Mapping[str, tf.Variable], hparams: Any
 
 
 def restore(sess: tf.compat.v1.Session, ops: CheckpointOps, prefix: str) -> None:
-    """Fills the variables of `ops` from a checkpoint.
+    """Fills the variables of `ops` from a checkpoint; see reading() for what is raised."""
+    with reading(prefix) as readable:
+        sess.run(ops.done, {ops.prefix: readable})
+
+
+@contextlib.contextmanager
+def reading(prefix: str) -> Iterator[str]:
+    """Within this block TensorFlow may read a checkpoint, by the path that the block gets.
 
     Raises:
         FileNotFoundError: the checkpoint was removed or replaced while it was read.
@@ -189,7 +196,7 @@ def restore(sess: tf.compat.v1.Session, ops: CheckpointOps, prefix: str) -> None
     try:
         before = os.stat(index)
         with _without_brackets(prefix) as readable:
-            sess.run(ops.done, {ops.prefix: readable})
+            yield readable
         after = os.stat(index)
         # Not the inode's number: on some network drives each look at a file gives another one.
         if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
@@ -233,8 +240,11 @@ def build_save(*variables: tf.Variable) -> CheckpointOps:
 
 
 @functools.lru_cache(maxsize=4)
-def _meta_graph(sizes: tuple[int, ...]) -> bytes:
-    """The .meta file of a model of these sizes: its graph from token ids to logits, serialized."""
+def meta_graph(sizes: tuple[int, ...]) -> bytes:
+    """The .meta file of a model: its graph from token ids to logits, serialized.
+
+    `sizes` are those of its HParams, in their order.
+    """
     hparams = model.HParams(*sizes)
     with tf.Graph().as_default() as graph:
         context = tf.compat.v1.placeholder(tf.int32, [None, None], name="context")
@@ -271,7 +281,7 @@ def save_model(
         OSError: the disk is full, or the folder cannot be written.
     """
     contents = {name: text.encode("utf-8") for name, text in texts.items()}
-    contents[f"{base}.meta"] = _meta_graph(dataclasses.astuple(hparams))
+    contents[f"{base}.meta"] = meta_graph(dataclasses.astuple(hparams))
     try:
         finish_saves(folder)
         unfinished = tempfile.mkdtemp(prefix=UNFINISHED, dir=folder)

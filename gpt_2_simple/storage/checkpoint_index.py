@@ -1,10 +1,11 @@
-"""A checkpoint's index file in, each tensor's name, shape and byte range out.
+"""A checkpoint's index file in, each tensor's name, shape and byte range out, and back.
 
 TensorFlow stores a checkpoint as data files and one index. The index is a LevelDB table
 (https://github.com/google/leveldb/blob/main/doc/table_format.md) of protocol buffers: a header
 under the empty key, then one BundleEntryProto for each tensor
 (tensorflow/core/protobuf/tensor_bundle.proto). Reading it tells how long the data files must be
-without loading TensorFlow.
+without loading TensorFlow. Writing it makes one checkpoint of tensors that were written one after
+the other.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class Entry(NamedTuple):
     shard: int  # which data file holds it, counted from 0
     offset: int  # its first byte in that file
     size: int  # in bytes
+    crc32c: int = 0  # the masked CRC-32C of its bytes
 
 
 def read_index(path: str | os.PathLike[str]) -> dict[str, Entry]:
@@ -99,8 +101,9 @@ def _read_entry(message: bytes) -> Entry:
         if number == 2
     ]
     shape = tuple(_int(dimension.get(1, 0)) for dimension in dimensions)
-    dtype, shard, offset, size = (_int(fields.get(number, 0)) for number in (1, 3, 4, 5))
-    return Entry(dtype, shape, shard, offset, size)
+    numbers = (_int(fields.get(number, 0)) for number in (1, 3, 4, 5, 6))
+    dtype, shard, offset, size, crc32c = numbers
+    return Entry(dtype, shape, shard, offset, size, crc32c)
 
 
 def _int(value: int | bytes) -> int:
@@ -185,3 +188,60 @@ def masked_crc32c(data: bytes) -> int:
         crc = _CRC32C_TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
     crc ^= 0xFFFFFFFF
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+# --- write --------------------------------------------------------------------------------------
+
+
+def index_bytes(entries: dict[str, Entry]) -> bytes:
+    """The content of the index file of a checkpoint that has one data file.
+
+    It holds one block of entries, an empty meta-index, an index of the one block, and the footer.
+    """
+    header = _field(1, 1) + _field(3, _field(1, 1))  # one shard; written by version 1 of the format
+    records = {b"": header}
+    records |= {name.encode("utf-8"): _entry_message(entry) for name, entry in entries.items()}
+    keys = sorted(records)
+    table = bytearray()
+    data_handle = _add_block(table, [(key, records[key]) for key in keys])
+    meta_handle = _add_block(table, [])
+    index_handle = _add_block(table, [(keys[-1], data_handle)])
+    footer = (meta_handle + index_handle).ljust(_FOOTER_BYTES - 8, b"\0")
+    return bytes(table + footer + struct.pack("<Q", _MAGIC))
+
+
+def _entry_message(entry: Entry) -> bytes:
+    shape = b"".join(_field(2, _field(1, size)) for size in entry.shape)
+    message = _field(1, entry.dtype) + _field(2, shape) + _field(3, entry.shard)
+    message += _field(4, entry.offset) + _field(5, entry.size)
+    return message + _varint(6 << 3 | _FIXED32) + struct.pack("<I", entry.crc32c)
+
+
+def _add_block(table: bytearray, records: list[tuple[bytes, bytes]]) -> bytes:
+    """Appends a block to a table; returns its handle. No key is shortened: each is a restart."""
+    block, restarts = bytearray(), []
+    for key, value in records:
+        restarts.append(len(block))
+        block += _varint(0) + _varint(len(key)) + _varint(len(value)) + key + value
+    restarts = restarts or [0]
+    block += struct.pack(f"<{len(restarts) + 1}I", *restarts, len(restarts))
+    handle = _varint(len(table)) + _varint(len(block))
+    block += b"\0"  # not compressed
+    table += block + struct.pack("<I", masked_crc32c(bytes(block)))
+    return handle
+
+
+def _field(number: int, value: int | bytes) -> bytes:
+    """A field of a protocol buffer."""
+    if isinstance(value, int):
+        return _varint(number << 3 | _VARINT) + _varint(value)
+    return _varint(number << 3 | _BYTES) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value >= 0x80:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from ..common.files import write_folder_whole
+from ..common.folders import hparams_text
 from ..common.hparams import HParams
 from ..common.published import MODEL_FILES
 from ..common.report import say
@@ -151,6 +151,8 @@ def write_model(folder: str, hparams: HParams, seed: int | None) -> None:
             value = initial_value(variable.op.name, shape, hparams.n_layer, rng)
             sess.run(variable.initializer, {variable.initializer.inputs[1]: value})
         base = checkpoint.MODEL_CHECKPOINT
-        sizes = json.dumps(dataclasses.asdict(hparams), indent=2) + "\n"
-        texts = {"hparams.json": sizes, checkpoint.LIST_FILE: checkpoint.list_text([base])}
+        texts = {
+            "hparams.json": hparams_text(hparams),
+            checkpoint.LIST_FILE: checkpoint.list_text([base]),
+        }
         checkpoint.save_model(sess, folder, base, hparams, {base: save}, texts)
