@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .gpt_2 import *  # noqa: F403
 
 __all__ = [
+    "add_tokens",
     "cmd",
     "copy_checkpoint_from_gdrive",
     "copy_checkpoint_to_gdrive",

@@ -243,6 +243,8 @@ class Encoder:
             for `bytes.decode`.
         n_vocab: the highest id + 1.
         end_of_text: the id of `<|endoftext|>`, None if the vocabulary has none.
+        special_tokens: text -> id of the tokens that no merge makes, `<|endoftext|>` among them.
+            A token with white space in it is none of them.
 
     Raises:
         ValueError: a byte or a merge's token is missing, or two tokens have the same id.
@@ -262,6 +264,14 @@ class Encoder:
         self.n_vocab = max(self.decoder) + 1
         self.end_of_text = encoder.get(END_OF_TEXT)
         self._bytes = _token_bytes(encoder)
+        usual = {*byte_ids, *(made for _, _, made in merges)}
+        self.special_tokens = {
+            text: token_id
+            for token_id in encoder.values()
+            if token_id not in usual and (text := self._special_text(token_id)) is not None
+        }
+        by_length = sorted(self.special_tokens, key=len, reverse=True)
+        self._special = re.compile(f"({'|'.join(map(re.escape, by_length))})")
         known: dict[str, Sequence[int]] = {}
         for token_id in np.flatnonzero(_whole_tokens(byte_ids, merges, self.n_vocab)).tolist():
             try:
@@ -270,25 +280,33 @@ class Encoder:
                 continue  # a part of a character is never a word
         self._ids_of_word = _WordIds(_Merges(byte_ids, merges, self.n_vocab), known)
 
+    def _special_text(self, token_id: int) -> str | None:
+        """The text of a token that no merge makes, None if it cannot stand in a text as a whole."""
+        try:
+            text = self._bytes[token_id].decode()
+        except UnicodeDecodeError:
+            return None
+        return text if text and not regex.search(f"[{WHITE_SPACE}]", text) else None
+
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Turns text into token ids.
 
         Args:
             text: any string.
-            allow_special: whether `<|endoftext|>` in it is that one token. By default its
-                characters are encoded like any others.
+            allow_special: whether `<|endoftext|>` and other `special_tokens` in it are one token
+                each. By default their characters are encoded like any others.
 
         Raises:
             ValueError: the text has `<|endoftext|>`, it is allowed, but the vocabulary lacks it.
         """
         ids: list[int] = []
-        if allow_special and END_OF_TEXT in text:
-            if self.end_of_text is None:
-                raise ValueError(
-                    f"this vocabulary has no token {END_OF_TEXT}: give allow_special=False"
-                )
-            for i, part in enumerate(text.split(END_OF_TEXT)):
-                ids += [self.end_of_text] * (i > 0) + self.encode(part)
+        if allow_special and END_OF_TEXT in text and self.end_of_text is None:
+            raise ValueError(
+                f"this vocabulary has no token {END_OF_TEXT}: give allow_special=False"
+            )
+        if allow_special and self.special_tokens and self._special.search(text):
+            for i, part in enumerate(self._special.split(text)):
+                ids += [self.special_tokens[part]] if i % 2 else self.encode(part)
             return ids
         for part in _parts(text):
             ids_of_words = map(self._ids_of_word.__getitem__, split_words(part))
@@ -429,6 +447,11 @@ def _checked(
     except KeyError as error:
         raise ValueError(f"a merge needs {error.args[0]!r}, not in the vocabulary") from None
     return byte_ids, merges
+
+
+def token_of_text(text: str) -> str:
+    """The token that stands for a text, in the characters of `bytes_to_unicode`."""
+    return "".join(map(bytes_to_unicode().__getitem__, text.encode("utf-8")))
 
 
 def _token_bytes(encoder: dict[str, int]) -> dict[int, bytes]:

@@ -15,6 +15,7 @@ from .exchange.push import push_to_hub
 from .generation.generate import generate, generate_stream, generate_to_file
 from .generation.scoring import next_token_probs, score
 from .session import get_available_gpus, reset_session, start_tf_sess
+from .storage.add_tokens import add_tokens
 from .storage.create import create_gpt2
 from .storage.download import download_gpt2, is_gpt2_downloaded
 from .storage.drive import (
@@ -33,6 +34,7 @@ from .training.history import plot_history
 from .training.memory_plan import memory_plan
 
 __all__ = [
+    "add_tokens",
     "cmd",
     "copy_checkpoint_from_gdrive",
     "copy_checkpoint_to_gdrive",

@@ -151,7 +151,7 @@ def test_encode_csv_onto_its_own_input_raises_value_error(tmp_path, link):
 def large(monkeypatch):
     """Makes 20 kB of text a lot, in blocks of 2 kB."""
     monkeypatch.setattr(dataset, "LARGE_BYTES", 20_000)
-    monkeypatch.setattr(parallel_encode.cut_into_blocks, "__defaults__", (2000,))
+    monkeypatch.setattr(parallel_encode.cut_into_blocks, "__defaults__", (2000, ("<|endoftext|>",)))
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -24,6 +24,7 @@ from gpt_2_simple.data.parallel_encode import (
     split_before_white_space,
     split_safely,
 )
+from gpt_2_simple.encoder import Encoder, token_of_text
 
 SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 
@@ -145,6 +146,20 @@ def test_token_across_the_border_of_context_is_learned():
     context = enc.decode([i - CONTEXT_FLAG for i in ids.tolist() if i >= CONTEXT_FLAG])
     assert context == "Is it the case?"
     assert enc.decode([i for i in ids.tolist() if i < CONTEXT_FLAG]) == " the case"
+
+
+def test_added_token_is_not_cut_between_blocks():
+    base = trained_vocabulary()
+    texts = ["<a1b>", "<2>"]
+    ids = {token_of_text(text): base.n_vocab + i for i, text in enumerate(texts)}
+    vocabulary = Encoder({**base.encoder, **ids}, base.bpe_merges)
+    text = "see<a1b>the<2> <a1b>case 12<2>3" * 3
+    for size in range(1, 40):
+        parts = (ChunkPart(text[i : i + 7], False) for i in range(0, len(text), 7))
+        blocks = cut_into_blocks(parts, size, vocabulary.special_tokens)
+        encode_block = BlockEncoder(vocabulary, np.uint16, allow_special=True).encode_block
+        (chunk,) = token_file.join_blocks(map(encode_block, blocks), np.dtype(np.uint16))
+        assert chunk.tolist() == vocabulary.encode(text, allow_special=True)
 
 
 def test_text_without_white_space_is_cut_into_blocks():

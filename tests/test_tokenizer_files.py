@@ -1,13 +1,14 @@
 """transformers' tokenizer files: the same ids as by the tokenizers library; what is refused."""
 
 import json
+import random
 
 import pytest
 from odd_strings import odd_strings
 from trained_vocabulary import DATA, needs_data, trained_vocabulary
 
 from gpt_2_simple.data.vocabulary import byte_vocabulary, save_vocabulary
-from gpt_2_simple.encoder import Encoder, get_encoder
+from gpt_2_simple.encoder import Encoder, get_encoder, token_of_text
 from gpt_2_simple.exchange import tokenizer_files
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -175,3 +176,20 @@ def test_odd_strings_are_many_and_differ():
     assert len(set(texts)) > 1500
     assert sum(len(text) for text in texts) > 20_000
     assert odd_strings(2000) == texts
+
+
+def test_added_tokens_are_one_token_here_as_in_the_tokenizers_library(tmp_path):
+    base = trained_vocabulary()
+    texts = ["<a>", "<a1", "word|x", "«é»", "a"]
+    ids = {token_of_text(text): base.n_vocab + i for i, text in enumerate(texts[:-1])}
+    vocabulary = Encoder({**base.encoder, **ids}, base.bpe_merges)
+    assert vocabulary.special_tokens.keys() == {*texts[:-1], "<|endoftext|>"}
+    folder = write(tmp_path, vocabulary)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    pieces = [*texts, "<|endoftext|>", " ", "\n", "the case", "<", "é", "1", "|"]
+    rng = random.Random(1)
+    for _ in range(500):
+        text = "".join(rng.choices(pieces, k=rng.randint(1, 12)))
+        assert vocabulary.encode(text, allow_special=True) == library.encode(text).ids, text
+    again = tokenizer_files.read_tokenizer(folder, vocabulary.n_vocab).encoder
+    assert again.encoder == vocabulary.encoder

@@ -18,6 +18,7 @@ class WordEncoder:
 
     n_vocab = 513
     end_of_text = END_OF_TEXT
+    special_tokens = {"<|endoftext|>": END_OF_TEXT}  # noqa: RUF012
     encoder = {str(number): number for number in range(513)}  # noqa: RUF012
     bpe_merges: list = []  # noqa: RUF012
 

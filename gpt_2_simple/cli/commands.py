@@ -25,7 +25,7 @@ from ..data.settings import EncodeCsvSettings, EncodeSettings
 from ..data.text_files import find_files
 from ..exchange.settings import ExportSettings, GgufSettings, ImportSettings, PushSettings
 from ..generation.settings import FILES, TEXT, GenerationSettings
-from ..storage.settings import CreateSettings, DownloadSettings, LoadSettings
+from ..storage.settings import AddTokensSettings, CreateSettings, DownloadSettings, LoadSettings
 from ..training.settings import MemoryPlanSettings, PlotSettings, TrainingSettings
 from .parser import PROGRAM, Command, Options
 
@@ -457,6 +457,15 @@ CREATE = Command(
     positional="dataset",
 )
 
+ADD_TOKENS = Command(
+    run=_pass_to("storage.add_tokens", "add_tokens"),
+    summary="Make a copy of a model whose vocabulary has more tokens, for finetune to start from.",
+    examples=(
+        "gpt_2_simple add_tokens --tokens '<speaker>' --model_name 124M --new_model_name play",
+    ),
+    settings=[AddTokensSettings],
+)
+
 ENCODE = Command(
     run=_pass_to("data.dataset", "encode_dataset"),
     summary="Turn text into tokens once, so that each finetune starts sooner.",
@@ -478,6 +487,7 @@ COMMANDS = {
     "generate": GENERATE,
     "download": DOWNLOAD,
     "create": CREATE,
+    "add_tokens": ADD_TOKENS,
     "encode": ENCODE,
     "encode_csv": ENCODE_CSV,
     "memory": MEMORY,

@@ -18,7 +18,7 @@ from ..common.files import check_folder, write_whole
 from ..common.folders import model_folder, read_hparams
 from ..common.report import progress, say, verbosity, warn
 from ..common.settings import settings_function
-from ..encoder import check_vocabulary, get_encoder
+from ..encoder import END_OF_TEXT, check_vocabulary, get_encoder
 from .parallel_encode import (
     MAX_PROCESSES,
     ChunkPart,
@@ -60,8 +60,8 @@ class ReadOptions:
         row_format: how a row of a table becomes a document; its end_token also ends a text file.
         pad_documents: make each document (a file, a row) a chunk of its own, as
             WindowSampler(pad_documents=True) needs it.
-        allow_special: whether `<|endoftext|>` is one token, if the vocabulary has it; False encodes
-            its characters, as gpt-2-simple 0.8.1 does.
+        allow_special: whether `<|endoftext|>` and other special tokens are one token each, if the
+            vocabulary has the first; False encodes their characters, as gpt-2-simple 0.8.1 does.
     """
 
     combine: int = 50000
@@ -121,6 +121,8 @@ class Dataset:
         if rows["train_on"] is None:
             del rows["train_on"]  # files that exist were named without it
         options["rows"] = rows  # the name in the digests of files that exist
+        if others := [token for token in enc.special_tokens if token != END_OF_TEXT]:
+            options["special_tokens"] = others
         return hash_json([CACHE_VERSION, content, options, vocabulary])
 
     def id_dtype(self, enc: Any) -> np.dtype:
@@ -262,7 +264,8 @@ def _token_blocks(
 ) -> Iterator[TokenBlock]:
     total = sum(os.path.getsize(file.path) for file in dataset.text_files)
     with progress(total=total, desc="Encoding", unit="B", unit_scale=True, leave=False) as bar:
-        blocks = cut_into_blocks(chunk_parts(dataset, report, bar.update))
+        parts = chunk_parts(dataset, report, bar.update)
+        blocks = cut_into_blocks(parts, special_tokens=enc.special_tokens)
         dtype = dataset.id_dtype(enc)
         yield from encode_blocks(blocks, enc, dtype, dataset.allows_special(enc), processes)
 

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import numpy as np
 import regex
 
-from ..encoder import WHITE_SPACE
+from ..encoder import END_OF_TEXT, WHITE_SPACE
 
 BLOCK_CHARACTERS = 1 << 20
 MAX_PROCESSES = 4  # each takes about 100 MB
@@ -39,10 +39,8 @@ _ASCII_WORDS = re.compile(r"\s*\S+|\s+", re.ASCII)  # twice as quick
 # Where a run of letters or digits ends is as safe, and found in text without spaces too. Only
 # letters that every release of Unicode has: the encoder takes the newest for signs.
 _LETTER = r"[A-Za-z\u0410-\u044f\u0e01-\u0e30\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3]"
-# (?r) searches from the end; (?!\|) leaves <|endoftext|> whole.
-_SAFE_CUT = regex.compile(
-    rf"(?r)(?<=\S)(?=\s)|(?<={_LETTER})(?=\P{{L}})(?!\|)|(?<=[0-9])(?=\P{{N}})"
-)
+# (?r) searches from the end.
+_SAFE_CUT = regex.compile(rf"(?r)(?<=\S)(?=\s)|(?<={_LETTER})(?=\P{{L}})|(?<=[0-9])(?=\P{{N}})")
 
 
 # Added to the id of a token that is read but not learned; such ids need 32 bits.
@@ -89,11 +87,13 @@ class TokenBlock(NamedTuple):
 
 
 def cut_into_blocks(
-    parts: Iterable[ChunkPart], size: int = BLOCK_CHARACTERS
+    parts: Iterable[ChunkPart],
+    size: int = BLOCK_CHARACTERS,
+    special_tokens: Collection[str] = (END_OF_TEXT,),
 ) -> Iterator[TextBlock]:
     """Gathers parts of text into blocks of about `size` characters, cut where it is safe.
 
-    To join the parts of a chunk first would change nothing.
+    To join the parts of a chunk first would change nothing. `special_tokens` are never cut.
     """
     block = TextBlock([], [], [])
     open_text: list[str] = []
@@ -108,7 +108,7 @@ def cut_into_blocks(
         if ends or is_full:
             before, after = "".join(open_text), ""
             if not ends:
-                before, after = split_safely(before)
+                before, after = split_safely(before, special_tokens)
             inside, open_context = _split_spans(open_context, len(before))
             block.add(before, ends, inside)
             open_text, n_open = ([], 0) if ends else ([after], len(after))
@@ -127,14 +127,32 @@ def _split_spans(spans: Spans, cut: int) -> tuple[Spans, Spans]:
     return before, tuple((max(start - cut, 0), end - cut) for start, end in spans if end > cut)
 
 
-def split_safely(text: str) -> tuple[str, str]:
+def split_safely(text: str, special_tokens: Collection[str] = (END_OF_TEXT,)) -> tuple[str, str]:
     """Splits a text at the last place where the ids of both parts are the ids of the whole.
 
-    If there is no such place, the first part is empty.
+    No special token is cut, nor the start of one at the text's end, which may go on there. If there
+    is no place to cut, the first part is empty.
     """
-    found = _SAFE_CUT.search(text)
-    cut = found.start() if found else 0
+    cut = _last_cut(text, len(text))
+    while (start := _start_of_special(text, cut, special_tokens)) is not None:
+        cut = _last_cut(text, start)
     return text[:cut], text[cut:]
+
+
+def _last_cut(text: str, end: int) -> int:
+    """The last place up to `end` where a text may be cut if no special token is near."""
+    found = _SAFE_CUT.search(text, 0, end + 1)  # one character more, since it looks ahead
+    return found.start() if found else 0
+
+
+def _start_of_special(text: str, cut: int, special_tokens: Collection[str]) -> int | None:
+    """Where a special token starts that a cut would part; None if there is none."""
+    for token in special_tokens:
+        for start in range(max(cut - len(token) + 1, 0), cut):
+            there = text[start : start + len(token)]
+            if there == token or (start + len(there) == len(text) and token.startswith(there)):
+                return start
+    return None
 
 
 def split_before_white_space(text: str) -> list[str]:
@@ -145,7 +163,7 @@ def split_before_white_space(text: str) -> list[str]:
 class BlockEncoder:
     """Encodes texts, and remembers the ids of about `max_words` of the words in them.
 
-    If `allow_special` is true, `<|endoftext|>` in the text is one token.
+    If `allow_special` is true, each special token in the text is one token.
     """
 
     def __init__(

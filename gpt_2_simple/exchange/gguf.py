@@ -257,6 +257,8 @@ def _add_keys(library: ModuleType, writer: Any, weights: StoredWeights, quantiza
     tokens = gguf_tokens(vocabulary)
     writer.add_token_list(tokens)
     types = [library.TokenType.NORMAL] * len(tokens)
+    for token_id in vocabulary.special_tokens.values():
+        types[token_id] = library.TokenType.USER_DEFINED  # found in a text as a whole
     types[_end_of_text(weights)] = library.TokenType.CONTROL
     writer.add_token_types(types)
     writer.add_token_merges([f"{left} {right}" for left, right in vocabulary.bpe_merges])

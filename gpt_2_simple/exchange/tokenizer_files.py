@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..encoder import END_OF_TEXT, MERGES_HEADER, Encoder, read_merges, read_vocabulary
+from ..encoder import (
+    END_OF_TEXT,
+    MERGES_HEADER,
+    Encoder,
+    read_merges,
+    read_vocabulary,
+    token_of_text,
+)
 from .config_file import read_json_object
 
 TOKENIZER_FILE, VOCABULARY_FILE, MERGES_FILE = "tokenizer.json", "vocab.json", "merges.txt"
@@ -20,29 +28,37 @@ _EMPTY = (None, "", False)
 def tokenizer_files(vocabulary: Encoder) -> dict[str, str]:
     """The contents of tokenizer.json, vocab.json and merges.txt, by the files' names."""
     merges = [f"{left} {right}" for left, right in vocabulary.bpe_merges]
+    special = {token_id: text for text, token_id in vocabulary.special_tokens.items()}
+    # transformers looks for an added token by its text, and not in the characters of the others.
+    tokens = {special.get(i, token): i for token, i in vocabulary.encoder.items()}
     return {
-        TOKENIZER_FILE: json.dumps(_tokenizer(vocabulary, merges), ensure_ascii=False, indent=1),
-        VOCABULARY_FILE: json.dumps(vocabulary.encoder, ensure_ascii=False),
+        TOKENIZER_FILE: json.dumps(
+            _tokenizer(vocabulary, tokens, merges), ensure_ascii=False, indent=1
+        ),
+        VOCABULARY_FILE: json.dumps(tokens, ensure_ascii=False),
         MERGES_FILE: "\n".join([f"{MERGES_HEADER}: 0.2", *merges, ""]),
     }
 
 
-def _tokenizer(vocabulary: Encoder, merges: list[str]) -> dict[str, Any]:
+def _tokenizer(vocabulary: Encoder, tokens: dict[str, int], merges: list[str]) -> dict[str, Any]:
     """The tokenizer in the format of the tokenizers library, which all its releases read."""
-    end_of_text = {
-        "id": vocabulary.end_of_text,
-        "content": END_OF_TEXT,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
+    added_tokens = [
+        {
+            "id": token_id,
+            "content": text,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": text == END_OF_TEXT,
+        }
+        for text, token_id in sorted(vocabulary.special_tokens.items(), key=lambda item: item[1])
+    ]
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [] if vocabulary.end_of_text is None else [end_of_text],
+        "added_tokens": added_tokens,
         "normalizer": None,
         "pre_tokenizer": {**_BYTE_LEVEL, "add_prefix_space": False},
         "post_processor": {**_BYTE_LEVEL, "add_prefix_space": True, "trim_offsets": False},
@@ -56,7 +72,7 @@ def _tokenizer(vocabulary: Encoder, merges: list[str]) -> dict[str, Any]:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": vocabulary.encoder,
+            "vocab": tokens,
             "merges": merges,
         },
     }
@@ -106,7 +122,8 @@ def read_tokenizer(folder: str, n_vocab: int) -> ImportedVocabulary:
         )
     added |= _read_added_tokens(folder)
     notes = _notes(folder, tokens, added)
-    tokens = {**tokens, **added}
+    tokens = {token: i for token, i in tokens.items() if token not in added}
+    tokens |= {token_of_text(text): i for text, i in added.items()}
     if max(tokens.values(), default=0) >= n_vocab:
         raise ValueError(
             f"{path} has tokens up to id {max(tokens.values())}, and the model's embedding has "
@@ -194,12 +211,12 @@ def _read_added_tokens(folder: str) -> dict[str, int]:
 def _notes(folder: str, tokens: dict[str, int], added: dict[str, int]) -> list[str]:
     """What of a tokenizer is otherwise here."""
     notes = []
-    others = [token for token in added if token != END_OF_TEXT]
+    others = [token for token in added if re.search(r"\s", token)]
     if others:
         named = ", ".join(map(repr, others[:5])) + (", ..." if len(others) > 5 else "")
         notes.append(
-            f"the tokenizer takes {named} in a text for one token; here only {END_OF_TEXT} is "
-            "one, and other texts are spelled out"
+            f"the tokenizer takes {named} in a text for one token; here no token with white space "
+            "is one, and these are spelled out"
         )
     if END_OF_TEXT not in tokens and END_OF_TEXT not in added:
         notes.append(f"the vocabulary has no {END_OF_TEXT}: texts do not end by themselves")

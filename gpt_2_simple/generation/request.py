@@ -81,7 +81,7 @@ def build_prompt(prefix: str, encoder: Encoder) -> Prompt:
 
 
 def encode_text(text: str, encoder: Encoder) -> list[int]:
-    """The token ids of a user's text; `<|endoftext|>` is one token, as in datasets."""
+    """The token ids of a user's text; special tokens are one token each, as in datasets."""
     return encoder.encode(text, allow_special=encoder.end_of_text is not None)
 
 

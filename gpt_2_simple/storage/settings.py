@@ -1,4 +1,4 @@
-"""The settings of load_gpt2, create_gpt2 and download_gpt2, each stated once; no TensorFlow."""
+"""The settings of this room's public functions, each stated once; no TensorFlow."""
 
 from __future__ import annotations
 
@@ -84,6 +84,25 @@ class CreateSettings(Settings):
         SIZE, "Whole number that makes the random weights repeatable", at_least=0,
         default_help="random")] = None
     overwrite: Annotated[bool, Setting(SIZE, "Replace a model of this name")] = False
+    # fmt: on
+
+
+@dataclasses.dataclass(frozen=True)
+class AddTokensSettings(Settings):
+    """What add_tokens() can be told."""
+
+    GROUPS: ClassVar = (MODEL,)
+
+    # fmt: off
+    tokens: Annotated[str | Sequence[str], Setting(
+        MODEL, "Text that becomes a token, or several, such as '<speaker>'; no white space in it",
+        repeatable=True)]
+    model_name: Annotated[str, Setting(
+        MODEL, "Model to add them to: a folder in `model_dir`")] = "124M"
+    _: dataclasses.KW_ONLY
+    new_model_name: Annotated[str, Setting(
+        MODEL, "Model to make: a new folder in `model_dir`")]
+    model_dir: Annotated[str, Setting(MODEL, _MODEL_DIR_HELP)] = "models"
     # fmt: on
 
 
