@@ -235,6 +235,34 @@ def test_examples_in_help_are_accepted(command, calls, workplace):
         assert {*functions, "fitting_plans"} & {*calls.names()}
 
 
+@pytest.mark.parametrize(
+    ("words", "function"),
+    [
+        ("", "export_huggingface"),
+        ("--format huggingface --max_shard_size 1GB", "export_huggingface"),
+        ("--format gguf", "export_gguf"),
+        ("--quantization q8_0", "export_gguf"),
+    ],
+)
+def test_export_chooses_the_format(calls, words, function):
+    assert cli.main(["export", "poems", *words.split()]) == 0
+    assert calls.names() == [function]
+    assert calls.one(function)["run_name"] == "poems"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--format huggingface --quantization f16", "--format huggingface has no --quantization"),
+        ("--quantization f16 --precision float16", "--format gguf has no --precision"),
+    ],
+)
+def test_export_refuses_flags_of_the_other_format(calls, capsys, words, told):
+    assert cli.main(["export", *words.split()]) == 1
+    assert told in capsys.readouterr().err
+    assert calls == []
+
+
 # Forms of a command line
 
 FINETUNE_DEFAULTS = {

@@ -27,7 +27,7 @@ from gpt_2_simple.data.vocabulary import byte_vocabulary
 from gpt_2_simple.encoder import get_encoder
 from gpt_2_simple.exchange import huggingface, safetensors_file
 from gpt_2_simple.generation.sequences import generate_tokens
-from gpt_2_simple.storage import checkpoint
+from gpt_2_simple.storage import checkpoint, runs
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 FILES = [
@@ -460,6 +460,55 @@ def test_what_is_made_meanwhile_is_not_replaced(weights, monkeypatch):
         gpt2.export_huggingface(model_name="mine", path="there")
     assert files_below("there") == ["a"]
     assert [name for name in os.listdir(".") if name.startswith(".")] == []
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(weights):
+    os.makedirs("export/.mine.new")
+    Path("export/.mine.new/model.safetensors").write_text("half")
+    path = gpt2.export_huggingface(model_name="mine")
+    assert os.listdir("export") == ["mine"]
+    assert_weights_equal(exported(path), as_transformers(weights))
+
+
+def test_folders_with_brackets_in_their_names(weights):
+    os.rename("models", "models[1]")
+    path = gpt2.export_huggingface(model_name="mine", model_dir="models[1]", path="out[a-z]")
+    folder = gpt2.import_huggingface(path, "again", model_dir="models[1]")
+    assert_weights_equal(read_ours(shutil.copytree(folder, "plain")), weights)
+
+
+def replace_checkpoint_once(monkeypatch):
+    """Replaces model-7 by model-8 when an export has just chosen it, as a training may do."""
+    opened = []
+
+    def replace_and_open(prefix):
+        opened.append(prefix)
+        if len(opened) == 1:
+            for file in list(Path("checkpoint/run1").glob("model-7.*")):
+                file.rename(file.with_name(file.name.replace("model-7", "model-8")))
+        return open_checkpoint(prefix)
+
+    open_checkpoint = huggingface.open_checkpoint
+    monkeypatch.setattr(huggingface, "open_checkpoint", replace_and_open)
+    return opened
+
+
+def test_a_checkpoint_that_a_training_replaces_is_exported_as_the_next(weights, monkeypatch):
+    make_run()
+    opened = replace_checkpoint_once(monkeypatch)
+    monkeypatch.setattr(runs, "is_being_trained", lambda folder: True)
+    path = gpt2.export_huggingface()
+    assert [os.path.basename(prefix) for prefix in opened] == ["model-7", "model-8"]
+    assert_weights_equal(exported(path), as_transformers(weights))
+    assert "`model-8`" in Path(path, "README.md").read_text()
+
+
+def test_a_checkpoint_that_goes_away_without_a_training_is_told(weights, monkeypatch):
+    make_run()
+    replace_checkpoint_once(monkeypatch)
+    with pytest.raises(FileNotFoundError, match="model-7"):
+        gpt2.export_huggingface()
+    assert files_below("export") == []
 
 
 def test_an_unknown_run_or_model_is_told(weights):
