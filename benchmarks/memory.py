@@ -161,6 +161,8 @@ def fits_table() -> str:
 def cell(plan) -> str:
     """A plan in a few words."""
     words = [plan.settings.optimizer, f"accumulate {plan.settings.accumulate_gradients}"]
+    if plan.settings.lora:
+        words = [f"LoRA {plan.settings.lora_rank}, {plan.settings.base_precision} base"]
     if plan.settings.use_memory_saving_gradients:
         words.append("recompute")
     if plan.time < plan.hparams.n_ctx:

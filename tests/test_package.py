@@ -24,7 +24,8 @@ PACKAGE = ROOT / "gpt_2_simple"
 LAYERS = [
     ["common"],
     ["encoder", "model", "precision", "memory_saving_gradients"],
-    ["data", "session"],
+    ["adapter", "data"],
+    ["session"],
     ["storage"],
     ["generation"],
     ["sample", "training"],
@@ -48,6 +49,9 @@ FUNCTION_IMPORTS = {
     ("training.history", "matplotlib.figure"),  # an extra
     ("training.history", "IPython.display"),  # there only in notebooks
     ("storage.drive", "google.colab"),  # there only in Colab
+    ("storage.adapter_files", "safetensors"),  # an extra
+    ("storage.adapter_files", "safetensors.numpy"),  # the same
+    ("storage.adapter_base", "huggingface_hub"),  # an extra
 }
 
 # Rooms and modules that load without TensorFlow.
@@ -55,7 +59,7 @@ WITHOUT_TENSORFLOW = [
     "common", "encoder", "data", "cli", "__main__",
     "training.settings", "training.history", "training.schedule", "training.interruption",
     "generation.settings", "storage.settings", "storage.create", "storage.download",
-    "storage.drive", "exchange.settings", "exchange.tensor_names", "exchange.safetensors_file",
+    "storage.drive", "exchange.settings", "exchange.adapter_settings", "exchange.tensor_names", "exchange.safetensors_file",
     "exchange.config_file", "exchange.tokenizer_files", "exchange.hub",
 ]  # fmt: skip
 
