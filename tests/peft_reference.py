@@ -15,8 +15,9 @@ from types import SimpleNamespace
 import numpy as np
 import oracle
 
-HPARAMS = SimpleNamespace(n_vocab=61, n_ctx=24, n_embd=16, n_head=2, n_layer=2)
-TOKENS = np.random.default_rng(5).integers(0, 61, [2, 24])
+HPARAMS = SimpleNamespace(n_vocab=257, n_ctx=24, n_embd=16, n_head=2, n_layer=2)
+TOKENS = np.random.default_rng(5).integers(0, 257, [2, 24])
+PLACES = [0, 7, 23]
 
 # Each adapter's configuration; what is not here is peft's default.
 CASES = {
@@ -50,7 +51,7 @@ def base_model():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=61, n_positions=24, n_embd=16, n_head=2, n_layer=2,
+        vocab_size=257, n_positions=24, n_embd=16, n_head=2, n_layer=2,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     network = GPT2LMHeadModel(config).eval()
@@ -73,10 +74,11 @@ def base_model():
 
 
 def logits(network):
+    """Those after some of the tokens: [2, len(PLACES), n_vocab]."""
     import torch
 
     with torch.no_grad():
-        return network(torch.from_numpy(TOKENS)).logits.float().numpy()
+        return network(torch.from_numpy(TOKENS)).logits.float().numpy()[:, PLACES]
 
 
 def write_case(name, options, folder):

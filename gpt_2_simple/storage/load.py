@@ -15,7 +15,7 @@ from ..common.settings import session_function
 from ..precision import fit_precision
 from . import adapter_base, runs
 from . import checkpoint as checkpoints
-from .adapter_files import is_adapter
+from .adapter_files import is_adapter, read_config
 from .adapter_merge import MergedAdapter
 from .settings import LOADED_RUN, LoadSettings
 
@@ -99,6 +99,7 @@ def find_source(settings: LoadSettings) -> Source:
 def _find_adapter(name: str, settings: LoadSettings) -> Source:
     """An adapter, and the model that settings name or, without a name, that it was trained on."""
     adapter = adapter_base.adapter_folder(name)
+    read_config(adapter)
     if settings.model_name:
         folder = model_folder(settings.model_dir, settings.model_name)
         prefix = checkpoints.restore_path(folder)
