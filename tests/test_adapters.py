@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub.errors
 import numpy as np
 import oracle
 import peft_reference
@@ -16,7 +17,7 @@ import tensorflow as tf
 
 import gpt_2_simple as gpt2
 from gpt_2_simple import model, session
-from gpt_2_simple.storage import adapter_files, checkpoint, create
+from gpt_2_simple.storage import adapter_base, adapter_files, adapter_merge, checkpoint, create
 
 FIXTURES = Path(__file__).parent / "fixtures" / "peft"
 HPARAMS = model.HParams(**vars(peft_reference.HPARAMS))
@@ -111,7 +112,7 @@ def test_another_adapter_takes_the_place_of_one_without_a_load_of_the_base(
     gpt2.load_gpt2(sess, model_name="base", verbose=0)
     base = weights_of(sess)
     read = []
-    opened = checkpoint.opened
+    opened = adapter_merge.open_checkpoint
 
     def watched(prefix):
         class Reader:
@@ -125,7 +126,7 @@ def test_another_adapter_takes_the_place_of_one_without_a_load_of_the_base(
 
         return Reader()
 
-    monkeypatch.setattr(checkpoint, "opened", watched)
+    monkeypatch.setattr(adapter_merge, "open_checkpoint", watched)
     monkeypatch.setattr(checkpoint, "restore", lambda *_: pytest.fail("the base is read again"))
     for name in ("patterns", "plain", "rslora_projections", "plain", "module", "patterns"):
         read.clear()
@@ -261,10 +262,10 @@ def a_pickle(path):
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (truncated, ValueError, "is damaged: .*Copy or download the adapter again"),
-        (empty, ValueError, "is damaged"),
-        (with_nan, ValueError, "holds numbers that are infinite or no numbers"),
-        (with_integers, ValueError, "is of type I32, which no adapter's weights have"),
+        (truncated, ValueError, "is not a whole safetensors file .*; copy or download it again"),
+        (empty, ValueError, "is not a whole safetensors file"),
+        (with_nan, ValueError, "holds numbers that are infinite or not a number"),
+        (with_integers, ValueError, "has the type I32; float32, float16 and"),
         (a_folder, FileNotFoundError, "is no whole adapter: it has no adapter_model.safetensors"),
         pytest.param(
             a_pipe, FileNotFoundError, "is no whole adapter",
@@ -304,18 +305,20 @@ def test_missing_adapters_are_told(place, sess, monkeypatch):
 
 def test_hub_name_is_downloaded_or_the_error_says_so(place, sess, monkeypatch):
     class Hub:
+        errors = huggingface_hub.errors
+
         @staticmethod
         def snapshot_download(name, allow_patterns):
             if name != "somebody/adapter":
-                raise ConnectionError("no network\nand more")
+                raise ConnectionError("no network")
             assert sorted(allow_patterns) == ["adapter_config.json", "adapter_model.safetensors"]
             return str(FIXTURES / "plain")
 
-    monkeypatch.setitem(sys.modules, "huggingface_hub", Hub)
+    monkeypatch.setattr(adapter_base, "load_library", lambda: Hub)
     load(sess, "somebody/adapter")
     expected = np.load(FIXTURES / "plain" / "logits.npy")
     np.testing.assert_allclose(logits(sess), expected, atol=2e-5)
-    with pytest.raises(FileNotFoundError, match="cannot be had from the Hugging Face hub: no netw"):
+    with pytest.raises(ConnectionError, match="the hub failed for somebody/else: .*no network"):
         load(sess, "somebody/else")
 
 
@@ -361,12 +364,21 @@ def test_merge_adapter_writes_a_run_that_every_release_reads(place, sess, capsys
         np.testing.assert_array_equal(reader.get_tensor(name), value)
     gpt2.load_gpt2(sess, run_name="run1-merged", verbose=0)
     np.testing.assert_array_equal(logits(sess), expected)
-    with pytest.raises(FileExistsError, match="run1-merged exists; give another merged_name"):
+    with pytest.raises(FileExistsError, match="run1-merged exists, and nothing is replaced: give"):
         gpt2.merge_adapter("run1")
     with pytest.raises(ValueError, match="run 'run1-merged' holds a whole model: there is no adap"):
         gpt2.merge_adapter("run1-merged")
     # It is trained on as any run of a whole model.
     assert train(sess, 1, run_name="run1-merged", lora_rank=None, lora_alpha=16).step == 4
+
+
+def test_run_with_an_adapter_is_exported_once_it_is_merged(place, sess):
+    train(sess)
+    with pytest.raises(ValueError, match=r"is an adapter \(LoRA\): merge it into its model, by"):
+        gpt2.export_huggingface(run_name="run1", path="exported", verbose=0)
+    gpt2.merge_adapter("run1", verbose=0)
+    gpt2.export_huggingface(run_name="run1-merged", path="exported", verbose=0)
+    assert os.path.isfile("exported/model.safetensors")
 
 
 def test_merge_adapter_of_peft(place, sess):
@@ -388,7 +400,7 @@ def test_failed_merge_leaves_nothing(place, sess, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_model", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="run1-merged: No space left on device. Nothing was written"):
         gpt2.merge_adapter("run1", verbose=0)
     assert sorted(os.listdir("checkpoint")) == ["run1"]
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import tensorflow as tf
 
 from .. import session
-from ..common.files import write_folder_whole
 from ..common.report import say, verbosity
 from ..common.settings import settings_function
 from ..storage import checkpoint, runs
 from ..storage.load import Source, find_source, load_source
 from ..storage.settings import LoadSettings
 from .adapter_settings import MergeSettings
+from .weights import check_new, new_folder
 
 
 @settings_function(MergeSettings)
@@ -34,13 +34,11 @@ def merge_adapter(settings: MergeSettings) -> str:
     Raises:
         FileExistsError: there is a run of the new name.
         FileNotFoundError: there is no such run, checkpoint, adapter or model.
-        ImportError: a package that adapters need is missing.
         OSError: the disk is full, or the folder cannot be written; nothing is left of it.
         ValueError: the run trained a whole model; or the adapter does not fit the model.
     """
     target = os.path.join(settings.checkpoint_dir, settings.target)
-    if os.path.lexists(target):
-        raise FileExistsError(f"{target} exists; give another merged_name")
+    check_new(target, "merged_name")
     named = LoadSettings(
         settings.checkpoint, settings.run_name, settings.checkpoint_dir, settings.model_name,
         settings.model_dir, adapter=settings.adapter, precision="float32",
@@ -51,7 +49,7 @@ def merge_adapter(settings: MergeSettings) -> str:
         )
     with verbosity(settings.verbose), contextlib.closing(session.start_tf_sess()) as sess:
         source = load_source(sess, named)
-        with write_folder_whole(target) as new:
+        with new_folder(target, "merged_name") as new:
             name = _write_merged(sess, source, new)
         say("Merged into", os.path.join(target, name))
         return os.path.join(target, name)

@@ -7,8 +7,8 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 
-from ..common.errors import first_line
 from . import adapter_files, checkpoint, checkpoint_index, runs
+from .hub_library import load_library, plain_errors
 
 # Keys in the metadata of an adapter's tensors. The path is relative to the adapter's parent folder.
 BASE_PATH = "base_checkpoint"
@@ -111,26 +111,18 @@ def adapter_folder(adapter: str) -> str:
     """The folder of an adapter, which is downloaded if its name is one on the Hugging Face hub.
 
     Raises:
+        ConnectionError: the hub cannot be reached, and the cache lacks the adapter.
         FileNotFoundError: there is neither such a folder nor such a name.
         ImportError: it may be a name on the hub, and huggingface_hub is missing.
+        PermissionError: the hub asks for a token that may read it.
     """
     if os.path.lexists(adapter):
         return adapter
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", adapter):
         raise FileNotFoundError(f"adapter={adapter!r}: there is no such folder")
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ImportError(
-            f"adapter={adapter!r} is no folder here; to get it from the Hugging Face hub, "
-            'pip install "gpt_2_simple[hub]"'
-        ) from error
-    try:
-        return huggingface_hub.snapshot_download(
+    library = load_library()
+    with plain_errors(library, adapter):
+        folder: str = library.snapshot_download(
             adapter, allow_patterns=[adapter_files.CONFIG_FILE, adapter_files.TENSORS_FILE]
         )
-    except Exception as error:  # Of requests or httpx, by its release.
-        raise FileNotFoundError(
-            f"adapter={adapter!r} is no folder here, and cannot be had from the Hugging Face hub: "
-            f"{first_line(error) or type(error).__name__}"
-        ) from error
+    return folder

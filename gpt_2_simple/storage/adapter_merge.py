@@ -8,8 +8,9 @@ import tensorflow as tf
 
 from .. import session
 from ..common.hparams import HParams
-from . import adapter_files, checkpoint
+from . import adapter_files
 from .adapter_updates import Update, check_tied, read_updates
+from .checkpoint_tensors import open_checkpoint
 
 _EMBEDDING = "model/wte"
 
@@ -31,13 +32,13 @@ class MergedAdapter:
             hparams: the base's sizes.
 
         Raises:
-            FileNotFoundError, ImportError, ValueError: see adapter_files.read_adapter() and
+            FileNotFoundError, ValueError: see adapter_files.read_adapter() and
                 adapter_updates.read_updates().
         """
         updates = read_updates(adapter_files.read_adapter(adapter), hparams)
         self.prefix, self._updates = prefix, updates.of_variables
         if updates.embedding is not None or updates.projection is not None:
-            with checkpoint.opened(prefix) as read:
+            with open_checkpoint(prefix) as read:
                 embedding = check_tied(adapter, updates, read(_EMBEDDING))
             self._updates[_EMBEDDING] = Update(value=embedding)
 
@@ -54,7 +55,7 @@ class MergedAdapter:
         Variables whose names are in `restored` get the base's values, if the adapter has none.
         """
         variables = session.named_variables(state)
-        with checkpoint.opened(self.prefix) as read:
+        with open_checkpoint(self.prefix) as read:
             for name in sorted({*restored, *self._updates}):
                 variable = variables[name]
                 value = read(name)

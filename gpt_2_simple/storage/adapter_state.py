@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from ..adapter import Adapter
-from ..common.files import sync
 from ..common.hparams import HParams
 from ..common.lora import LoraConfig
 from ..common.published import OLDER_NAMES, PUBLISHED
@@ -46,9 +44,6 @@ class AdapterState:
         }
         config = peft_config(self.adapter.config, self.base, self.dropout)
         adapter_files.write_adapter(folder, config, tensors, self.base)
-        for name in os.listdir(folder):
-            sync(os.path.join(folder, name))
-        sync(folder)
 
     def restore(self, folder: str, hparams: HParams) -> None:
         """Fills the variables from an adapter's folder.

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
 from .. import model
@@ -93,7 +92,7 @@ def _checkpoints_on_disk(folder: str) -> list[str]:
 def is_whole(prefix: str) -> bool:
     """Whether a checkpoint's index can be read and its data files are as long as the index says.
 
-    An adapter's files are looked at in the same way; ImportError if that lacks a package.
+    An adapter's files are looked at in the same way.
     """
     if adapter_files.is_adapter(prefix):
         return adapter_files.is_whole(prefix)
@@ -172,19 +171,6 @@ def stored_types(prefix: str, variables: Sequence[tf.Variable]) -> tuple[int, ..
     return () if set(types) == {tf.float32.as_datatype_enum} else types
 
 
-@contextlib.contextmanager
-def opened(prefix: str) -> Iterator[Callable[[str], np.ndarray]]:
-    """A checkpoint's tensors by their names, as float32; each is read when it is asked for.
-
-    Raises:
-        FileNotFoundError: within the block the checkpoint went away.
-        ValueError: within the block a checksum did not match.
-    """
-    with _read_errors(prefix), _without_brackets(prefix) as readable:
-        reader = tf.train.load_checkpoint(readable)
-        yield lambda name: np.asarray(reader.get_tensor(name), np.float32)
-
-
 def check_shapes(prefix: str, variables: Mapping[str, tf.Variable], hparams: Any) -> None:
     """Raises ValueError if a checkpoint lacks one of the variables, or has it in another shape."""
     entries = checkpoint_index.read_index(f"{prefix}.index")
@@ -214,7 +200,7 @@ def reading(prefix: str) -> Iterator[str]:
         ValueError: its checksums do not match.
     """
     index = f"{prefix}.index"
-    with _read_errors(prefix):
+    try:
         before = os.stat(index)
         with _without_brackets(prefix) as readable:
             yield readable
@@ -222,13 +208,6 @@ def reading(prefix: str) -> Iterator[str]:
         # Not the inode's number: on some network drives each look at a file gives another one.
         if (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
             raise FileNotFoundError(f"{prefix} was replaced while it was read; load it again")
-
-
-@contextlib.contextmanager
-def _read_errors(prefix: str) -> Iterator[None]:
-    """Turns TensorFlow's errors about a checkpoint's files into Python's, with the remedy."""
-    try:
-        yield
     except tf.errors.NotFoundError as error:
         raise FileNotFoundError(f"{prefix} went away while it was read; load it again") from error
     except (tf.errors.DataLossError, tf.errors.OutOfRangeError) as error:

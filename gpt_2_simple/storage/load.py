@@ -37,7 +37,8 @@ def load_gpt2(sess: tf.compat.v1.Session, settings: LoadSettings) -> None:
     Raises:
         FileNotFoundError: there is no such run, model, checkpoint or adapter; lists those there
             are.
-        ImportError: an adapter is to be loaded, and a package for that is missing.
+        ConnectionError, ImportError, PermissionError: the adapter's name is one on the hub, and
+            that cannot be reached.
         RuntimeError: the session is closed, or is training.
         ValueError: a setting is out of range; or the session holds a model of other sizes or
             precision; or the files do not fit together.

@@ -19,7 +19,6 @@ from ..data.windows import split_dataset
 from ..encoder import Encoder
 from ..precision import fit_precision
 from ..storage import runs
-from ..storage.adapter_files import import_safetensors
 from ..storage.load import load_checkpoint
 from . import lora, memory_plan
 from .settings import TrainingSettings
@@ -39,7 +38,6 @@ def finetune(sess: tf.compat.v1.Session, settings: TrainingSettings) -> Result:
 
     Raises:
         FileNotFoundError: there is no such model, run or dataset.
-        ImportError: `lora_rank` is given, and safetensors is missing.
         OSError: the run's folder cannot be written, or the disk is full; earlier checkpoints are
             as they were.
         RuntimeError: the session is closed, or is training already; or another process trains this
@@ -54,8 +52,6 @@ def finetune(sess: tf.compat.v1.Session, settings: TrainingSettings) -> Result:
     dataset, val_dataset = _find_datasets(settings)
     hparams = read_hparams(model)
     session.check_model(sess, hparams, None)
-    if settings.lora is not None:
-        import_safetensors()  # its checkpoints need it
     run = os.path.join(settings.checkpoint_dir, settings.run_name)
     with verbosity(settings.verbose), contextlib.ExitStack() as stack:
         stack.enter_context(session.training(sess, run))
