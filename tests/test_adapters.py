@@ -375,9 +375,9 @@ def test_merge_adapter_writes_a_run_that_every_release_reads(place, sess, capsys
 def test_run_with_an_adapter_is_exported_once_it_is_merged(place, sess):
     train(sess)
     with pytest.raises(ValueError, match=r"is an adapter \(LoRA\): merge it into its model, by"):
-        gpt2.export_huggingface(run_name="run1", path="exported", verbose=0)
+        gpt2.export_huggingface(run_name="run1", path="exported")
     gpt2.merge_adapter("run1", verbose=0)
-    gpt2.export_huggingface(run_name="run1-merged", path="exported", verbose=0)
+    gpt2.export_huggingface(run_name="run1-merged", path="exported")
     assert os.path.isfile("exported/model.safetensors")
 
 
