@@ -1,6 +1,7 @@
 """Kills a training run at random moments, over and over, and counts the times it could not go on.
 
     python benchmarks/faults.py --kills 200
+    python benchmarks/faults.py --kills 200 --lora    # a run that trains an adapter
 
 Each time, a process of its own continues the run, saving after every step, until SIGKILL ends it at
 a random moment of training and saving. A run is lost if the next process fails, or goes on from an
@@ -29,10 +30,14 @@ import numpy as np
 import tensorflow as tf
 
 import gpt_2_simple as gpt2
-from gpt_2_simple.storage import checkpoint, runs
+from gpt_2_simple.storage import adapter_files, checkpoint, runs
 
 SIZES = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_ctx": 16}
 TEXT = "".join(f"{n} green bottles, hanging on the wall.\n" for n in range(20))
+
+
+# What else finetune() is told: the settings of an adapter.
+MORE: dict[str, object] = {}
 
 
 def train(run_name: str, steps: int, save_every: int, tell: int | None = None) -> None:
@@ -46,7 +51,7 @@ def train(run_name: str, steps: int, save_every: int, tell: int | None = None) -
         gpt2.start_tf_sess(threads=1), "text.txt", steps, "faults", batch_size=2,
         accumulate_gradients=2, learning_rate=0.01, run_name=run_name, sample_every=0,
         save_every=save_every, seed=1, sampling="epoch", val_split=0.2, val_every=3,
-        max_checkpoints=2, on_step=on_step, verbose=0,
+        max_checkpoints=2, on_step=on_step, verbose=0, **MORE,
     )  # fmt: skip
 
 
@@ -134,16 +139,20 @@ def kill_often(kills: int, span: float, rng: random.Random) -> tuple[int, int, i
 
 def differing(run_name: str, other: str) -> list[str]:
     """The names of the weights and optimizer state in which two runs differ."""
-    found = []
-    for kind in ("model", "optimizer"):
-        readers = []
-        for name in (run_name, other):
-            latest = checkpoint.latest_checkpoint(os.path.join("checkpoint", name))
-            prefix = latest.replace("model-", f"{kind}-")
-            readers.append(tf.train.load_checkpoint(prefix))
-        for tensor in readers[0].get_variable_to_shape_map():
-            if not np.array_equal(*(reader.get_tensor(tensor) for reader in readers)):
-                found.append(tensor)
+    folders = [os.path.join("checkpoint", name) for name in (run_name, other)]
+    ours, theirs = (tensors(checkpoint.latest_checkpoint(folder)) for folder in folders)
+    return [name for name in ours if not np.array_equal(ours[name], theirs[name])]
+
+
+def tensors(prefix: str) -> dict[str, np.ndarray]:
+    """A checkpoint's weights, or adapter, and its optimizer state."""
+    found: dict[str, np.ndarray] = {}
+    prefixes = [prefix, runs.path_beside(prefix, runs.OPTIMIZER)]
+    if adapter_files.is_adapter(prefix):
+        found |= adapter_files.read_adapter(prefixes.pop(0)).tensors
+    for path in prefixes:
+        reader = tf.train.load_checkpoint(path)
+        found |= {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
     return found
 
 
@@ -153,7 +162,10 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--span", type=float, default=1.0, help="seconds from a first step to kill")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--lora", action="store_true", help="train an adapter")
     options = parser.parse_args()
+    if options.lora:
+        MORE.update(lora_rank=2, lora_targets="all")
     sys.stdout.reconfigure(line_buffering=True)
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as place:

@@ -3,6 +3,7 @@
     python benchmarks/memory.py                       # every row's own limit: does it fit?
     python benchmarks/memory.py --bisect              # the smallest limit that does
     python benchmarks/memory.py --rows 124M --bisect
+    python benchmarks/memory.py --lora                # only the rows that train an adapter
 
 A row: random weights of the real size are restored, two steps of 1 x 1,024 tokens are taken, and a
 checkpoint is saved, in a process whose CPU allocator is TensorFlow's BFC allocator, a GPU's, with a
@@ -15,6 +16,7 @@ calls (124M takes 0.5 GB, 1558M 6.2 GB).
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -27,16 +29,17 @@ ROOT = Path(__file__).resolve().parents[1]
 MEGABYTE = 2**20
 
 TRIAL = """
-import sys, time, resource
+import json, sys, time, resource
 import numpy as np
 import gpt_2_simple as gpt2
-size, optimizer, accumulate, steps, precision = sys.argv[1:6]
+size, optimizer, accumulate, steps, precision, lora = sys.argv[1:7]
 sess = gpt2.start_tf_sess()
 began = time.time()
 result = gpt2.finetune(
     sess, "tokens.npz", model_name=size, steps=int(steps), optimizer=optimizer,
     accumulate_gradients=int(accumulate), use_memory_saving_gradients=True, sample_every=0,
     restore_from="fresh", run_name=f"{size}-{optimizer}-{accumulate}", seed=0, precision=precision,
+    **json.loads(lora),
 )
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 print(f"TRAINED seconds={time.time() - began:.0f} rss={peak} loss={result.loss:.3f}")
@@ -53,6 +56,20 @@ class Row(NamedTuple):
     card: str
     steps: int = 2
     precision: str = "float32"
+    lora: str | None = None  # the type that holds the base of an adapter of rank 8 in all layers
+
+    @property
+    def lora_settings(self) -> dict[str, str | int]:
+        """The settings of finetune() that make the adapter."""
+        if self.lora is None:
+            return {}
+        return {"lora_rank": 8, "lora_targets": "all", "base_precision": self.lora}
+
+    @property
+    def name(self) -> str:
+        """The configuration in a few words."""
+        lora = f"LoRA 8, {self.lora} base, " if self.lora else ""
+        return f"{self.size}, {lora}{self.optimizer}, {self.accumulate}"
 
 
 ROWS = [
@@ -62,6 +79,9 @@ ROWS = [
     Row("774M", "adafactor", 1, 5300, "6 GB"),
     Row("1558M", "adafactor", 1, 9600, "11 GB"),
     Row("1558M", "adafactor", 2, 14900, "16 GB", steps=1),
+    Row("124M", "adam", 1, 1100, "2 GB", lora="float32"),
+    Row("774M", "adam", 1, 2500, "4 GB", lora="bfloat16"),
+    Row("1558M", "adam", 1, 4400, "6 GB", lora="bfloat16"),
 ]
 
 
@@ -91,6 +111,7 @@ def trains(folder: Path, row: Row, limit: int, log: Path) -> tuple[bool, str]:
         "PYTHONPATH": str(ROOT),
     }
     arguments = [row.size, row.optimizer, str(row.accumulate), str(row.steps), row.precision]
+    arguments.append(json.dumps(row.lora_settings))
     with open(log, "a", encoding="utf-8") as output:
         output.write(f"== {row} limit={limit}\n")
         output.flush()
@@ -121,7 +142,7 @@ def bisect(folder: Path, row: Row, plan: float, log: Path, share: float) -> tupl
     def fits(limit: int) -> bool:
         found, lines[limit] = trains(folder, row, limit, log)
         said = lines[limit] if found else "no"
-        print(f"    {row.size} {row.optimizer} {limit} MB: {said}", flush=True)
+        print(f"    {row.name}: {limit} MB: {said}", flush=True)
         return found
 
     low, high = int(0.98 * plan), int(1.04 * plan)
@@ -161,6 +182,8 @@ def fits_table() -> str:
 def cell(plan) -> str:
     """A plan in a few words."""
     words = [plan.settings.optimizer, f"accumulate {plan.settings.accumulate_gradients}"]
+    if plan.settings.lora:
+        words = [f"LoRA {plan.settings.lora_rank}, {plan.settings.base_precision} base"]
     if plan.settings.use_memory_saving_gradients:
         words.append("recompute")
     if plan.time < plan.hparams.n_ctx:
@@ -171,6 +194,7 @@ def cell(plan) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="*", help="sizes to run, such as 124M 355M")
+    parser.add_argument("--lora", action="store_true", help="only the rows that train an adapter")
     parser.add_argument("--bisect", action="store_true")
     parser.add_argument("--table", action="store_true", help="print the README's table and end")
     parser.add_argument("--share", type=float, default=0.02, help="precision of the bisection")
@@ -191,10 +215,12 @@ def main() -> None:
     for row in ROWS:
         if arguments.rows and row.size not in arguments.rows:
             continue
+        if arguments.lora and row.lora is None:
+            continue
         prepare(arguments.folder, row.size)
         plan = memory.memory_plan(
             row.size, optimizer=row.optimizer, accumulate_gradients=row.accumulate,
-            use_memory_saving_gradients=True, precision=row.precision,
+            use_memory_saving_gradients=True, precision=row.precision, **row.lora_settings,
         )  # fmt: skip
         limit, few, fits, said = row.limit, None, True, ""
         if arguments.bisect:
@@ -203,7 +229,7 @@ def main() -> None:
         if few != row:
             fits, said = trains(arguments.folder, row, limit, log)
         print(
-            f"| {row.size}, {row.optimizer}, {row.accumulate} | {row.limit:,} | {limit:,} "
+            f"| {row.name} | {row.limit:,} | {limit:,} "
             f"| {plan.total / MEGABYTE:,.0f} | {plan.floor / MEGABYTE:,.0f} "
             f"| {said if fits else 'DOES NOT FIT'} |",
             flush=True,

@@ -1,6 +1,7 @@
 """Seconds a training step, side by side with Hugging Face on PyTorch: 124M, 1 x 1,024 tokens, Adam.
 
     python benchmarks/train.py --reference-python /path/to/python   # has torch and transformers
+    python benchmarks/train.py --lora --reference-python ...        # adapters; has peft, too
 
 Random float32 weights of the real sizes. Each variant runs in a process of its own; steps take
 turns, one at a time, so that all meet the same weather. Medians, without each one's first step.
@@ -27,7 +28,7 @@ VOCABULARY = 50257
 
 
 class Ours:
-    def __init__(self, size, recompute):
+    def __init__(self, size, recompute, **lora):
         sys.path.insert(0, str(ROOT))
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         import numpy as np
@@ -35,13 +36,20 @@ class Ours:
 
         import gpt_2_simple  # noqa: F401 (sets TF_ENABLE_ONEDNN_OPTS)
         from gpt_2_simple import session
+        from gpt_2_simple.adapter import build_adapter
         from gpt_2_simple.common.published import published_hparams
         from gpt_2_simple.training import step
         from gpt_2_simple.training.settings import step_settings
 
         self.sess = session.start_tf_sess()
-        state = session.build_model(self.sess, published_hparams(size), [])
-        config = step_settings(accumulate_gradients=1, use_memory_saving_gradients=recompute)
+        hparams, held = published_hparams(size), lora.get("base_precision", "float32")
+        state = session.build_model(self.sess, hparams, [], held)
+        config = step_settings(
+            accumulate_gradients=1, use_memory_saving_gradients=recompute, **lora
+        )
+        if config.lora:
+            with self.sess.graph.as_default():
+                state.adapter = build_adapter(hparams, [], config.lora)
         self.ops = step.build_train_ops(state, config, TOKENS)
         with self.sess.graph.as_default():
             self.sess.run(tf.compat.v1.global_variables_initializer())
@@ -80,18 +88,46 @@ class HuggingFace:
         return float(loss)
 
 
-VARIANTS = {
-    "ours": (Ours, False),
-    "ours, recomputing": (Ours, True),
-    "Hugging Face": (HuggingFace, False),
-    "Hugging Face, recomputing": (HuggingFace, True),
+class Peft(HuggingFace):
+    def __init__(self, size, recompute, **lora):
+        import peft
+        import torch
+
+        super().__init__(size, recompute)
+        config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+        if recompute:
+            self.model.enable_input_require_grads()
+        self.model = peft.get_peft_model(self.model, config)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(trained, lr=1e-4)
+
+
+LORA = {"lora_rank": 8, "lora_targets": "all"}
+NARROW = {**LORA, "base_precision": "bfloat16"}
+
+FULL = {
+    "ours": (Ours, False, {}),
+    "ours, recomputing": (Ours, True, {}),
+    "Hugging Face": (HuggingFace, False, {}),
+    "Hugging Face, recomputing": (HuggingFace, True, {}),
 }
+ADAPTERS = {
+    "ours": (Ours, False, {}),
+    "ours, recomputing": (Ours, True, {}),
+    "LoRA": (Ours, False, LORA),
+    "LoRA, recomputing": (Ours, True, LORA),
+    "LoRA, bfloat16 base": (Ours, False, NARROW),
+    "LoRA, bfloat16 base, recomputing": (Ours, True, NARROW),
+    "peft": (Peft, False, {}),
+    "peft, recomputing": (Peft, True, {}),
+}
+VARIANTS = FULL | ADAPTERS
 
 
 def serve(variant, size):
     """Takes a step for each line on standard input; answers with its seconds and loss."""
-    kind, recompute = VARIANTS[variant]
-    trainer = kind(size, recompute)
+    kind, recompute, lora = VARIANTS[variant]
+    trainer = kind(size, recompute, **lora)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     print(json.dumps("ready"), file=answers, flush=True)
@@ -116,6 +152,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--reference-python", help="has torch and transformers")
     parser.add_argument("--size", default="124M", choices=PUBLISHED)
+    parser.add_argument("--lora", action="store_true", help="adapters of rank 8 in all layers")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--serve", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -123,7 +160,7 @@ def main():
         serve(arguments.serve, arguments.size)
         return
     running = {}
-    for variant, (kind, _) in VARIANTS.items():
+    for variant, (kind, _, _) in (ADAPTERS if arguments.lora else FULL).items():
         python = sys.executable if kind is Ours else arguments.reference_python
         if python:
             running[variant] = start(variant, python, arguments.size)
@@ -138,10 +175,10 @@ def main():
         process.wait()
     medians = {v: statistics.median(s["seconds"] for s in said[1:]) for v, said in found.items()}
     base = medians.get("Hugging Face", medians["ours"])
-    print(f"{'variant':28}{'s/step':>8}{'ratio':>8}{'peak MB':>9}  losses")
+    print(f"{'variant':34}{'s/step':>8}{'ratio':>8}{'peak MB':>9}  losses")
     for variant, said in found.items():
         losses = " ".join(f"{s['loss']:.2f}" for s in said)
-        print(f"{variant:28}{medians[variant]:8.2f}{medians[variant] / base:8.2f}"
+        print(f"{variant:34}{medians[variant]:8.2f}{medians[variant] / base:8.2f}"
               f"{said[-1]['peak']:9}  {losses}")  # fmt: skip
     print(f"recomputing costs us {medians['ours, recomputing'] / medians['ours']:.2f} of a step")
     if "Hugging Face, recomputing" in medians:

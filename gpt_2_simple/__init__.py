@@ -52,6 +52,7 @@ __all__ = [
     "load_gpt2",
     "memory_plan",
     "memory_saving_gradients",
+    "merge_adapter",
     "model",
     "mount_gdrive",
     "next_token_probs",

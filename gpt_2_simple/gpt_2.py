@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from . import encoder, memory_saving_gradients, model, sample
 from .data.dataset import encode_csv, encode_dataset
+from .exchange.adapters import merge_adapter
 from .exchange.gguf import export_gguf
 from .exchange.huggingface import export_huggingface, import_huggingface
 from .exchange.push import push_to_hub
@@ -61,6 +62,7 @@ __all__ = [
     "load_gpt2",
     "memory_plan",
     "memory_saving_gradients",
+    "merge_adapter",
     "model",
     "mount_gdrive",
     "next_token_probs",

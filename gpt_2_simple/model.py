@@ -37,6 +37,23 @@ class Linear(NamedTuple):
     b: Any
 
 
+class LowRank(NamedTuple):
+    """What LoRA adds to a linear layer: dropout(x) a^T b^T * scale; a is [r, nx], b [nf, r]."""
+
+    a: Any
+    b: Any
+    scale: float
+    dropout: Dropout | None = None
+
+
+class FrozenLinear(NamedTuple):
+    """A linear layer as `Linear`, whose w and b are not trained; `update` is, if there is one."""
+
+    w: Any
+    b: Any
+    update: LowRank | None = None
+
+
 class LayerNorm(NamedTuple):
     """A layer norm's gain g and bias b, each [n_embd]."""
 
@@ -48,11 +65,11 @@ class Block(NamedTuple):
     """One transformer block's parameters."""
 
     ln_1: LayerNorm
-    c_attn: Linear
-    c_proj: Linear
+    c_attn: Linear | FrozenLinear
+    c_proj: Linear | FrozenLinear
     ln_2: LayerNorm
-    mlp_c_fc: Linear
-    mlp_c_proj: Linear
+    mlp_c_fc: Linear | FrozenLinear
+    mlp_c_proj: Linear | FrozenLinear
 
 
 class Weights(NamedTuple):
@@ -190,15 +207,16 @@ class Dropout:
     One instance serves one forward pass: each call has a mask of its own.
     """
 
-    def __init__(self, rate: float, seed: tf.Tensor):
+    def __init__(self, rate: float, seed: tf.Tensor, first_call: int = 0):
         """Draws masks from a seed.
 
         Args:
             rate: the share of elements set to 0, above 0 and below 1.
             seed: int32 [2]; the number of the call is added to its first element.
+            first_call: the number of the first call; two instances of one seed need others.
         """
         self.rate, self.seed = rate, seed
-        self._call_numbers = itertools.count()
+        self._call_numbers = itertools.count(first_call)
 
     def __call__(self, x: tf.Tensor) -> tf.Tensor:
         """Sets elements of x to 0, and scales the others by 1 / (1 - rate)."""
@@ -270,12 +288,32 @@ def with_gradient(name: str, value: tf.Tensor, *stored: tf.Tensor) -> tf.Tensor:
         return tf.identity_n([value, *stored])[0]
 
 
-def linear(x: tf.Tensor, layer: Linear) -> tf.Tensor:
+def linear(x: tf.Tensor, layer: Linear | FrozenLinear) -> tf.Tensor:
     """Projects x [..., nx] to x @ w + b [..., nf], in x's type."""
     *start, nx = dimensions(x)
     nf = layer.w.shape.as_list()[-1]
-    y = tf.matmul(tf.reshape(x, [-1, nx]), cast_like(x, layer.w)) + cast_like(x, layer.b)
+    rows = tf.reshape(x, [-1, nx])
+    product = tf.matmul(rows, cast_like(x, layer.w))
+    if isinstance(layer, FrozenLinear):
+        product = with_gradient("Gpt2SimpleFrozenProduct", product, rows, layer.w)
+    y = product + cast_like(x, layer.b)
+    if isinstance(layer, FrozenLinear) and layer.update is not None:
+        y += low_rank(rows, layer.update)
     return tf.reshape(y, [*start, nf])
+
+
+@tf.RegisterGradient("Gpt2SimpleFrozenProduct")
+def _frozen_product_gradient(op: tf.Operation, dy: tf.Tensor, *_: Any) -> list[Any]:
+    """By x alone. w is cast again: its first cast is not kept from the forward pass until here."""
+    w = op.inputs[2]
+    return [None, tf.matmul(dy, cast_like(dy, w), transpose_b=True), None]
+
+
+def low_rank(x: tf.Tensor, update: LowRank) -> tf.Tensor:
+    """What LoRA adds to a linear layer's output for x [rows, nx]: [rows, nf], in x's type."""
+    x = update.dropout(x) if update.dropout else x
+    inner = tf.matmul(x, cast_like(x, update.a), transpose_b=True) * update.scale  # [rows, r]
+    return tf.matmul(inner, cast_like(inner, update.b), transpose_b=True)
 
 
 def split_heads(x: tf.Tensor, n_head: int) -> tf.Tensor:

@@ -13,6 +13,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import rewriter_config_pb2
 
 from . import model
+from .adapter import Adapter, read_adapted
 from .encoder import Encoder
 
 # A key that is no string is skipped when a graph is exported.
@@ -20,6 +21,18 @@ _COLLECTION = ("gpt_2_simple",)
 
 P = ParamSpec("P")
 Ops = TypeVar("Ops")
+
+
+class LoadedBase(NamedTuple):
+    """The whole model that a session's weights came from, to load another adapter onto it.
+
+    Attributes:
+        digest: of its checkpoint; see storage.adapter_base.digest_of().
+        changed: names of the variables that an adapter was merged into.
+    """
+
+    digest: str
+    changed: frozenset[str]
 
 
 class BuiltModel(NamedTuple):
@@ -46,6 +59,8 @@ class GraphState:
     built_model: BuiltModel | None = None
     loaded_folder: str | None = None  # the run or model whose weights the session holds
     base_model_folder: str | None = None  # the model that the run started from, if that is known
+    loaded_base: LoadedBase | None = None  # None if the weights may have been trained since
+    adapter: Adapter | None = None  # what is added to the weights, if it is not merged into them
     encoder: Encoder = dataclasses.field(init=False)  # not set before anything was loaded
     training_folder: str | None = None  # the run that is being trained now
     process: int = dataclasses.field(default_factory=os.getpid)
@@ -181,6 +196,20 @@ def check_model(sess: tf.compat.v1.Session, hparams: model.HParams, precision: s
             f"this session holds a model in {built.precision}, and {precision} is wanted; call "
             "sess = gpt2.reset_session(sess) first, or use a second session"
         )
+
+
+def read_weights(
+    state: GraphState, adapter: Adapter | None, dropout: model.Dropout | None = None
+) -> model.Weights:
+    """The model's weights as tensors, with an adapter's updates; `dropout` is the adapter's."""
+    weights = model.read(state.weights)
+    return weights if adapter is None else read_adapted(weights, adapter, dropout)
+
+
+def forget_weights(state: GraphState) -> None:
+    """Notes that the weights are about to be replaced: the session holds no model until then."""
+    state.loaded_folder = state.base_model_folder = None
+    state.loaded_base = state.adapter = None
 
 
 def named_variables(state: GraphState) -> dict[str, tf.Variable]:

@@ -25,7 +25,7 @@ from gpt_2_simple.cli import commands, parser
 from gpt_2_simple.cli import main as cli
 from gpt_2_simple.common import published
 from gpt_2_simple.data import dataset
-from gpt_2_simple.exchange import gguf, huggingface, push
+from gpt_2_simple.exchange import adapters, gguf, huggingface, push
 from gpt_2_simple.generation import generate as generate_module
 from gpt_2_simple.generation.settings import GenerationSettings
 from gpt_2_simple.storage import create, download
@@ -105,6 +105,7 @@ FUNCTIONS = {
     "encode_csv": {dataset: ["encode_csv"]},
     "memory": {memory: ["memory_plan"]},
     "plot": {history: ["plot_history"]},
+    "merge": {adapters: ["merge_adapter"]},
     "export": {huggingface: ["export_huggingface"], gguf: ["export_gguf"]},
     "import": {huggingface: ["import_huggingface"]},
     "push": {push: ["push_to_hub"]},
@@ -322,6 +323,8 @@ def test_boolean_flags(calls, given, value):
 
 def sample_value(field):
     """A text for the flag, and the value that it stands for."""
+    if field.name == "lora_targets":  # words that are choices, in a list
+        return "c_fc", ["c_fc"]
     if field.setting.choices:
         return field.setting.choices[-1], field.setting.choices[-1]
     if int in field.kinds and str not in field.kinds:
@@ -342,6 +345,10 @@ TOGETHER = {
     "nsamples": ["--batch_size", "auto"],
     "batch_size": ["--nsamples", "300"],
     "min_learning_rate": ["--learning_rate", "1"],
+    "lora_alpha": ["--lora_rank", "8"],
+    "lora_dropout": ["--lora_rank", "8"],
+    "lora_targets": ["--lora_rank", "8"],
+    "base_precision": ["--lora_rank", "8"],
 }
 
 
@@ -354,6 +361,8 @@ def test_every_flag_reaches_its_function(command, calls):
         text, value = sample_value(field)
         spec = commands.COMMANDS[command]
         needed = list(TOGETHER.get(name, [])) if command in ("finetune", "generate") else []
+        if (command, name) == ("merge", "model_name"):
+            needed = ["--adapter", "poems"]
         if spec.positional and spec.is_required(spec.positional) and name != spec.positional:
             needed += [f"--{spec.positional}", "x"]
         assert cli.main([command, *needed, f"--{name}", text]) == 0, name

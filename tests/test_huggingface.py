@@ -25,9 +25,9 @@ import gpt_2_simple as gpt2
 from gpt_2_simple.common.folders import read_hparams
 from gpt_2_simple.data.vocabulary import byte_vocabulary
 from gpt_2_simple.encoder import get_encoder
-from gpt_2_simple.exchange import huggingface, safetensors_file
+from gpt_2_simple.exchange import huggingface
 from gpt_2_simple.generation.sequences import generate_tokens
-from gpt_2_simple.storage import checkpoint, runs
+from gpt_2_simple.storage import checkpoint, runs, safetensors_file
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 FILES = [

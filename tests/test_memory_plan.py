@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import gpt_2_simple as gpt2
-from gpt_2_simple import model, session
+from gpt_2_simple import adapter, model, session
 from gpt_2_simple.common import published
 from gpt_2_simple.training import memory_plan as memory
 from gpt_2_simple.training import step
@@ -34,6 +34,45 @@ def test_plan_of_weights_and_optimizer_state_equals_the_graph(sess, optimizer, c
     assert planned.weights == size(model.flatten(state.weights))
     assert planned.optimizer_state == size(ops.state_variables)
     assert planned.accumulators == size(step.trained_variables(state.weights, config))
+
+
+@pytest.mark.parametrize("held", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["adam", "adafactor", "sgd"])
+def test_plan_of_an_adapter_equals_the_graph(sess, optimizer, held):
+    config = step_settings(
+        optimizer=optimizer, accumulate_gradients=2, lora_rank=3,
+        lora_targets=("c_attn", "mlp.c_proj"), base_precision=held,
+    )  # fmt: skip
+    state = session.build_model(sess, SMALL, [], held)
+    with sess.graph.as_default():
+        state.adapter = adapter.build_adapter(SMALL, [], config.lora)
+    ops = step.build_train_ops(state, config, 64)
+    planned = memory.plan(SMALL, config)
+
+    def size(variables):
+        return sum(v.dtype.size * v.shape.num_elements() for v in variables if v.shape.rank)
+
+    trained = state.adapter.flatten()
+    assert planned.weights == size([*model.flatten(state.weights), *trained])
+    assert planned.optimizer_state == size(ops.state_variables)
+    assert planned.accumulators == size(trained)
+
+
+def test_adapters_need_less_and_come_last():
+    full = memory.memory_plan("774M")
+    lora = memory.memory_plan("774M", lora_rank=8)
+    narrow = memory.memory_plan("774M", lora_rank=8, base_precision="bfloat16")
+    assert narrow.total < 0.7 * lora.total < 0.7 * 0.4 * full.total
+    assert memory.memory_plan("774M", lora_rank=8, lora_targets="all").total > lora.total
+    found = memory.fitting_plans(published.published_hparams("774M"), 16 * 1024 * MB)
+    kinds = [plan.settings.lora is not None for plan in found]
+    assert kinds == sorted(kinds)
+    assert kinds[-1]
+    assert not kinds[0]
+    call = memory.as_call(found[-1], "774M")
+    assert "lora_rank=8, lora_targets='all', base_precision='bfloat16'" in call
+    with pytest.raises(ValueError, match="lora_targets=.* is for an adapter: give lora_rank"):
+        memory.memory_plan("774M", lora_targets="all")
 
 
 def test_published_models_have_their_parameter_counts():

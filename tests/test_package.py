@@ -24,7 +24,8 @@ PACKAGE = ROOT / "gpt_2_simple"
 LAYERS = [
     ["common"],
     ["encoder", "model", "precision", "memory_saving_gradients"],
-    ["data", "session"],
+    ["adapter", "data"],
+    ["session"],
     ["storage"],
     ["generation"],
     ["sample", "training"],
@@ -42,8 +43,8 @@ FUNCTION_IMPORTS = {
     ("storage.create", "model"),  # the same
     ("storage.create", "storage.checkpoint"),  # the same
     ("data.vocabulary", "tokenizers"),  # an extra
-    ("exchange.hub", "huggingface_hub"),  # an extra
-    ("exchange.hub", "huggingface_hub.errors"),  # the same
+    ("storage.hub_library", "huggingface_hub"),  # an extra
+    ("storage.hub_library", "huggingface_hub.errors"),  # the same
     ("exchange.gguf", "gguf"),  # an extra
     ("training.history", "matplotlib.figure"),  # an extra
     ("training.history", "IPython.display"),  # there only in notebooks
@@ -55,7 +56,8 @@ WITHOUT_TENSORFLOW = [
     "common", "encoder", "data", "cli", "__main__",
     "training.settings", "training.history", "training.schedule", "training.interruption",
     "generation.settings", "storage.settings", "storage.create", "storage.download",
-    "storage.drive", "exchange.settings", "exchange.tensor_names", "exchange.safetensors_file",
+    "storage.drive", "storage.safetensors_file", "storage.adapter_files", "storage.hub_library",
+    "exchange.settings", "exchange.adapter_settings", "exchange.tensor_names",
     "exchange.config_file", "exchange.tokenizer_files", "exchange.hub",
 ]  # fmt: skip
 

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gpt_2_simple.exchange import safetensors_file
+from gpt_2_simple.storage import safetensors_file
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

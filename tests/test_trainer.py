@@ -197,10 +197,11 @@ def test_overwrite_keeps_the_latest_checkpoint_and_later_ones(small, sess):
     assert [entry.step for entry in read_history("checkpoint/run1")] == [1, 2, 3, 4]
 
 
-def test_kill_at_random_moments_loses_no_run():
+@pytest.mark.parametrize("more", [[], ["--lora"]])
+def test_kill_at_random_moments_loses_no_run(more):
     script = Path(__file__).parents[1] / "benchmarks" / "faults.py"
     done = subprocess.run(
-        [sys.executable, script, "--kills", "6"],
+        [sys.executable, script, "--kills", "6", *more],
         env={**os.environ, "PYTHONPATH": str(script.parents[1])},
         capture_output=True,
         text=True,

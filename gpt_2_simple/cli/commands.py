@@ -23,6 +23,7 @@ from ..common.report import complain, progress, say, verbosity
 from ..common.settings import Setting, Settings, fields_of
 from ..data.settings import EncodeCsvSettings, EncodeSettings
 from ..data.text_files import find_files
+from ..exchange.adapter_settings import MergeSettings
 from ..exchange.settings import ExportSettings, GgufSettings, ImportSettings, PushSettings
 from ..generation.settings import FILES, TEXT, GenerationSettings
 from ..storage.settings import AddTokensSettings, CreateSettings, DownloadSettings, LoadSettings
@@ -166,7 +167,7 @@ def _generate(options: Options) -> int:
 # What load_gpt2() takes; generate() needs no names after it.
 _NAMES_OF_WEIGHTS = (
     *("checkpoint", "run_name", "checkpoint_dir"),
-    *("model_name", "model_dir", "multi_gpu", "precision"),
+    *("model_name", "model_dir", "multi_gpu", "precision", "adapter"),
 )
 
 
@@ -466,6 +467,17 @@ ADD_TOKENS = Command(
     settings=[AddTokensSettings],
 )
 
+MERGE = Command(
+    run=_pass_to("exchange.adapters", "merge_adapter"),
+    summary="Merge the adapter that a run trained (LoRA) into its model, as a new run.",
+    examples=(
+        "gpt_2_simple merge run1",
+        "gpt_2_simple merge --adapter adapters/poems --model_name 124M --merged_name poems",
+    ),
+    settings=[MergeSettings],
+    positional="run_name",
+)
+
 ENCODE = Command(
     run=_pass_to("data.dataset", "encode_dataset"),
     summary="Turn text into tokens once, so that each finetune starts sooner.",
@@ -490,6 +502,7 @@ COMMANDS = {
     "add_tokens": ADD_TOKENS,
     "encode": ENCODE,
     "encode_csv": ENCODE_CSV,
+    "merge": MERGE,
     "memory": MEMORY,
     "plot": PLOT,
     "export": EXPORT,

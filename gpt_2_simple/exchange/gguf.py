@@ -22,7 +22,7 @@ from ..common.settings import settings_function
 from ..encoder import END_OF_TEXT, Encoder, bytes_to_unicode
 from ..model import LAYER_NORM_EPSILON
 from ..storage.checkpoint_tensors import ReadTensor, open_checkpoint
-from .safetensors_file import check_finite
+from ..storage.safetensors_file import check_finite
 from .settings import GgufSettings
 from .tensor_names import TensorName, tensors_of
 from .weights import StoredWeights, check_new, name_of, new_folder, use_weights

@@ -16,14 +16,15 @@ from ..common.hparams import HParams
 from ..common.report import progress, say
 from ..common.settings import settings_function
 from ..data.vocabulary import save_vocabulary
+from ..storage import safetensors_file
 from ..storage.checkpoint_tensors import (
     aligned_empty,
     open_checkpoint,
     write_checkpoint,
     write_model_files,
 )
-from . import config_file, hub, model_card, safetensors_file, tokenizer_files
-from .safetensors_file import StoredTensor
+from ..storage.safetensors_file import StoredTensor
+from . import config_file, hub, model_card, tokenizer_files
 from .settings import ExportSettings, ImportSettings, PushSettings
 from .tensor_names import PREFIX, TensorName, tensors_of
 from .weights import StoredWeights, check_new, name_of, new_folder, use_weights

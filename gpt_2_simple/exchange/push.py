@@ -7,7 +7,8 @@ import tempfile
 
 from ..common.report import say
 from ..common.settings import settings_function
-from . import hub, huggingface
+from ..storage.hub_library import load_library, plain_errors
+from . import huggingface
 from .settings import PushSettings
 from .weights import use_weights
 
@@ -36,17 +37,17 @@ def push_to_hub(settings: PushSettings) -> str:
         ValueError: a setting is out of range, or the weights cannot be exported; see
             export_huggingface().
     """
-    library = hub.load_library()
+    library = load_library()
     max_bytes = huggingface.parse_size("max_shard_size", settings.max_shard_size)
     use_weights(settings, lambda weights: None)  # what is missing here is told before the hub acts
     api = library.HfApi(token=settings.token)
-    with hub.plain_errors(library, settings.repo_id):
+    with plain_errors(library, settings.repo_id):
         repository = api.create_repo(settings.repo_id, private=settings.private, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpt_2_simple-push-") as folder:
         path = os.path.join(folder, "export")
         remedy = "folder for temporary files in the variable TMPDIR"
         huggingface.write_export(path, settings, max_bytes, remedy)
-        with hub.plain_errors(library, settings.repo_id):
+        with plain_errors(library, settings.repo_id):
             api.upload_folder(
                 repo_id=repository.repo_id,
                 folder_path=path,

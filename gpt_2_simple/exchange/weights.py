@@ -14,6 +14,7 @@ from ..common.folders import model_folder, read_hparams, run_folder
 from ..common.hparams import HParams
 from ..encoder import Encoder, check_vocabulary, get_encoder
 from ..storage import checkpoint, runs
+from ..storage.adapter_files import is_adapter
 from ..storage.load import MAX_TRIES
 from .settings import ExportSettings, GgufSettings, PushSettings
 from .tensor_names import tensors_of
@@ -76,8 +77,13 @@ def _find(settings: ExportSettings | PushSettings | GgufSettings) -> StoredWeigh
         runs.finish_saves_unless_trained(folder)
     base = settings.checkpoint
     prefix = checkpoint.restore_path(
-        folder, f"{runs.MODEL}-{base}" if isinstance(base, int) else base
+        folder, runs.name_of_step(folder, base) if isinstance(base, int) else base
     )
+    if is_adapter(prefix):
+        raise ValueError(
+            f"{prefix} is an adapter (LoRA): merge it into its model, by "
+            f"gpt2.merge_adapter({settings.run_name!r}), and take that run"
+        )
     hparams, vocabulary = read_hparams(folder), get_encoder(folder)
     check_vocabulary(vocabulary, hparams.n_vocab, folder)
     expected = {t.ours: tf.TensorSpec(t.our_shape) for t in tensors_of(hparams)}

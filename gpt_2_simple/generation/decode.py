@@ -308,7 +308,9 @@ def _transformer_block(
 ) -> tf.Tensor:
     """One transformer block; x [rows, embd], attend: q, k and v in [rows, 3 * embd] -> as x."""
 
-    def linear(x: tf.Tensor, layer: model.Linear, *terms: tf.Tensor) -> tf.Tensor:
+    def linear(x: tf.Tensor, layer: Any, *terms: tf.Tensor) -> tf.Tensor:
+        if isinstance(layer, model.FrozenLinear) and layer.update is not None:
+            terms = (*terms, model.low_rank(x, layer.update))
         if layer.w.dtype != x.dtype:
             product = tf.matmul(tf.cast(x, layer.w.dtype), layer.w)
             return sum(terms, tf.cast(product, x.dtype) + layer.b)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import tensorflow as tf
 
 from .. import model, session
+from ..adapter import Adapter
 
 # Names the staging area, which all caches of a session share.
 _STAGING_AREA = "gpt_2_simple"
@@ -131,7 +132,7 @@ class SessionGenerator(Generator[T, Any, None]):
 def build_once(sess: tf.compat.v1.Session, build: Callable[..., Any], *args: Any) -> Any:
     """What `build(weights, hparams, *args)` added to the session's graph; see GraphState."""
     state = session.graph_state(sess)
-    return state.build_once(_build_in_scope, state, build, *args)
+    return state.build_once(_build_in_scope, state, state.adapter, build, *args)
 
 
 # Held while any graph grows: what a loop or a condition becomes depends on a switch of the whole
@@ -154,13 +155,11 @@ def model_precision(sess: tf.compat.v1.Session) -> str:
     return built.precision if built else "float32"
 
 
-def _build_in_scope(state: session.GraphState, build: Callable[..., Any], *args: Any) -> Any:
+def _build_in_scope(
+    state: session.GraphState, adapter: Adapter | None, build: Callable[..., Any], *args: Any
+) -> Any:
     with _building, tf.compat.v1.name_scope("sample"), tf.device(None):
-        return build(state.build_once(_read_weights, state), state.hparams, *args)
-
-
-def _read_weights(state: session.GraphState) -> model.Weights:
-    return model.read(state.weights)
+        return build(state.build_once(session.read_weights, state, adapter), state.hparams, *args)
 
 
 def head_width(hparams: model.HParams) -> int:

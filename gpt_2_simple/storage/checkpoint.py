@@ -2,7 +2,8 @@
 
 A model folder (`models/124M`) and a run folder (`checkpoint/run1`) hold the same things under
 slightly different names: a TensorFlow checkpoint of the variables `model/...`, the vocabulary and
-`hparams.json`.
+`hparams.json`. A run that trains an adapter has a folder in peft's format in the place of each
+checkpoint's files: `adapter-N/`, or `best/`; its path is then the checkpoint's prefix.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .. import model
 from ..common import files
 from ..common.errors import first_line
 from ..common.files import sync
-from . import checkpoint_index
+from . import adapter_files, checkpoint_index
 
 VOCABULARY_FILES = ("encoder.json", "vocab.bpe")
 # Base names: a model's checkpoint, and a run's best weights. The weights of step N are model-N.
@@ -82,13 +83,19 @@ def named_checkpoints(folder: str) -> list[str]:
 def _checkpoints_on_disk(folder: str) -> list[str]:
     """Base names of the checkpoints in a folder by rising step; model.ckpt counts as step -1."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    found = [re.fullmatch(r"(model(?:-(\d+)|\.ckpt))\.index", name) for name in names]
-    steps = {match[1]: int(match[2] or -1) for match in found if match}
+    pattern = r"(model(?:-(\d+)|\.ckpt))\.index|(adapter-(\d+))"
+    found = [re.fullmatch(pattern, name) for name in names]
+    steps = {m[1] or m[3]: int(m[2] or m[4] or -1) for m in found if m}
     return sorted(steps, key=steps.__getitem__)
 
 
 def is_whole(prefix: str) -> bool:
-    """Whether a checkpoint's index can be read and its data files are as long as the index says."""
+    """Whether a checkpoint's index can be read and its data files are as long as the index says.
+
+    An adapter's files are looked at in the same way.
+    """
+    if adapter_files.is_adapter(prefix):
+        return adapter_files.is_whole(prefix)
     try:
         sizes = checkpoint_index.data_sizes(checkpoint_index.read_index(f"{prefix}.index"))
         shards = max(sizes, default=0) + 1
@@ -265,10 +272,6 @@ def save_model(
 ) -> None:
     """Writes a model's `<base>.data-...`, `.index` and `.meta`, and other files: all or nothing.
 
-    All files are written into a folder of their own, `.saving-...`, and flushed to disk. The save
-    counts from the moment when that folder is renamed to `.saved-<base>`. Then the files are moved
-    to their places. If a process is killed meanwhile, finish_saves() completes or undoes its save.
-
     Args:
         sess: holds the variables.
         folder: a model or run folder; nobody else may save there now.
@@ -282,11 +285,36 @@ def save_model(
     """
     contents = {name: text.encode("utf-8") for name, text in texts.items()}
     contents[f"{base}.meta"] = meta_graph(dataclasses.astuple(hparams))
+    writes = {name: functools.partial(write_checkpoint, sess, ops) for name, ops in saves.items()}
+    save_whole(folder, base, writes, contents)
+
+
+def save_whole(
+    folder: str,
+    base: str,
+    writes: Mapping[str, Callable[[str], object]],
+    contents: Mapping[str, bytes],
+) -> None:
+    """Writes a checkpoint and what belongs to it: all or nothing.
+
+    All files are written into a folder of their own, `.saving-...`, and flushed to disk. The save
+    counts from the moment when that folder is renamed to `.saved-<base>`. Then the files are moved
+    to their places. If a process is killed meanwhile, finish_saves() completes or undoes its save.
+
+    Args:
+        folder: a model or run folder; nobody else may save there now.
+        base: the base name of the checkpoint.
+        writes: functions by the base name of what they write and flush, given its path.
+        contents: contents of other files, by their names.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written.
+    """
     try:
         finish_saves(folder)
         unfinished = tempfile.mkdtemp(prefix=UNFINISHED, dir=folder)
         try:
-            _write_all(sess, unfinished, saves, contents)
+            _write_all(unfinished, writes, contents)
             os.rename(unfinished, os.path.join(folder, FINISHED + base))
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -302,17 +330,11 @@ def save_model(
 
 
 def _write_all(
-    sess: tf.compat.v1.Session,
-    folder: str,
-    saves: Mapping[str, CheckpointOps],
-    contents: Mapping[str, bytes],
+    folder: str, writes: Mapping[str, Callable[[str], object]], contents: Mapping[str, bytes]
 ) -> None:
     """Writes checkpoints and other files into an empty folder, and flushes all to disk."""
     _run_in_parallel(
-        [
-            functools.partial(_write_checkpoint, sess, ops, os.path.join(folder, base))
-            for base, ops in saves.items()
-        ]
+        [functools.partial(write, os.path.join(folder, base)) for base, write in writes.items()]
     )
     for name, content in contents.items():
         path = os.path.join(folder, name)
@@ -335,7 +357,8 @@ def _run_in_parallel(writes: Sequence[Callable[[], object]]) -> None:
         result.result()
 
 
-def _write_checkpoint(sess: tf.compat.v1.Session, ops: CheckpointOps, prefix: str) -> None:
+def write_checkpoint(sess: tf.compat.v1.Session, ops: CheckpointOps, prefix: str) -> None:
+    """Writes the variables of `ops` to a checkpoint's files, and flushes these to disk."""
     sess.run(ops.done, {ops.prefix: prefix})
     folder, base = os.path.split(prefix)
     for name in os.listdir(folder):
@@ -346,20 +369,32 @@ def _write_checkpoint(sess: tf.compat.v1.Session, ops: CheckpointOps, prefix: st
 def _move_into_place(folder: str, base: str) -> None:
     """Moves the files of a finished save to their places.
 
-    A checkpoint that has an index is whole, so the index is moved after all that belongs to it. The
-    file `checkpoint`, which lists it, comes last.
+    A checkpoint that has an index, or a folder, is whole, so that is moved after all that belongs
+    to it. The file `checkpoint`, which lists it, comes last.
     """
     finished = os.path.join(folder, FINISHED + base)
-    last = [f"{base}.index", COUNTER, LIST_FILE]
+    index = f"{base}.index"
+    last = [base, index, COUNTER, LIST_FILE]
     names = sorted(os.listdir(finished), key=lambda name: name in last and last.index(name) + 1)
-    if last[0] in names:
-        # If this replaces an older checkpoint, its old index must never stand beside new data.
+    # If this replaces an older checkpoint, its old index must never stand beside new data.
+    if index in names:
         with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(folder, last[0]))
+            os.remove(os.path.join(folder, index))
+    if base in names or index in names:  # and what replaces an adapter may be a model, or not
+        _remove_other_kind(folder, base, is_adapter=base in names)
     for name in names:
         files.replace(os.path.join(finished, name), os.path.join(folder, name))
     sync(folder)
     os.rmdir(finished)
+
+
+def _remove_other_kind(folder: str, base: str, is_adapter: bool) -> None:
+    """Removes what stands in the way of a checkpoint: an adapter's folder, or a model's files."""
+    old = [base]
+    if is_adapter:  # The files of a model may be new already: then its index is still to be moved.
+        old += [f"{base}.index", *(n for n in os.listdir(folder) if n.startswith(f"{base}."))]
+    if any(os.path.lexists(os.path.join(folder, name)) for name in old):
+        remove_trash(move_to_trash(folder, old))
 
 
 def finish_saves(folder: str) -> None:

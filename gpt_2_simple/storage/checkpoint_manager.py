@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import tensorflow as tf
 
@@ -14,8 +15,9 @@ from .. import session
 from ..common.files import write_text
 from ..common.report import say, warn
 from . import checkpoint
+from .adapter_state import AdapterState
 from .optimizer_state import OptimizerState
-from .runs import MODEL, OPTIMIZER, STATE, RunState, prepare, step_of
+from .runs import ADAPTER, MODEL, OPTIMIZER, STATE, RunState, prepare, step_of
 
 
 class CheckpointManager:
@@ -39,11 +41,13 @@ class CheckpointManager:
         max_checkpoints: int,
         optimizer: Sequence[tf.Variable],
         latest: str | None,
+        adapter: AdapterState | None = None,
     ):
         """Builds the operations.
 
         `max_checkpoints` is 0 to keep all. `optimizer` holds the optimizer's variables. `latest` is
-        the checkpoint from which the run is continued, None for a new run.
+        the checkpoint from which the run is continued, None for a new run. `adapter` is what is
+        saved in place of the model's weights if only that is trained.
         """
         self.sess, self.state, self.folder = sess, state, folder
         self._path = os.path.abspath(folder)  # The current folder may change meanwhile.
@@ -51,10 +55,14 @@ class CheckpointManager:
         self._removal: threading.Thread | None = None
         self._resumed_from = latest and os.path.basename(latest)
         self._names = checkpoint.named_checkpoints(folder) if latest else []
-        weights = session.named_variables(state).values()
-        self._save_weights = state.build_once(checkpoint.build_save, *weights)
+        self._kind, self._adapter = (MODEL if adapter is None else ADAPTER), adapter
+        if adapter is None:
+            trained = list(session.named_variables(state).values())
+            self._save_ops = state.build_once(checkpoint.build_save, *trained)
+        else:
+            trained = adapter.adapter.flatten()
         self.optimizer_state = OptimizerState(sess, state, optimizer)
-        self._finite = state.build_once(_build_finite, *weights)
+        self._finite = state.build_once(_build_finite, *trained)
 
     def are_weights_finite(self) -> bool:
         """Whether no weight is infinite or not a number."""
@@ -67,18 +75,17 @@ class CheckpointManager:
             OSError: it cannot be written; earlier checkpoints are as they were.
         """
         self._make_folder_again()
-        base = f"{MODEL}-{run.step}"
+        base = f"{self._kind}-{run.step}"
         if self.latest and step_of(self.latest) == run.step:
             return self.latest
         say("Saving", os.path.join(self.folder, base))
         names = [name for name in self._names if name != base] + [base]
-        saves = {base: self._save_weights, f"{OPTIMIZER}-{run.step}": self.optimizer_state.save_ops}
         texts = {
             f"{STATE}-{run.step}.json": run.to_json(),
             checkpoint.COUNTER: f"{run.step}\n",
             checkpoint.LIST_FILE: checkpoint.list_text(names),
         }
-        self._write(base, saves, texts)
+        self._write(base, {f"{OPTIMIZER}-{run.step}": self.optimizer_state.save_ops}, texts)
         self.latest, self._names = os.path.join(self.folder, base), names
         if self.max_checkpoints:
             newest = names[-self.max_checkpoints :]
@@ -89,7 +96,7 @@ class CheckpointManager:
     def save_best(self) -> None:
         """Saves the weights alone, as the best so far."""
         self._make_folder_again()
-        self._write(checkpoint.BEST, {checkpoint.BEST: self._save_weights}, {})
+        self._write(checkpoint.BEST, {}, {})
 
     @property
     def latest_path(self) -> str | None:
@@ -110,8 +117,18 @@ class CheckpointManager:
     def _write(
         self, base: str, saves: Mapping[str, checkpoint.CheckpointOps], texts: Mapping[str, str]
     ) -> None:
+        """Saves what is trained under the name `base`, and what belongs to it."""
         self.failed = True
-        checkpoint.save_model(self.sess, self._path, base, self.state.hparams, saves, texts)
+        if self._adapter is None:
+            saves = {base: self._save_ops, **saves}
+            checkpoint.save_model(self.sess, self._path, base, self.state.hparams, saves, texts)
+        else:
+            writes: dict[str, Callable[[str], object]] = {base: self._adapter.write}
+            for name, ops in saves.items():
+                write = functools.partial(checkpoint.write_checkpoint, self.sess, ops)
+                writes[name] = write
+            contents = {name: text.encode("utf-8") for name, text in texts.items()}
+            checkpoint.save_whole(self._path, base, writes, contents)
         self.failed = False
 
     def overwrite(self) -> None:
@@ -178,14 +195,15 @@ def _build_finite(*variables: tf.Variable) -> tf.Tensor:
 
 
 def _files_of(folder: str, bases: Sequence[str]) -> list[str]:
-    """The files in a folder of checkpoints `model-N`, and those that were saved with them.
+    """What a folder holds of checkpoints `model-N` or `adapter-N`, and was saved with them.
 
-    The models' indexes come first: a checkpoint without its index is none.
+    The models' indexes and the adapters' folders come first: without them there is no checkpoint.
     """
     stems = {
-        re.sub(rf"^{MODEL}-", f"{kind}-", base)
+        re.sub(rf"^(?:{MODEL}|{ADAPTER})-", f"{kind}-", base)
         for base in bases
-        for kind in (MODEL, OPTIMIZER, STATE)
+        for kind in (OPTIMIZER, STATE)
     }
-    found = [name for name in os.listdir(folder) if name.rpartition(".")[0] in stems]
+    stems.update(bases)
+    found = [n for n in os.listdir(folder) if n in bases or n.rpartition(".")[0] in stems]
     return sorted(found, key=lambda name: (name.removesuffix(".index") not in bases, name))

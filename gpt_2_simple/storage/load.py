@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -11,8 +13,10 @@ from ..common.folders import model_folder, read_hparams, run_folder
 from ..common.report import is_silent, say, verbosity
 from ..common.settings import session_function
 from ..precision import fit_precision
+from . import adapter_base, runs
 from . import checkpoint as checkpoints
-from . import runs
+from .adapter_files import is_adapter, read_config
+from .adapter_merge import MergedAdapter
 from .settings import LOADED_RUN, LoadSettings
 
 # How often to try to load from a run that another process is training.
@@ -23,41 +27,100 @@ MAX_TRIES = 10
 def load_gpt2(sess: tf.compat.v1.Session, settings: LoadSettings) -> None:
     """Loads a run, or a model, into a session; generate(sess) then needs no names.
 
+    A run that trains an adapter is merged into the model that it was trained on. If the session
+    holds that model already, only the matrices that an adapter changes are read again.
+
     Args:
         sess: a session, from start_tf_sess().
         settings: each of them is an argument.
 
     Raises:
-        FileNotFoundError: there is no such run, model or checkpoint; lists those there are.
+        FileNotFoundError: there is no such run, model, checkpoint or adapter; lists those there
+            are.
+        ConnectionError, ImportError, PermissionError: the adapter's name is one on the hub, and
+            that cannot be reached.
         RuntimeError: the session is closed, or is training.
         ValueError: a setting is out of range; or the session holds a model of other sizes or
             precision; or the files do not fit together.
     """
-    checkpoint = settings.checkpoint
-    if isinstance(checkpoint, int):
-        checkpoint = f"{runs.MODEL}-{checkpoint}"
     with verbosity(settings.verbose):
-        if settings.model_name:
-            folder = model_folder(settings.model_dir, settings.model_name)
-        else:
-            folder = run_folder(settings.checkpoint_dir, settings.run_name)
-            runs.finish_saves_unless_trained(folder)
-        kind = "pretrained model" if settings.model_name else "checkpoint"
-        for attempt in range(MAX_TRIES):
-            try:
-                prefix = checkpoints.restore_path(folder, checkpoint)
-                with session.graph_state(sess).load_lock:
-                    session.check_idle(sess)
-                    state = load_checkpoint(
-                        sess, folder, prefix, kind, settings.multi_gpu, settings.precision
-                    )
-                    if not settings.model_name:
-                        state.base_model_folder = runs.base_model_folder(folder)
-                return
-            except FileNotFoundError:
-                # Another process that trains this run may have just replaced the checkpoint.
-                if attempt == MAX_TRIES - 1 or not runs.is_being_trained(folder):
-                    raise
+        load_source(sess, settings)
+
+
+class Source(NamedTuple):
+    """Where weights come from.
+
+    Attributes:
+        folder: a model's or run's, with hparams.json and the vocabulary.
+        prefix: the checkpoint of a whole model.
+        adapter: the folder of an adapter that is merged into it, or None.
+    """
+
+    folder: str
+    prefix: str
+    adapter: str | None = None
+
+
+def load_source(sess: tf.compat.v1.Session, settings: LoadSettings) -> Source:
+    """Finds what settings name, and loads it; raises what load_gpt2() raises."""
+    run = None
+    if not settings.model_name and settings.adapter is None:
+        run = run_folder(settings.checkpoint_dir, settings.run_name)
+        runs.finish_saves_unless_trained(run)
+    for attempt in range(MAX_TRIES):
+        try:
+            source = find_source(settings)
+            with session.graph_state(sess).load_lock:
+                session.check_idle(sess)
+                _load(sess, source, settings)
+            return source
+        except FileNotFoundError:
+            # Another process that trains this run may have just replaced the checkpoint.
+            if attempt == MAX_TRIES - 1 or run is None or not runs.is_being_trained(run):
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def find_source(settings: LoadSettings) -> Source:
+    """What settings name; raises FileNotFoundError or ValueError as load_gpt2() does."""
+    if settings.adapter is not None:
+        return _find_adapter(settings.adapter, settings)
+    if settings.model_name:
+        folder = model_folder(settings.model_dir, settings.model_name)
+    else:
+        folder = run_folder(settings.checkpoint_dir, settings.run_name)
+    name = settings.checkpoint
+    name = runs.name_of_step(folder, name) if isinstance(name, int) else name
+    prefix = checkpoints.restore_path(folder, name)
+    if not is_adapter(prefix):
+        return Source(folder, prefix)
+    return Source(folder, adapter_base.find_base(prefix, settings.model_dir), prefix)
+
+
+def _find_adapter(name: str, settings: LoadSettings) -> Source:
+    """An adapter, and the model that settings name or, without a name, that it was trained on."""
+    adapter = adapter_base.adapter_folder(name)
+    read_config(adapter)
+    if settings.model_name:
+        folder = model_folder(settings.model_dir, settings.model_name)
+        prefix = checkpoints.restore_path(folder)
+        adapter_base.check_base(adapter, prefix)
+        return Source(folder, prefix, adapter)
+    prefix = adapter_base.find_base(adapter, settings.model_dir)
+    return Source(os.path.dirname(prefix), prefix, adapter)
+
+
+def _load(sess: tf.compat.v1.Session, source: Source, settings: LoadSettings) -> None:
+    kind = "pretrained model" if settings.model_name else "checkpoint"
+    state = load_checkpoint(
+        sess, source.folder, source.prefix, kind, settings.multi_gpu, settings.precision,
+        source.adapter,
+    )  # fmt: skip
+    if settings.adapter is not None:
+        state.base_model_folder = state.loaded_folder
+        state.loaded_folder = os.path.abspath(source.adapter or "")
+    elif not settings.model_name:
+        state.base_model_folder = runs.base_model_folder(source.folder)
 
 
 def load_checkpoint(
@@ -67,29 +130,53 @@ def load_checkpoint(
     kind: str,
     multi_gpu: bool,
     precision: str | None,
+    adapter: str | None = None,
 ) -> session.GraphState:
     """Gives the session the model of `folder`, with the weights of the checkpoint `prefix`.
 
-    The caller has checked that nobody else trains in the session.
+    The caller has checked that nobody else trains in the session. `adapter` is the folder of one
+    that is merged into these weights.
     """
     hparams = read_hparams(folder)
     vocabulary = encoder.get_encoder(folder)
     encoder.check_vocabulary(vocabulary, hparams.n_vocab, folder)
+    changes = None if adapter is None else MergedAdapter(adapter, prefix, hparams)
     gpus = session.get_available_gpus() if multi_gpu else []
     precision = precision and fit_precision(sess, precision)
     state = session.build_model(sess, hparams, gpus, precision)
     checkpoints.check_shapes(prefix, session.named_variables(state), hparams)
-    say(f"Loading {kind}", prefix)
     with state.load_lock:
-        state.loaded_folder = state.base_model_folder = None  # these weights are about to go
-        restore_weights(sess, state, prefix)
+        digest = adapter_base.digest_of(prefix)
+        base = state.loaded_base
+        session.forget_weights(state)  # they are about to go
+        if changes is None:
+            say(f"Loading {kind}", prefix)
+            restore_weights(sess, state, prefix)
+        elif base is not None and base.digest == digest:
+            say("Loading adapter", adapter)
+            changes.merge(sess, state, base.changed)
+        else:
+            say(f"Loading {kind}", prefix)
+            restore_weights(sess, state, prefix, changes.names)
+            say("Loading adapter", adapter)
+            changes.merge(sess, state)
+        state.loaded_base = session.LoadedBase(digest, changes.names if changes else frozenset())
         state.loaded_folder, state.encoder = os.path.abspath(folder), vocabulary
     return state
 
 
-def restore_weights(sess: tf.compat.v1.Session, state: session.GraphState, prefix: str) -> None:
-    """Fills the session's model from the checkpoint `prefix`, see checkpoint.restore()."""
-    variables = list(session.named_variables(state).values())
+def restore_weights(
+    sess: tf.compat.v1.Session,
+    state: session.GraphState,
+    prefix: str,
+    without: Collection[str] = (),
+) -> None:
+    """Fills the session's model from the checkpoint `prefix`, see checkpoint.restore().
+
+    Variables whose names are in `without` keep their values.
+    """
+    named = session.named_variables(state)
+    variables = [variable for name, variable in named.items() if name not in without]
     try:
         stored = checkpoints.stored_types(prefix, variables)
     except (FileNotFoundError, LookupError) as error:

@@ -5,6 +5,7 @@
 - `optimizer-N.*`: the optimizer's variables after step N
 - `state-N.json`: the RunState after step N
 - `best.*`: the weights with the lowest validation loss
+- `adapter-N/`, `best/`: the same of a run that trains an adapter (LoRA), in peft's format
 - `history.jsonl`, `events*`: what each step reached
 - `settings.json`: the settings of the latest finetune()
 - `counter`, `hparams.json`, `encoder.json`, `vocab.bpe`: as in gpt-2-simple 0.8.1
@@ -30,6 +31,7 @@ from . import checkpoint
 
 # What the names of a step's files start with.
 MODEL = "model"
+ADAPTER = "adapter"
 OPTIMIZER = "optimizer"
 STATE = "state"
 
@@ -83,15 +85,16 @@ def prepare(folder: str, base_model_folder: str) -> None:
             file.write(Path(base_model_folder, name).read_bytes())
 
 
-def base_model_folder(folder: str) -> str | None:
+def base_model_folder(folder: str, model_dir: str | None = None) -> str | None:
     """The absolute path of the model that a run was made from, as its settings.json names it.
 
-    A relative `model_dir` counts from the current folder, as it does in every call. None if nothing
-    tells it, as in runs of gpt-2-simple 0.8.1.
+    A relative `model_dir` counts from the current folder, as it does in every call; one that is
+    given counts instead. None if nothing tells it, as in runs of gpt-2-simple 0.8.1.
     """
     try:
         settings = json.loads(Path(folder, SETTINGS).read_text(encoding="utf-8"))
-        return os.path.abspath(os.path.join(settings["model_dir"], settings["model_name"]))
+        parent = settings["model_dir"] if model_dir is None else model_dir
+        return os.path.abspath(os.path.join(parent, settings["model_name"]))
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
@@ -144,14 +147,15 @@ def starting_checkpoint(restore_from: str, folder: str, base_model_folder: str) 
             only damaged checkpoints in the run, they must not be replaced without being asked.
     """
     restore_from = os.fspath(restore_from).removesuffix(".index")
+    restore_from = restore_from.rstrip(os.sep) or restore_from
     if restore_from == "latest" and checkpoint.has_any(folder):
         return checkpoint.restore_path(folder)
     if restore_from in ("latest", "fresh"):
         return checkpoint.restore_path(base_model_folder)
-    if os.path.isdir(restore_from):
-        return checkpoint.restore_path(restore_from)
     if checkpoint.is_whole(restore_from):
         return restore_from
+    if os.path.isdir(restore_from):
+        return checkpoint.restore_path(restore_from)
     raise FileNotFoundError(
         f"restore_from={restore_from!r} is neither 'latest' nor 'fresh', nor a folder with a "
         "checkpoint, nor a checkpoint such as 'checkpoint/run1/model-500'"
@@ -211,14 +215,20 @@ def read_state(prefix: str) -> RunState | None:
 
 def step_of(prefix: str) -> int:
     """The step in a checkpoint's name, 0 if it has none."""
-    match = re.fullmatch(rf"{MODEL}-(\d+)", os.path.basename(prefix))
+    match = re.fullmatch(rf"(?:{MODEL}|{ADAPTER})-(\d+)", os.path.basename(prefix))
     return int(match[1]) if match else 0
 
 
+def name_of_step(folder: str, step: int) -> str:
+    """The base name of a run's checkpoint of a step: that of an adapter if there is one."""
+    name = f"{ADAPTER}-{step}"
+    return name if os.path.isdir(os.path.join(folder, name)) else f"{MODEL}-{step}"
+
+
 def path_beside(prefix: str, kind: str) -> str:
-    """The prefix of what was saved with a checkpoint `model-N`, such as 'optimizer-N'."""
+    """The prefix of what was saved with `model-N` or `adapter-N`, such as 'optimizer-N'."""
     folder, base = os.path.split(prefix)
-    return os.path.join(folder, re.sub(rf"^{MODEL}", kind, base))
+    return os.path.join(folder, re.sub(rf"^(?:{MODEL}|{ADAPTER})", kind, base))
 
 
 def note_settings(

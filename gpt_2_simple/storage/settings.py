@@ -31,7 +31,7 @@ class LoadSettings(Settings):
     # fmt: off
     checkpoint: Annotated[str | int, Setting(
         MODEL_OR_RUN, "Checkpoint of the run to load: 'latest', 'best', a name such as "
-        "'model-1000', or its step")] = "latest"
+        "'model-1000' or 'adapter-1000', or its step")] = "latest"
     run_name: Annotated[str, Setting(
         MODEL_OR_RUN, "Run to load: a folder in `checkpoint_dir`")] = "run1"
     checkpoint_dir: Annotated[str, Setting(
@@ -49,6 +49,10 @@ class LoadSettings(Settings):
         MODEL_OR_RUN, "Type that holds the blocks' matrices. 'bfloat16' and 'float16' take about "
         "half the memory, and are for generating only. None for the type that the session has "
         "already, or 'float32'", choices=PRECISIONS, default_help="float32")] = None
+    adapter: Annotated[str | None, Setting(
+        MODEL_OR_RUN, "Adapter (LoRA) to merge into the model `model_name`: a folder in peft's "
+        "format, or a name on the Hugging Face hub. One of a run of ours finds its model itself",
+        default_help="none")] = None
     verbose: Annotated[int | bool, Setting(None, "0 prints nothing but errors")] = 1
     # fmt: on
 

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from .. import session
 from ..common.folders import model_folder, read_hparams
+from ..common.hparams import HParams
 from ..common.locks import lock_run
 from ..common.report import say, verbosity
 from ..common.settings import fields_of, session_function
@@ -19,7 +20,7 @@ from ..encoder import Encoder
 from ..precision import fit_precision
 from ..storage import runs
 from ..storage.load import load_checkpoint
-from . import memory_plan
+from . import lora, memory_plan
 from .settings import TrainingSettings
 from .trainer import Data, Result, Start, Trainer
 
@@ -41,7 +42,8 @@ def finetune(sess: tf.compat.v1.Session, settings: TrainingSettings) -> Result:
             as they were.
         RuntimeError: the session is closed, or is training already; or another process trains this
             run. A trainer.Diverged: the loss is infinite or not a number.
-        ValueError: a setting is out of range, or the dataset holds no text.
+        ValueError: a setting is out of range, or the dataset holds no text; or the run trains
+            another adapter, or was made from another model.
         MemoryError: the device has too little memory; says which setting to change.
     """
     # What can be wrong is found out before any work, and before a folder is made.
@@ -49,11 +51,16 @@ def finetune(sess: tf.compat.v1.Session, settings: TrainingSettings) -> Result:
     model = model_folder(settings.model_dir, settings.model_name)
     dataset, val_dataset = _find_datasets(settings)
     hparams = read_hparams(model)
-    session.check_model(sess, hparams, "float32")
+    session.check_model(sess, hparams, None)
     run = os.path.join(settings.checkpoint_dir, settings.run_name)
     with verbosity(settings.verbose), contextlib.ExitStack() as stack:
         stack.enter_context(session.training(sess, run))
-        settings = dataclasses.replace(settings, precision=fit_precision(sess, settings.precision))
+        settings = dataclasses.replace(
+            settings,
+            precision=fit_precision(sess, settings.precision),
+            base_precision=fit_precision(sess, settings.base_precision),
+        )
+        session.check_model(sess, hparams, settings.base_precision)
         if settings.use_memory_saving_gradients is None:
             recompute = memory_plan.choose_recomputing(
                 sess, hparams, settings.step, settings.model_name
@@ -61,11 +68,13 @@ def finetune(sess: tf.compat.v1.Session, settings: TrainingSettings) -> Result:
             settings = dataclasses.replace(settings, use_memory_saving_gradients=recompute)
         stack.enter_context(lock_run(run))
         stack.enter_context(runs.prepared(run, model))
-        start = _start(settings, run, model)
+        start = _start(settings, run, model, hparams)
         state = load_checkpoint(
-            sess, run, start.checkpoint, "checkpoint", settings.multi_gpu, "float32"
+            sess, run, start.base, "checkpoint", settings.multi_gpu, settings.base_precision
         )
         state.base_model_folder = os.path.abspath(model)
+        if settings.lora is None:
+            state.loaded_base = None  # its weights are about to change
         data = _load_data(state.encoder, settings, dataset, val_dataset)
         per_call = [f.name for f in fields_of(TrainingSettings).values() if f.setting.per_call]
         runs.note_settings(run, settings.recorded(), start.resumes, per_call)
@@ -74,12 +83,14 @@ def finetune(sess: tf.compat.v1.Session, settings: TrainingSettings) -> Result:
         return trainer.train()
 
 
-def _start(settings: TrainingSettings, run: str, model: str) -> Start:
+def _start(settings: TrainingSettings, run: str, model: str, hparams: HParams) -> Start:
     """The checkpoint to start from; `run` and `model` are folders."""
     checkpoint = runs.starting_checkpoint(settings.restore_from, run, model)
     # Not os.path.samefile(): some network drives change their inode numbers.
     of_run = os.path.realpath(os.path.dirname(checkpoint)) == os.path.realpath(run)
-    return Start(checkpoint, resumes=settings.restore_from == "latest" and of_run)
+    resumes = settings.restore_from == "latest" and of_run
+    lora.check_start(settings, checkpoint, resumes, hparams)
+    return Start(checkpoint, resumes, lora.find_base(settings, checkpoint, model))
 
 
 def _find_datasets(settings: TrainingSettings) -> tuple[Dataset, Dataset | None]:

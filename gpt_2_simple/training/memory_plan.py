@@ -17,6 +17,7 @@ from typing import Any
 import tensorflow as tf
 
 from .. import model
+from ..common.lora import ALL, LINEAR_LAYERS, adapter_shapes, adapter_size
 from ..common.published import published_hparams
 from ..common.report import say
 from ..common.settings import settings_function
@@ -33,6 +34,9 @@ USABLE = 0.93
 # Memory that a GPU's BFC allocator loses between tensors, as a share of theirs.
 FRAGMENTATION = 0.06
 
+# The rank of the adapters that are planned where nobody names one.
+LORA_RANK = 8
+
 # How many tensors [batch, time, n_embd] one block stores for its gradient, and how many more its
 # backward pass makes: counted in model.transformer_block.
 STORED_IN_BLOCK = 24
@@ -47,7 +51,7 @@ class MemoryPlan:
         hparams: the model's sizes.
         settings: the step's settings.
         time: tokens in a window.
-        weights: bytes of the variables, float32.
+        weights: bytes of the model's variables, and of the adapter's if one is trained.
         optimizer_state: bytes of the optimizer's variables.
         accumulators: bytes of the micro-batches' summed gradients; 0 without accumulation.
         stored_activations: bytes that the forward pass keeps for the backward pass: only the
@@ -115,10 +119,7 @@ def memory_plan(settings: MemoryPlanSettings) -> MemoryPlan:
 def plan(hparams: model.HParams, settings: StepSettings) -> MemoryPlan:
     """Counts the bytes that a step's settings need; see memory_plan."""
     time = min(settings.sequence_length or hparams.n_ctx, hparams.n_ctx)
-    embeddings, block, last_norm = _shapes(hparams)
-    weights = [*embeddings, *block * hparams.n_layer, *last_norm]
-    n_trained = settings.trained_blocks(hparams.n_layer)
-    trained = weights if n_trained is None else block * n_trained
+    trained = _trained_shapes(hparams, settings)
     trained_size = FLOAT * sum(map(math.prod, trained))
     width = BYTES[settings.precision]
     block_output = width * settings.batch_size * time * hparams.n_embd
@@ -132,11 +133,13 @@ def plan(hparams: model.HParams, settings: StepSettings) -> MemoryPlan:
         hparams=hparams,
         settings=settings,
         time=time,
-        weights=FLOAT * sum(map(math.prod, weights)),
+        weights=_weights_size(hparams, settings),
         optimizer_state=sum(_state_size(settings.optimizer, shape) for shape in trained),
         accumulators=trained_size if settings.accumulates else 0,
         stored_activations=layers * (stored if keeps_all else block_output) + gradients,
-        block=MADE_IN_BACKWARD * block_output + (0 if keeps_all else stored),
+        block=MADE_IN_BACKWARD * block_output
+        + (0 if keeps_all else stored)
+        + _cast_size(hparams, settings),
         loss=_loss_size(hparams, settings, time, width),
     )
 
@@ -156,6 +159,45 @@ def _shapes(hparams: model.HParams) -> tuple[list[Shape], list[Shape], list[Shap
     mlp = affine(width, 4 * width) + affine(4 * width, width)
     embeddings: list[Shape] = [(hparams.n_vocab, width), (hparams.n_ctx, width)]
     return embeddings, norm + attention + norm + mlp, norm
+
+
+def _trained_shapes(hparams: model.HParams, settings: StepSettings) -> list[Shape]:
+    """The shapes of the variables that are trained."""
+    lora = settings.lora
+    if lora is not None:
+        of_block: list[Shape] = []
+        for layer in lora.targets:
+            of_block += adapter_shapes(layer, hparams.n_embd, lora.rank)
+        return of_block * hparams.n_layer
+    embeddings, block, last_norm = _shapes(hparams)
+    count = settings.trained_blocks(hparams.n_layer)
+    if count is not None:
+        return block * count
+    return [*embeddings, *block * hparams.n_layer, *last_norm]
+
+
+def _weights_size(hparams: model.HParams, settings: StepSettings) -> int:
+    """Bytes of the model, whose blocks' matrices may be held in 16 bits, and of an adapter."""
+    embeddings, block, last_norm = _shapes(hparams)
+    size = FLOAT * sum(map(math.prod, [*embeddings, *block * hparams.n_layer, *last_norm]))
+    if settings.lora is not None:
+        size += FLOAT * adapter_size(settings.lora, hparams.n_embd, hparams.n_layer)
+        narrower = FLOAT - BYTES[settings.base_precision]
+        size -= narrower * hparams.n_layer * _matrices_of_block(hparams)
+    return size
+
+
+def _matrices_of_block(hparams: model.HParams) -> int:
+    """How many numbers a block's matrices have."""
+    _, block, _ = _shapes(hparams)
+    return sum(math.prod(shape) for shape in block if len(shape) > 1)
+
+
+def _cast_size(hparams: model.HParams, settings: StepSettings) -> int:
+    """Bytes of a frozen block's matrices in the activations' type, if they are held in another."""
+    if settings.lora is None or settings.base_precision == settings.precision:
+        return 0
+    return BYTES[settings.precision] * _matrices_of_block(hparams)
 
 
 def _state_size(optimizer: str, shape: Sequence[int]) -> int:
@@ -181,6 +223,7 @@ def _loss_size(hparams: model.HParams, settings: StepSettings, time: int, width:
     chunks = math.ceil(settings.batch_size * time / LOSS_ROWS)
     projection = hparams.n_vocab * hparams.n_embd
     trained = not settings.only_train_transformer_layers and settings.train_last_blocks is None
+    trained = trained and settings.lora is None
     # Parts are added to the accumulator one by one, or else to each other.
     copies = trained * (1 if settings.accumulates else min(chunks, 2))
     cast = width * projection if width < FLOAT else 0
@@ -205,7 +248,7 @@ def fitting_plans(hparams: model.HParams, limit: int) -> list[MemoryPlan]:
     """Lists the settings that fit, the best first.
 
     The best change training least: long windows, then Adam, then accumulation. Of two that are
-    equal in these, the quicker one comes first.
+    equal in these, the quicker one comes first. Last come those that train an adapter.
 
     Args:
         hparams: the model's sizes.
@@ -226,17 +269,28 @@ def fitting_plans(hparams: model.HParams, limit: int) -> list[MemoryPlan]:
             sequence_length=length,
         )
         found.append(plan(hparams, settings))
+    for precision, save_memory in itertools.product(("float32", "bfloat16"), (False, True)):
+        settings = step_settings(
+            lora_rank=LORA_RANK,
+            lora_targets="all",
+            base_precision=precision,
+            use_memory_saving_gradients=save_memory,
+        )
+        found.append(plan(hparams, settings))
     return [candidate for candidate in found if candidate.total <= limit]
 
 
 def as_call(candidate: MemoryPlan, model_name: str) -> str:
     """The finetune() call that a plan stands for."""
-    default, arguments = step_settings(), {"model_name": model_name}
+    default = step_settings()
+    arguments: dict[str, Any] = {"model_name": model_name}
     for field in dataclasses.fields(StepSettings):
         value = getattr(candidate.settings, field.name)
         always = field.name in ("accumulate_gradients", "use_memory_saving_gradients")
         if always or value != getattr(default, field.name):
             arguments[field.name] = value
+    if arguments.get("lora_targets") == tuple(LINEAR_LAYERS):
+        arguments["lora_targets"] = ALL
     if candidate.time == candidate.hparams.n_ctx:
         arguments.pop("sequence_length", None)
     given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
@@ -294,6 +348,8 @@ def _what_fits(hparams: model.HParams, limit: int, model_name: str) -> str:
             use_memory_saving_gradients=True,
             optimizer="adafactor",
             sequence_length=max(2, hparams.n_ctx // 4),
+            lora_rank=LORA_RANK,
+            base_precision="bfloat16",
         ),
     )
     return (
@@ -325,6 +381,7 @@ def advice(current: MemoryPlan) -> str:
         {"batch_size": 1},
         {"optimizer": "adafactor"},
         {"accumulate_gradients": 1, "gradient_clip": 0.0},
+        *([{"base_precision": "bfloat16"}] if current.settings.lora else []),
         {"sequence_length": max(2, current.time // 2)},
     ]
     for change in changes:

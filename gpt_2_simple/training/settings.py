@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar
 
 from ..common.hparams import PRECISIONS, HParams
+from ..common.lora import LoraConfig, resolve_targets
 from ..common.settings import Setting, Settings, fields_of
 from ..data.settings import (
     CACHE_DIR,
@@ -27,11 +28,12 @@ SCHEDULES = ("constant", "linear", "cosine")
 OnStep = Callable[[Any], Any]
 
 # The headings of `finetune --help`, in its order.
-RUN, TRAINING, OPTIMIZER, MEMORY, VALIDATION, SAVING = (
+RUN, TRAINING, OPTIMIZER, MEMORY, LORA, VALIDATION, SAVING = (
     "text, model and run",
     "training",
     "optimizer",
     "memory and speed",
+    "LoRA",
     "validation",
     "saving and printing",
 )
@@ -41,7 +43,7 @@ RUN, TRAINING, OPTIMIZER, MEMORY, VALIDATION, SAVING = (
 class TrainingSettings(Settings):
     """All that finetune() can be told; gpt-2-simple 0.8.1's settings come first, in its order."""
 
-    GROUPS: ClassVar = (RUN, TRAINING, OPTIMIZER, MEMORY, VALIDATION, SAVING)
+    GROUPS: ClassVar = (RUN, TRAINING, OPTIMIZER, MEMORY, LORA, VALIDATION, SAVING)
 
     # fmt: off
     dataset: Annotated[str | Sequence[str], Setting(
@@ -112,6 +114,20 @@ class TrainingSettings(Settings):
         "Weights and optimizer state are always float32. float16 scales the loss, and skips steps "
         "that overflow. A GPU that lacks the type gets the next best, and a line says so",
         choices=PRECISIONS)] = "float32"
+    lora_rank: Annotated[int | None, Setting(
+        LORA, "Train an adapter of this rank (LoRA) and leave the model's weights as they are: "
+        "much less memory, and checkpoints of a few MB. None trains the model itself", at_least=1,
+        default_help="none: the model itself is trained")] = None
+    lora_alpha: Annotated[float, Setting(
+        LORA, "The adapter's updates are scaled by `lora_alpha` / `lora_rank`", above=0)] = 16.0
+    lora_dropout: Annotated[float, Setting(
+        LORA, "Share of the adapter's inputs that is dropped", at_least=0, below=1)] = 0.0
+    lora_targets: Annotated[str | Sequence[str], Setting(
+        LORA, "Layers that get an update: 'c_attn', 'attn.c_proj', 'c_fc', 'mlp.c_proj', several "
+        "of them, or 'all'", repeatable=True)] = ("c_attn",)
+    base_precision: Annotated[str, Setting(
+        LORA, "Type that holds the matrices of the model that the adapter is for. 'bfloat16' and "
+        "'float16' take half the memory", choices=PRECISIONS)] = "float32"
     dropout: Annotated[float, Setting(
         OPTIMIZER, "Share of embeddings, attention weights and residuals that is dropped",
         at_least=0, below=1)] = 0.0
@@ -177,6 +193,8 @@ class TrainingSettings(Settings):
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of its range, or settings that exclude each other."""
         super().__post_init__()
+        object.__setattr__(self, "lora_targets", resolve_targets(self.lora_targets))
+        check_lora(self)
         if self.epochs is not None and self.steps != -1:
             raise ValueError(f"give steps={self.steps} or epochs={self.epochs:g}, not both")
         if self.lr_schedule != "constant" and self.epochs is None and self.steps == -1:
@@ -196,6 +214,11 @@ class TrainingSettings(Settings):
             raise ValueError(
                 f"patience={self.patience} needs a validation set: give val_dataset or val_split"
             )
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapter to train; None trains the model itself."""
+        return lora_config(self)
 
     @property
     def validates(self) -> bool:
@@ -233,6 +256,16 @@ class StepSettings:
     dropout: float
     weight_decay: float
     gradient_clip: float
+    lora_rank: int | None
+    lora_alpha: float
+    lora_dropout: float
+    lora_targets: tuple[str, ...]
+    base_precision: str
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        """The adapter to train; None trains the model itself."""
+        return lora_config(self)
 
     @property
     def accumulates(self) -> bool:
@@ -254,6 +287,34 @@ class StepSettings:
         if count is not None and count > n_layer:
             raise ValueError(f"train_last_blocks={count}, but the model has {n_layer} blocks")
         return n_layer if count is None and self.only_train_transformer_layers else count
+
+
+def lora_config(settings: TrainingSettings | StepSettings) -> LoraConfig | None:
+    """The adapter that settings ask for, None if they ask for none."""
+    if settings.lora_rank is None:
+        return None
+    return LoraConfig(settings.lora_rank, settings.lora_alpha, tuple(settings.lora_targets))
+
+
+def check_lora(settings: TrainingSettings) -> None:
+    """Raises ValueError for settings that need an adapter without one, or exclude it."""
+    if settings.lora_rank is not None:
+        if settings.train_last_blocks is not None:
+            raise ValueError(
+                f"give lora_rank={settings.lora_rank} or "
+                f"train_last_blocks={settings.train_last_blocks}, not both"
+            )
+        return
+    defaults = {
+        "lora_alpha": TrainingSettings.lora_alpha,
+        "lora_dropout": TrainingSettings.lora_dropout,
+        "lora_targets": resolve_targets(TrainingSettings.lora_targets),
+        "base_precision": TrainingSettings.base_precision,
+    }
+    for name, default in defaults.items():
+        value = getattr(settings, name)
+        if value != default:
+            raise ValueError(f"{name}={value!r} is for an adapter: give lora_rank, too, such as 8")
 
 
 def step_settings(**changes: Any) -> StepSettings:
@@ -299,6 +360,11 @@ class MemoryPlanSettings(Settings):
         int | None, _of_training("train_last_blocks")] = TrainingSettings.train_last_blocks
     precision: Annotated[str, _of_training("precision")] = TrainingSettings.precision
     gradient_clip: Annotated[float, _of_training("gradient_clip")] = TrainingSettings.gradient_clip
+    lora_rank: Annotated[int | None, _of_training("lora_rank")] = TrainingSettings.lora_rank
+    lora_targets: Annotated[
+        str | Sequence[str], _of_training("lora_targets")] = TrainingSettings.lora_targets
+    base_precision: Annotated[
+        str, _of_training("base_precision")] = TrainingSettings.base_precision
     # fmt: on
 
     @property

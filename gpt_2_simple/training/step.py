@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from .. import memory_saving_gradients as recompute
 from .. import model, session
+from ..adapter import Adapter
 from ..memory_saving_gradients import Gradient
 from .loss_scale import LossScale
 from .optimizer import AccumulatingOptimizer, make_optimizer
@@ -17,6 +18,9 @@ from .settings import StepSettings
 
 # Rows of logits that exist at once, with their gradient: 256 of 50,257 float32 are 51 MB.
 LOSS_ROWS = 256
+
+# The number of the adapter's first dropout: the model's own are fewer, even with 48 blocks.
+ADAPTER_DROPOUT_CALL = 2**15
 
 
 class LossAndGradients(NamedTuple):
@@ -129,7 +133,8 @@ def build_train_ops(state: session.GraphState, settings: StepSettings, time: int
     """Builds a training step, once in a session's graph.
 
     Args:
-        state: what the graph remembers; it holds the model.
+        state: what the graph remembers; it holds the model. If it has an adapter, that is trained
+            instead of the model.
         settings: the step's settings.
         time: tokens in a window.
 
@@ -141,12 +146,14 @@ def build_train_ops(state: session.GraphState, settings: StepSettings, time: int
     """
     # The graph of a micro-batch is the same for any number of them above 1.
     shared = dataclasses.replace(settings, accumulate_gradients=1 + settings.accumulates)
-    return state.build_once(_build, state, shared, time)
+    return state.build_once(_build, state, state.adapter, shared, time)
 
 
-def _build(state: session.GraphState, settings: StepSettings, time: int) -> TrainOps:
+def _build(
+    state: session.GraphState, adapter: Adapter | None, settings: StepSettings, time: int
+) -> TrainOps:
     with tf.compat.v1.name_scope("train"):
-        return _StepBuilder(state, settings, time).build()
+        return _StepBuilder(state, adapter, settings, time).build()
 
 
 def trained_variables(weights: model.Weights, settings: StepSettings) -> list[tf.Variable]:
@@ -164,10 +171,16 @@ def trained_variables(weights: model.Weights, settings: StepSettings) -> list[tf
 class _StepBuilder:
     """Adds a step's operations to the default graph."""
 
-    def __init__(self, state: session.GraphState, settings: StepSettings, time: int):
+    def __init__(
+        self,
+        state: session.GraphState,
+        adapter: Adapter | None,
+        settings: StepSettings,
+        time: int,
+    ):
         self.hparams, self.gpus, self.settings = state.hparams, state.gpus, settings
         self.variables = state.weights
-        self.xs = trained_variables(state.weights, settings)
+        self.xs = adapter.flatten() if adapter else trained_variables(state.weights, settings)
         batch = settings.batch_size
         placeholder = tf.compat.v1.placeholder
         self.tokens = placeholder(tf.int32, [batch, time], "tokens")
@@ -178,12 +191,16 @@ class _StepBuilder:
             settings.optimizer, self.learning_rate, settings.weight_decay
         )
         self.loss_scale = LossScale() if settings.precision == "float16" else None
-        self.tensors = model.read(self.variables)
+        self.tensors = session.read_weights(state, adapter, self._adapter_dropout())
         self.h, self.checkpoints = self._forward()
 
     def build(self) -> TrainOps:
         """Adds all of the operations."""
         return self._accumulating() if self.settings.accumulates else self._immediate()
+
+    def _adapter_dropout(self) -> model.Dropout | None:
+        rate = self.settings.lora_dropout
+        return model.Dropout(rate, self.seed, ADAPTER_DROPOUT_CALL) if rate else None
 
     def _forward(self) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """The hidden states [rows, n_embd], and the tensors to keep for the backward pass."""

@@ -22,7 +22,7 @@ from ..generation.settings import GenerationSettings
 from ..storage import checkpoint, runs
 from ..storage.checkpoint_manager import CheckpointManager
 from ..storage.load import restore_weights
-from . import early_stopping, history
+from . import early_stopping, history, lora
 from .interruption import Interruption
 from .run_logger import RunLogger
 from .schedule import learning_rate_at, steps_of_epochs
@@ -50,12 +50,16 @@ class Start(NamedTuple):
     """Where a training starts.
 
     Attributes:
-        checkpoint: the prefix of the checkpoint that the session's weights came from.
+        checkpoint: the prefix of the checkpoint to start from; an adapter's folder, if one is
+            trained on.
         resumes: whether that is the run's own latest checkpoint: its steps go on counting.
+        base: the prefix of the checkpoint that the session's weights came from. It is another one
+            only if `checkpoint` is an adapter.
     """
 
     checkpoint: str
     resumes: bool
+    base: str
 
 
 class Result(NamedTuple):
@@ -114,6 +118,9 @@ class Trainer:
             settings: how to train; whether to recompute activations is decided in them.
             folder: the run's folder; the caller holds its lock.
             start: the checkpoint that the weights came from.
+
+        Raises:
+            ValueError: the run trains another adapter than the settings say.
         """
         self.sess, self.state, self.data, self.settings = sess, state, data, settings
         self.folder, self.start = folder, start
@@ -121,6 +128,7 @@ class Trainer:
         self._start_path = os.path.abspath(start.checkpoint)
         self._samples_folder = os.path.abspath(os.path.join(SAMPLES_FOLDER, settings.run_name))
         window = training_window(data.chunks, settings, state.hparams.n_ctx)
+        self.adapter = lora.attach_adapter(sess, state, settings, folder, start.base)
         self.ops = build_train_ops(state, settings.step, window)
         self.sampler = WindowSampler(
             data.chunks, settings.seed, settings.sampling, settings.pad_documents
@@ -135,9 +143,12 @@ class Trainer:
             settings.max_checkpoints,
             self.ops.state_variables,
             start.checkpoint if start.resumes else None,
+            self.adapter,
         )
         sess.run(self.ops.initialize_state)
         self.run = self._resumed_run() if start.resumes else self._new_run()
+        if self.adapter:
+            lora.restore_adapter(state, self.adapter, self._start_path, self.run.seed)
         steps = steps_to_take(self.sampler, settings, window)
         self.last_step = None if steps is None else self.run.step + steps
         if self.validation:
@@ -375,7 +386,10 @@ class Trainer:
         last = self.checkpoints.latest or self.start.checkpoint
         try:
             path = self.checkpoints.latest_path or self._start_path
-            restore_weights(self.sess, self.state, path)
+            if self.adapter:
+                lora.restore_adapter(self.state, self.adapter, path, self.run.seed)
+            else:
+                restore_weights(self.sess, self.state, path)
         except (OSError, ValueError, tf.errors.OpError) as error:
             return (
                 "training stopped, and the session keeps these weights, as the last checkpoint "

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from .. import model, session
+from ..adapter import Adapter
 from ..common.report import say
 from ..data.token_file import hash_json
 from ..data.windows import Batch, fixed_windows
@@ -44,13 +45,15 @@ def build_evaluation(
     Returns:
         EvaluationOps.
     """
-    return state.build_once(_build, state, batch_size, time)
+    return state.build_once(_build, state, state.adapter, batch_size, time)
 
 
-def _build(state: session.GraphState, batch_size: int, time: int) -> EvaluationOps:
+def _build(
+    state: session.GraphState, adapter: Adapter | None, batch_size: int, time: int
+) -> EvaluationOps:
     with tf.compat.v1.name_scope("evaluation"):
         tokens = tf.compat.v1.placeholder(tf.int32, [batch_size, time], "tokens")
-        weights = model.read(state.weights)
+        weights = session.read_weights(state, adapter)
         hidden = model.hidden_states(weights, state.hparams, tokens[:, :-1], gpus=state.gpus)
         h = tf.reshape(hidden.h, [batch_size * (time - 1), state.hparams.n_embd])
         labels = tf.reshape(tokens[:, 1:], [-1])

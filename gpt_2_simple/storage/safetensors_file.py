@@ -11,7 +11,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ _TYPES: dict[str, tuple[str, np.dtype[Any]]] = {
 }
 _STORED_AS = {code: (name, dtype) for name, (code, dtype) in _TYPES.items()}
 
+_METADATA = "__metadata__"
 _MAX_HEADER_BYTES = 100_000_000  # what the safetensors library reads
 _CHUNK = 1 << 22  # numbers that are converted at a time
 
@@ -122,7 +124,7 @@ def _read_header(file: BinaryIO, path: str) -> dict[str, StoredTensor]:
     if length > min(_MAX_HEADER_BYTES, size - 8):
         raise ValueError(f"its header of {length} bytes reaches past its {size} bytes")
     header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    header.pop(_METADATA, None)
     data = 8 + length
     tensors: dict[str, StoredTensor] = {}
     end = 0
@@ -141,6 +143,17 @@ def _read_header(file: BinaryIO, path: str) -> dict[str, StoredTensor]:
     if data + end != size:
         raise ValueError(f"it has {size:,} bytes where its header needs {data + end:,}")
     return tensors
+
+
+def read_metadata(path: str) -> dict[str, str]:
+    """What a file says beside its tensors; raises as read_header() does."""
+    read_header(path)
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        metadata = json.loads(file.read(length)).get(_METADATA)
+    if not isinstance(metadata, dict):
+        return {}
+    return {key: value for key, value in metadata.items() if isinstance(value, str)}
 
 
 def read_chunks(tensor: StoredTensor) -> Iterator[np.ndarray]:
@@ -261,15 +274,19 @@ def write_tensors(
     tensors: Sequence[tuple[str, tuple[int, ...]]],
     precision: str,
     read: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Writes a new file with the tensors (name, shape); `read` gives each when it is written.
+
+    The file says `metadata` beside the tensors.
 
     Raises:
         FileExistsError: there is a file of this name.
         ValueError: a tensor has another shape, or numbers that the precision does not hold.
     """
     code, dtype = _TYPES[precision]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for the format
+    # transformers asks for the format.
+    header: dict[str, Any] = {_METADATA: {"format": "pt", **metadata}}
     end = 0
     for name, shape in tensors:
         start, end = end, end + math.prod(shape) * dtype.itemsize
