@@ -2,6 +2,7 @@
 
     python benchmarks/faults.py --kills 200
     python benchmarks/faults.py --kills 200 --lora    # a run that trains an adapter
+    python benchmarks/faults.py --kills 200 --defects no-locks no-rename    # a foreign file system
 
 Each time, a process of its own continues the run, saving after every step, until SIGKILL ends it at
 a random moment of training and saving. A run is lost if the next process fails, or goes on from an
@@ -17,7 +18,6 @@ import random
 import select
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -28,8 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import tensorflow as tf
+from foreign_files import DEFECTS, simulate
 
 import gpt_2_simple as gpt2
+from gpt_2_simple.common import files
 from gpt_2_simple.storage import adapter_files, checkpoint, runs
 
 SIZES = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_ctx": 16}
@@ -163,12 +165,16 @@ def main() -> int:
     parser.add_argument("--span", type=float, default=1.0, help="seconds from a first step to kill")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--lora", action="store_true", help="train an adapter")
+    parser.add_argument(
+        "--defects", nargs="+", choices=DEFECTS, default=[], help="of a simulated file system"
+    )
     options = parser.parse_args()
     if options.lora:
         MORE.update(lora_rank=2, lora_targets="all")
     sys.stdout.reconfigure(line_buffering=True)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as place:
+    simulate(options.defects)
+    with files.temporary_folder() as place:
         os.chdir(place)
         with open("text.txt", "w", encoding="utf-8") as file:
             file.write(TEXT)

@@ -1,7 +1,9 @@
 """Files are written whole or not at all."""
 
+import contextlib
 import errno
 import os
+import shutil
 import stat
 import threading
 import time
@@ -209,3 +211,21 @@ def test_rename_that_refuses_an_existing_target(tmp_path, monkeypatch):
         files.write_text(tmp_path / "a", text)
         assert (tmp_path / "a").read_text() == text
     assert names(tmp_path) == ["a"]
+
+
+def test_folder_is_removed_where_inode_numbers_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "samestat", lambda one, other: False)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "file").write_text("mine")
+    folder = tmp_path / "folder"
+    (folder / "sub" / "deep").mkdir(parents=True)
+    (folder / "sub" / "file").write_text("x")
+    (folder / "link").symlink_to(kept, target_is_directory=True)
+    with contextlib.suppress(OSError):
+        shutil.rmtree(folder)
+    assert folder.exists()  # why shutil alone is not enough
+    files.remove_folder(str(folder))
+    assert not folder.exists()
+    assert (kept / "file").read_text() == "mine"
+    files.remove_folder(str(folder))  # no error

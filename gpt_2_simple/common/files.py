@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import IO, Any, BinaryIO
@@ -127,8 +128,7 @@ def write_folder_whole(path: str, overwrite: bool = True) -> Iterator[str]:
     restore_replaced(path)
     new, old = _hidden_sibling(path, "new"), _hidden_sibling(path, "old")
     for leftover in (new, old):
-        if os.path.isdir(leftover):
-            shutil.rmtree(leftover)
+        remove_folder(leftover)
     os.makedirs(new)
     try:
         yield new
@@ -139,9 +139,32 @@ def write_folder_whole(path: str, overwrite: bool = True) -> Iterator[str]:
         os.rename(new, path)
     except BaseException:
         restore_replaced(path)
-        shutil.rmtree(new, ignore_errors=True)
+        remove_folder(new)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    remove_folder(old)
+
+
+def remove_folder(path: str) -> None:
+    """Removes a folder and what is in it, as far as that is possible."""
+    shutil.rmtree(path, ignore_errors=True)
+    # Where each look at a folder gives another inode number, shutil takes it for a link, and stops.
+    for parent, folders, names in os.walk(path, topdown=False):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        for name in [*names, *links]:
+            with contextlib.suppress(OSError):
+                os.remove(os.path.join(parent, name))
+        with contextlib.suppress(OSError):
+            os.rmdir(parent)
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: str | None = None, prefix: str = "tmp") -> Iterator[str]:
+    """A new folder for this block, in `parent` or in the system's folder for such."""
+    folder = tempfile.mkdtemp(prefix=prefix, dir=parent)
+    try:
+        yield folder
+    finally:
+        remove_folder(folder)
 
 
 def restore_replaced(path: str) -> None:

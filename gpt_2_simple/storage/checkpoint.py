@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -224,7 +223,7 @@ def _without_brackets(prefix: str) -> Iterator[str]:
         yield prefix
         return
     folder, base = os.path.split(os.path.abspath(prefix))
-    with tempfile.TemporaryDirectory() as temporary:
+    with files.temporary_folder() as temporary:
         link = os.path.join(temporary, "folder")
         os.symlink(folder, link)
         yield os.path.join(link, base)
@@ -317,7 +316,7 @@ def save_whole(
             _write_all(unfinished, writes, contents)
             os.rename(unfinished, os.path.join(folder, FINISHED + base))
         except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            files.remove_folder(unfinished)
             raise
         sync(folder)
         _move_into_place(folder, base)
@@ -408,7 +407,7 @@ def finish_saves(folder: str) -> None:
             _move_into_place(folder, name.removeprefix(FINISHED))
         elif name.startswith((UNFINISHED, TRASH)) or files.is_temporary(name):
             if os.path.isdir(path):
-                shutil.rmtree(path, ignore_errors=True)
+                files.remove_folder(path)
             else:
                 with contextlib.suppress(OSError):
                     os.remove(path)
@@ -429,7 +428,7 @@ def move_to_trash(folder: str, names: Sequence[str]) -> str:
 
 def remove_trash(trash: str) -> None:
     """Removes a folder from move_to_trash()."""
-    shutil.rmtree(trash, ignore_errors=True)
+    files.remove_folder(trash)
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
@@ -17,7 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 from ..common.errors import first_line
-from ..common.files import sync, sync_file
+from ..common.files import sync, sync_file, temporary_folder
 from ..common.folders import hparams_text
 from ..common.hparams import HParams
 from ..common.published import DATA_FILE, INDEX_FILE, META_FILE
@@ -112,7 +111,7 @@ def _checksums(folder: str) -> Iterator[Callable[[np.ndarray], int]]:
 
     TensorFlow computes it only where it saves, so the array is saved into a folder beside.
     """
-    with _cpu_session() as sess, tempfile.TemporaryDirectory(prefix=".crc-", dir=folder) as beside:
+    with _cpu_session() as sess, temporary_folder(folder, ".crc-") as beside:
         prefix = os.path.join(beside, "tensor")
         with sess.graph.as_default():
             value = tf.compat.v1.placeholder(tf.float32)
