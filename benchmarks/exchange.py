@@ -1,17 +1,19 @@
 """Peak memory and time of exports and imports, beside the size of the largest tensor.
 
     python benchmarks/exchange.py --sizes 124M 1558M
+    python benchmarks/exchange.py --sizes 1558M --calls "export float32" "import float32"
 
 For each size a model of random weights is made, exported as a folder of transformers, imported
-again, and exported as GGUF, each in a process of its own. The same is done with a model of as many
-blocks and tokens that is 32 wide: what TensorFlow, the graph and the vocabulary take. The
-difference of both peaks is printed as a multiple of the largest tensor. The files lie in a folder
-that is removed at the end; 1558M takes up to 19 GB there.
+again, and exported as GGUF, each in a process of its own, which a small process starts. The same is
+done with a model of as many blocks and tokens that is 32 wide: what TensorFlow, the graph and the
+vocabulary take. The difference of both peaks is printed as a multiple of the largest tensor. The
+files lie in a folder that is removed at the end; 1558M takes up to 19 GB there.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -73,14 +75,15 @@ def measure(call: str) -> tuple[int, int]:
     return int(words[words.index("PEAK") + 1]), int(words[words.index("SECONDS") + 1])
 
 
-def measure_all(name: str) -> dict[str, tuple[int, int]]:
+def measure_all(name: str, calls: list[str]) -> dict[str, tuple[int, int]]:
     """(peak in MB, seconds) of each call on a model, by the call's name."""
     found = {}
-    for title, call in CALLS.items():
-        found[title] = measure(call.format(name=name))
-        if not (title.startswith("export") and "GGUF" not in title):
+    for title in calls:
+        found[title] = measure(CALLS[title].format(name=name))
+        if title.startswith("import") or "GGUF" in title:  # an import reads the export before it
             for folder in ("out", os.path.join("models", "again")):
                 shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree("out", ignore_errors=True)
     return found
 
 
@@ -88,17 +91,23 @@ def main() -> None:
     """Prints a line for each size and call."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["124M"], choices=list(PUBLISHED))
-    sizes = parser.parse_args().sizes
+    parser.add_argument("--calls", nargs="+", default=list(CALLS), choices=list(CALLS))
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        for size in sizes:
+        for size in arguments.sizes:
             hparams = PUBLISHED[size]
             thin = HParams(hparams.n_vocab, hparams.n_ctx, 32, 1, hparams.n_layer)
-            make_model("thin", thin)
-            make_model(size, hparams)
+            for name, sizes in (("thin", thin), (size, hparams)):
+                # A process starts with the peak of the one that forked it.
+                making = multiprocessing.get_context("spawn").Process(
+                    target=make_model, args=(name, sizes)
+                )
+                making.start()
+                making.join()
             largest = hparams.n_vocab * hparams.n_embd * 4 / MEGABYTE
-            floor, found = measure_all("thin"), measure_all(size)
-            for title, (peak, seconds) in found.items():
+            floor = measure_all("thin", arguments.calls)
+            for title, (peak, seconds) in measure_all(size, arguments.calls).items():
                 above = peak - floor[title][0]
                 print(
                     f"{size:6}{title:18}{seconds:5} s, peak {peak:6,} MB, {above:5,} MB above the "

@@ -8,6 +8,7 @@ import oracle
 
 from gpt_2_simple.common.hparams import HParams
 from gpt_2_simple.data.vocabulary import byte_vocabulary, save_vocabulary
+from gpt_2_simple.encoder import Encoder, token_of_text
 from gpt_2_simple.storage import checkpoint_tensors
 
 HPARAMS = HParams(n_vocab=257, n_ctx=32, n_embd=32, n_head=2, n_layer=3)
@@ -22,6 +23,13 @@ def write_ours(folder, hparams=HPARAMS, vocabulary=None, weights=None):
             write(name, value)
     checkpoint_tensors.write_model_files(str(folder), hparams)
     return weights
+
+
+def with_added_tokens(vocabulary):
+    """The vocabulary with three more tokens, which are found in texts as a whole."""
+    added = ["<|startoftext|>", "[PAD]", "مرحبا"]
+    tokens = {token_of_text(text): vocabulary.n_vocab + i for i, text in enumerate(added)}
+    return Encoder({**vocabulary.encoder, **tokens}, vocabulary.bpe_merges)
 
 
 def as_transformers(weights, prefix="transformer."):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
-from exchange_models import HPARAMS, write_ours
+from exchange_models import HPARAMS, with_added_tokens, write_ours
 from trained_vocabulary import trained_vocabulary
 
 import gpt_2_simple as gpt2
@@ -118,6 +118,15 @@ def test_an_own_vocabulary_is_written_with_its_merges():
     _, keys = read(gpt2.export_gguf(model_name="own"))
     assert keys["tokenizer.ggml.tokens"] == list(vocabulary.encoder)
     assert keys["tokenizer.ggml.merges"] == [" ".join(pair) for pair in vocabulary.bpe_merges]
+
+
+def test_special_tokens_have_their_own_text_and_type():
+    vocabulary = with_added_tokens(byte_vocabulary())
+    write_ours("models/own", HParams(vocabulary.n_vocab, 16, 32, 2, 1), vocabulary)
+    _, keys = read(gpt2.export_gguf(model_name="own"))
+    assert keys["tokenizer.ggml.tokens"][257:] == ["<|startoftext|>", "[PAD]", "مرحبا"]
+    types = keys["tokenizer.ggml.token_type"]
+    assert types[256:] == [gguf.TokenType.CONTROL, *[gguf.TokenType.USER_DEFINED] * 3]
 
 
 def test_ids_without_a_token_and_added_tokens_have_names():

@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import reference
-from exchange_models import read_ours, write_ours
+from exchange_models import read_ours, with_added_tokens, write_ours
 from odd_strings import odd_strings
 from small_model import log_softmax
 from trained_vocabulary import DATA, TOPICS, trained_vocabulary
@@ -33,8 +33,8 @@ def python():
 
 @pytest.fixture
 def own_model():
-    """models/own: 3 blocks, a vocabulary of its own. Returns its sizes and vocabulary."""
-    vocabulary = trained_vocabulary()
+    """models/own: 3 blocks, a vocabulary with added tokens. Returns its sizes and vocabulary."""
+    vocabulary = with_added_tokens(trained_vocabulary())
     hparams = HParams(vocabulary.n_vocab, n_ctx=64, n_embd=64, n_head=2, n_layer=3)
     write_ours("models/own", hparams, vocabulary)
     return hparams, vocabulary

@@ -13,7 +13,7 @@ import oracle
 import pytest
 import reference
 import tensorflow as tf
-from exchange_models import assert_weights_equal, read_ours, write_ours
+from exchange_models import assert_weights_equal, read_ours, with_added_tokens, write_ours
 from odd_strings import odd_strings
 from small_model import GREEDY, log_softmax
 from trained_vocabulary import DATA, trained_vocabulary
@@ -43,8 +43,8 @@ def python():
 
 
 def own_model():
-    """models/mine: 3 blocks, a vocabulary of its own. Returns its sizes and vocabulary."""
-    vocabulary = trained_vocabulary()
+    """models/mine: 3 blocks, a vocabulary with added tokens. Returns its sizes and vocabulary."""
+    vocabulary = with_added_tokens(trained_vocabulary())
     hparams = HParams(vocabulary.n_vocab, n_ctx=64, n_embd=48, n_head=3, n_layer=3)
     write_ours("models/mine", hparams, vocabulary)
     return hparams, vocabulary

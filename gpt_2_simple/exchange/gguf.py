@@ -269,15 +269,22 @@ def _add_keys(library: ModuleType, writer: Any, weights: StoredWeights, quantiza
 
 
 def gguf_tokens(vocabulary: Encoder) -> list[str]:
-    """Each id's token in the characters that stand for bytes; ids without a token get a name."""
+    """Each id's token; ids without a token get a name.
+
+    llama.cpp looks for special tokens by their text, and has the others in the characters that
+    stand for bytes.
+    """
     characters = bytes_to_unicode()
+    special = {token_id: text for text, token_id in vocabulary.special_tokens.items()}
     tokens = []
     for token_id in range(vocabulary.n_vocab):
-        if token_id in vocabulary.decoder:
+        if token_id in special:
+            tokens.append(special[token_id])
+        elif token_id in vocabulary.decoder:
             raw = vocabulary.decode_bytes([token_id])
+            tokens.append("".join(map(characters.__getitem__, raw)))
         else:
-            raw = f"<|unused{token_id}|>".encode()
-        tokens.append("".join(map(characters.__getitem__, raw)))
+            tokens.append(f"<|unused{token_id}|>")
     return tokens
 
 
