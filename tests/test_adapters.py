@@ -376,14 +376,14 @@ def test_run_with_an_adapter_is_exported_once_it_is_merged(place, sess):
     train(sess)
     with pytest.raises(ValueError, match=r"is an adapter \(LoRA\): merge it into its model, by"):
         gpt2.export_huggingface(run_name="run1", path="exported")
-    gpt2.merge_adapter("run1", verbose=0)
+    gpt2.merge_adapter("run1")
     gpt2.export_huggingface(run_name="run1-merged", path="exported")
     assert os.path.isfile("exported/model.safetensors")
 
 
 def test_merge_adapter_of_peft(place, sess):
     source = str(FIXTURES / "patterns")
-    prefix = gpt2.merge_adapter(adapter=source, model_name="base", merged_name="poems", verbose=0)
+    prefix = gpt2.merge_adapter(adapter=source, model_name="base", merged_name="poems")
     assert prefix == os.path.join("checkpoint", "poems", "model-0")
     gpt2.load_gpt2(sess, run_name="poems", verbose=0)
     np.testing.assert_allclose(
@@ -401,7 +401,7 @@ def test_failed_merge_leaves_nothing(place, sess, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_model", fail)
     with pytest.raises(OSError, match="run1-merged: No space left on device. Nothing was written"):
-        gpt2.merge_adapter("run1", verbose=0)
+        gpt2.merge_adapter("run1")
     assert sorted(os.listdir("checkpoint")) == ["run1"]
 
 

@@ -35,7 +35,6 @@ class MergeSettings(Settings):
     model_name: Annotated[str | None, Setting(
         MODEL_OR_RUN, "Model that `adapter` was trained on, if that does not tell it",
         default_help="none")] = None
-    verbose: Annotated[int | bool, Setting(None, "0 prints nothing but errors")] = 1
     # fmt: on
 
     def __post_init__(self) -> None:

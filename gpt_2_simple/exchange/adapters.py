@@ -9,7 +9,7 @@ from pathlib import Path
 import tensorflow as tf
 
 from .. import session
-from ..common.report import say, verbosity
+from ..common.report import say
 from ..common.settings import settings_function
 from ..storage import checkpoint, runs
 from ..storage.load import Source, find_source, load_source
@@ -47,7 +47,7 @@ def merge_adapter(settings: MergeSettings) -> str:
         raise ValueError(
             f"run {settings.run_name!r} holds a whole model: there is no adapter to merge"
         )
-    with verbosity(settings.verbose), contextlib.closing(session.start_tf_sess()) as sess:
+    with contextlib.closing(session.start_tf_sess()) as sess:
         source = load_source(sess, named)
         with new_folder(target, "merged_name") as new:
             name = _write_merged(sess, source, new)
