@@ -32,6 +32,7 @@ __all__ = [
     "copy_file_from_gdrive",
     "copy_file_to_gdrive",
     "create_gpt2",
+    "distributed",
     "download_gpt2",
     "encode_csv",
     "encode_dataset",
@@ -67,7 +68,7 @@ __all__ = [
 ]
 
 
-_MODULES = {"encoder", "gpt_2", "memory_saving_gradients", "model", "sample"}
+_MODULES = {"distributed", "encoder", "gpt_2", "memory_saving_gradients", "model", "sample"}
 
 
 def __getattr__(name: str) -> Any:

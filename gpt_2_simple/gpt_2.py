@@ -7,7 +7,7 @@ import os
 
 import tensorflow as tf
 
-from . import encoder, memory_saving_gradients, model, sample
+from . import distributed, encoder, memory_saving_gradients, model, sample
 from .data.dataset import encode_csv, encode_dataset
 from .exchange.adapters import merge_adapter
 from .exchange.gguf import export_gguf
@@ -42,6 +42,7 @@ __all__ = [
     "copy_file_from_gdrive",
     "copy_file_to_gdrive",
     "create_gpt2",
+    "distributed",
     "download_gpt2",
     "encode_csv",
     "encode_dataset",

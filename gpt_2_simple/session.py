@@ -14,6 +14,7 @@ from tensorflow.core.protobuf import rewriter_config_pb2
 
 from . import model
 from .adapter import Adapter, read_adapted
+from .distributed import cluster as clusters
 from .encoder import Encoder
 
 # A key that is no string is skipped when a graph is exported.
@@ -63,6 +64,8 @@ class GraphState:
     adapter: Adapter | None = None  # what is added to the weights, if it is not merged into them
     encoder: Encoder = dataclasses.field(init=False)  # not set before anything was loaded
     training_folder: str | None = None  # the run that is being trained now
+    on_save: Callable[[Any], object] | None = None  # called with the Trainer after each save
+    cluster: clusters.Cluster | None = None  # the workers that train together, if TF_CONFIG says so
     process: int = dataclasses.field(default_factory=os.getpid)
     _built: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
@@ -220,12 +223,21 @@ def named_variables(state: GraphState) -> dict[str, tf.Variable]:
 def start_tf_sess(threads: int = -1, server: Any = None) -> tf.compat.v1.Session:
     """Starts a session with a graph of its own.
 
+    If the environment variable TF_CONFIG names a cluster of several workers, this process joins it
+    in its first call, which waits for the others. finetune() then trains with all of them.
+
     Args:
-        threads: CPU threads within and between operations; -1 lets TensorFlow choose.
-        server: a tf.distribute.Server to run on, None for this process.
+        threads: CPU threads within and between operations; -1 lets TensorFlow choose. Of a worker
+            of a cluster, its first session's count.
+        server: a tf.distribute.Server to run on, None for this process, or for the cluster.
 
     Returns:
         A tf.compat.v1.Session. Close it with `sess.close()`, or use it in a `with` block.
+
+    Raises:
+        OSError: this worker's port is taken.
+        RuntimeError: another worker of the cluster did not come, or has failed.
+        ValueError: TF_CONFIG cannot be read.
     """
     config = tf.compat.v1.ConfigProto(allow_soft_placement=True)
     config.gpu_options.allow_growth = True
@@ -234,8 +246,14 @@ def start_tf_sess(threads: int = -1, server: Any = None) -> tf.compat.v1.Session
     if threads > 0:
         config.intra_op_parallelism_threads = threads
         config.inter_op_parallelism_threads = threads
+    cluster = clusters.join(config) if server is None else None
     target = "" if server is None else server.target
-    return tf.compat.v1.Session(target=target, graph=tf.Graph(), config=config)
+    if cluster is not None:
+        cluster.configure(config)
+        target = cluster.target
+    sess = tf.compat.v1.Session(target=target, graph=tf.Graph(), config=config)
+    graph_state(sess).cluster = cluster
+    return sess
 
 
 def reset_session(

@@ -23,10 +23,13 @@ from ..common.report import complain, progress, say, verbosity
 from ..common.settings import Setting, Settings, fields_of
 from ..data.settings import EncodeCsvSettings, EncodeSettings
 from ..data.text_files import find_files
+from ..distributed import launcher
+from ..distributed.launcher import LaunchSettings
 from ..exchange.adapter_settings import MergeSettings
 from ..exchange.settings import ExportSettings, GgufSettings, ImportSettings, PushSettings
 from ..generation.settings import FILES, TEXT, GenerationSettings
 from ..storage.settings import AddTokensSettings, CreateSettings, DownloadSettings, LoadSettings
+from ..training.settings import MEMORY as MEMORY_GROUP
 from ..training.settings import MemoryPlanSettings, PlotSettings, TrainingSettings
 from .parser import PROGRAM, Command, Options
 
@@ -67,15 +70,52 @@ def _ensure_model(
 # --- finetune -------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
+class ClusterSettings(Settings):
+    """Where `finetune` trains."""
+
+    GROUPS: ClassVar = TrainingSettings.GROUPS
+
+    # fmt: off
+    ray: Annotated[str | None, Setting(
+        MEMORY_GROUP, "Train on the Ray cluster of this address, such as 10.0.0.1:6379, or on a "
+        "'local' one, with so many `workers`; the run comes back",
+        default_help="none: on this machine")] = None
+    # fmt: on
+
+
 def _finetune(options: Options) -> int:
     options = {**FINETUNE.own_defaults, **options}
-    settings = TrainingSettings(**options)  # wrong ones are told before a model is downloaded
-    gpt2 = _module("gpt_2")
+    address = options.pop("ray", None)
+    if address is not None:
+        return _finetune_on_ray(options, address)
+    settings = LaunchSettings(**options)  # wrong ones are told before a model is downloaded
+    # Without --workers the training runs in this process.
+    workers = launcher.count_workers(settings.workers) if "workers" in options else 1
+    options.pop("workers", None)
     check = functools.partial(_check_before_download, settings)
+    gpt2 = _module("gpt_2" if workers == 1 else "storage.download")
     _ensure_model(gpt2, settings.model_name, settings.model_dir, check)
+    if workers > 1:
+        with verbosity(settings.verbose):
+            reached = launcher.train_in_processes(settings, workers)
+        return EXIT_INTERRUPTED if reached["interrupted"] else 0
     with contextlib.closing(gpt2.start_tf_sess()) as sess:
         result = gpt2.finetune(sess, **options)
     return EXIT_INTERRUPTED if getattr(result, "interrupted", False) else 0
+
+
+def _finetune_on_ray(options: Options, address: str) -> int:
+    if options.get("workers") == launcher.AUTO:
+        raise ValueError("workers='auto' is for this machine: give --ray a number of workers")
+    names = fields_of(TrainingSettings)
+    settings = TrainingSettings(**{name: options[name] for name in options if name in names})
+    check = functools.partial(_check_before_download, settings)
+    downloads = _module("storage.download")
+    _ensure_model(downloads, settings.model_name, settings.model_dir, check)
+    train = _module("distributed.ray").finetune_on_ray
+    result = train(**options, address=None if address == "local" else address)
+    return EXIT_INTERRUPTED if result.interrupted else 0
 
 
 def _check_before_download(settings: TrainingSettings) -> None:
@@ -103,9 +143,12 @@ FINETUNE = Command(
     examples=(
         "gpt_2_simple finetune shakespeare.txt --steps 1000",
         "gpt_2_simple finetune shakespeare.txt --run_name poems --restore_from fresh",
+        "gpt_2_simple finetune shakespeare.txt --workers auto",
+        "gpt_2_simple finetune jokes.csv --ray 10.0.0.1:6379 --workers 4",
         "gpt_2_simple --mode finetune --dataset shakespeare.txt --overwrite True",
     ),
-    settings=[TrainingSettings],
+    settings=[LaunchSettings],
+    own_settings=ClusterSettings,
     positional="dataset",
     # gpt-2-simple 0.8.1's command line has these defaults, which its finetune() has not.
     own_defaults={

@@ -139,7 +139,9 @@ def fields_of(cls: type[Settings]) -> dict[str, Field]:
     """The fields of a settings class, by name, in the order of its signature."""
     if cls not in _fields:
         # Not typing.get_type_hints(): Python 3.10's refuses a class with dataclasses.KW_ONLY.
-        names = {**vars(sys.modules[cls.__module__]), **vars(cls)}
+        names: dict[str, Any] = {}
+        for base in reversed(cls.__mro__):
+            names |= {**vars(sys.modules[base.__module__]), **vars(base)}
         # Annotations are strings only in modules that import them from __future__.
         hints = {
             f.name: eval(f.type, names) if isinstance(f.type, str) else f.type
@@ -219,11 +221,12 @@ def _is_in_range(setting: Setting, value: Any) -> bool:
 def _wanted(field: Field) -> str:
     """What a value has to be, in words."""
     setting = field.setting
-    if setting.choices:
-        return f"one of {', '.join(map(repr, setting.choices))}"
+    words = ", ".join(map(repr, setting.choices))
+    numeric = int in field.kinds or float in field.kinds
+    if words and not numeric:
+        return f"one of {words}"
     if bool in field.kinds:
         return "True or False"
-    numeric = int in field.kinds or float in field.kinds
     if not numeric:
         return "a string"
     noun = "a whole number" if int in field.kinds else "a number"
@@ -240,7 +243,7 @@ def _wanted(field: Field) -> str:
     wanted = f"{noun}{', ' if limit[:1].isdigit() else ' '}{limit}".strip()
     if setting.special is not None:
         wanted += f" (or {setting.special[0]}: {setting.special[1]})"
-    return wanted
+    return f"{wanted}, or {words}" if words else wanted
 
 
 # --- public functions -----------------------------------------------------------------------------

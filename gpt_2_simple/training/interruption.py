@@ -43,6 +43,10 @@ class Interruption:
         """Whether there were several signals: the user wants no more work."""
         return self._count > 1
 
+    def note(self) -> None:
+        """Takes note of a signal that came elsewhere, to another process that works on the same."""
+        self._count = max(self._count, 1)
+
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):

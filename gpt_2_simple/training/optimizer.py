@@ -9,11 +9,12 @@ needed: they are no constants of the graph.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
+from ..distributed.collectives import Collectives
 from ..memory_saving_gradients import Gradient
 
 # Adafactor reads larger matrices than this in chunks of rows.
@@ -412,6 +413,41 @@ class AccumulatingOptimizer:
             self._total_loss.assign_add(tf.cast(loss, tf.float32), read_value=False),
             self._count.assign_add(1.0, read_value=False),
         )
+
+    def sum_over_workers(
+        self,
+        collectives: Collectives,
+        last_micro_batch: tf.Operation,
+        additions: Mapping[str, Sequence[tf.Operation]],
+        wants_stop: tf.Tensor,
+    ) -> tf.Tensor:
+        """Sums gradients, losses and counts over all workers: all then take the same step.
+
+        Gradients are sent as soon as they are complete: those of the last blocks come first.
+
+        Args:
+            collectives: the workers'.
+            last_micro_batch: from `end_micro_batch`; it is run, too.
+            additions: what `add` returned in it, by the variables' names.
+            wants_stop: float32 scalar, which the statuses pass on.
+
+        Returns:
+            The statuses, float32 [workers, 3]: each worker's sum of losses, its count of
+            micro-batches, and its `wants_stop`.
+        """
+        written = {total.name: additions[v.name] for total, v in self._totals()}
+        totals = [total for total, _ in reversed(self._totals())]
+        summed = collectives.sum_variables(totals, lambda total: written[total.name])
+        with tf.control_dependencies([last_micro_batch]):
+            mine = [self._total_loss.read_value(), self._count.read_value(), wants_stop]
+        statuses = collectives.gather(tf.stack(mine))
+        loss, count, _ = tf.unstack(tf.reduce_sum(statuses, axis=0))
+        work = tf.group(
+            *summed,
+            self._total_loss.assign(loss, read_value=False),
+            self._count.assign(count, read_value=False),
+        )
+        return collectives.guarded(work, statuses)
 
     def global_norm(self) -> tf.Tensor:
         """The Euclidean norm of the mean gradient over all variables: a scalar."""

@@ -24,11 +24,11 @@ class RunLogger:
         entries: what each step of this call reached.
     """
 
-    def __init__(self, folder: str, run: RunState, steps: int | None, print_every: int):
+    def __init__(self, folder: str | None, run: RunState, steps: int | None, print_every: int):
         """Opens the files.
 
         Args:
-            folder: the run's.
+            folder: the run's; None writes no files.
             run: its `losses` and `seconds` are kept up to date.
             steps: how many steps this call takes, None if nobody knows.
             print_every: steps between lines.
@@ -40,16 +40,19 @@ class RunLogger:
         # Seconds and predicted tokens of the steps since the last logged one.
         self._step_seconds, self._n_targets = 0.0, 0
         self._tokens_per_second, self._loss = 0.0, math.nan
-        self._history = history.History(folder, run.step)
         self._failed: set[str] = set()
+        self._history: history.History | None = None
         self._events: Any = None
-        self._write(EVENTS, lambda: self._open_events(folder, f".{run.step}"))
+        if folder is not None:
+            self._history = history.History(folder, run.step)
+            self._write(EVENTS, lambda: self._open_events(folder, f".{run.step}"))
         self._bar = progress(total=steps, desc="Training", unit="step", leave=False)
 
     def close(self) -> None:
         """Closes the files."""
         self._bar.close()
-        self._write(history.HISTORY, self._history.close)
+        if self._history is not None:
+            self._write(history.HISTORY, self._history.close)
         if self._events is not None:
             self._write(EVENTS, self._events.close)
 
@@ -136,13 +139,18 @@ class RunLogger:
         self.entries.append(entry)
         scalars = {"loss": entry.loss}
         if self.is_logged(entry.step) or entry.validation_loss is not None:
-            self._write(history.HISTORY, lambda: self._history.add(entry))
+            self._add_to_history(entry)
             scalars["learning_rate"] = entry.learning_rate
             scalars["tokens_per_second"] = entry.tokens_per_second
         if entry.validation_loss is not None:
             scalars["validation_loss"] = entry.validation_loss
             scalars["perplexity"] = perplexity(entry.validation_loss)
         self._add_scalars(entry.step, scalars)
+
+    def _add_to_history(self, entry: history.Entry) -> None:
+        if self._history is not None:
+            add = self._history.add
+            self._write(history.HISTORY, lambda: add(entry))
 
     def samples(self, step: int, text: str) -> None:
         """Adds samples to the events, as text."""

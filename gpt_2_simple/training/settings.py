@@ -230,6 +230,15 @@ class TrainingSettings(Settings):
         """Whether samples are generated."""
         return self.sample_every > 0 and self.sample_num > 0
 
+    def check_workers(self, count: int) -> None:
+        """Raises ValueError if a step has fewer micro-batches than there are workers."""
+        if self.accumulate_gradients < count:
+            raise ValueError(
+                f"accumulate_gradients={self.accumulate_gradients} micro-batches in a step are "
+                f"fewer than the {count} workers: give accumulate_gradients={count} or more, or "
+                "fewer workers"
+            )
+
     @property
     def step(self) -> StepSettings:
         """The settings that shape a step's graph."""

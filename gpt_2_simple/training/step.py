@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import tensorflow as tf
 from .. import memory_saving_gradients as recompute
 from .. import model, session
 from ..adapter import Adapter
+from ..distributed.collectives import Collectives
 from ..memory_saving_gradients import Gradient
 from .loss_scale import LossScale
 from .optimizer import AccumulatingOptimizer, make_optimizer
@@ -113,6 +115,9 @@ class TrainOps(NamedTuple):
             float16, gradients may overflow: run `skip_step` then.
         skip_step: halves the loss scale instead of taking the step; evaluates to the loss.
         loss_scale: float32 scalar, the factor of float16's loss; None in other precisions.
+        sum_over_workers: adds this worker's last micro-batch, then sums all workers' gradients;
+            evaluates to their statuses, see AccumulatingOptimizer. None without other workers.
+        wants_stop: float32 scalar: 1 tells the other workers that this one wants to stop.
     """
 
     tokens: tf.Tensor
@@ -127,6 +132,8 @@ class TrainOps(NamedTuple):
     gradients_finite: tf.Tensor | None = None
     skip_step: tf.Tensor | None = None
     loss_scale: tf.Tensor | None = None
+    sum_over_workers: tf.Tensor | None = None
+    wants_stop: tf.Tensor | None = None
 
 
 def build_train_ops(state: session.GraphState, settings: StepSettings, time: int) -> TrainOps:
@@ -179,6 +186,9 @@ class _StepBuilder:
         time: int,
     ):
         self.hparams, self.gpus, self.settings = state.hparams, state.gpus, settings
+        self.collectives: Collectives | None = None
+        if state.cluster is not None:
+            self.collectives = state.build_once(Collectives, state.cluster)
         self.variables = state.weights
         self.xs = adapter.flatten() if adapter else trained_variables(state.weights, settings)
         batch = settings.batch_size
@@ -257,10 +267,15 @@ class _StepBuilder:
     def _accumulating(self) -> TrainOps:
         """Adds gradients to accumulators, and applies them when all micro-batches have run."""
         total = AccumulatingOptimizer(self.optimizer, self.xs)
-        add_micro_batch = self._add_micro_batch(total)
+        additions: dict[str, list[tf.Operation]] = {x.name: [] for x in self.xs}
+        add_micro_batch = self._add_micro_batch(total, additions)
         apply = total.apply_gradients(self._gradient_factor(total))
         ops = self._train_ops(apply, total.variables())
         ops = ops._replace(reset_gradients=total.reset(), add_micro_batch=add_micro_batch)
+        if self.collectives is not None:
+            stop = tf.compat.v1.placeholder_with_default(0.0, [], "wants_stop")
+            summed = total.sum_over_workers(self.collectives, add_micro_batch, additions, stop)
+            ops = ops._replace(sum_over_workers=summed, wants_stop=stop)
         if not self.loss_scale:
             return ops
         with tf.control_dependencies([apply]), tf.control_dependencies([self.loss_scale.grow()]):
@@ -275,13 +290,17 @@ class _StepBuilder:
             loss_scale=self.loss_scale.scale.read_value(),
         )
 
-    def _add_micro_batch(self, total: AccumulatingOptimizer) -> tf.Operation:
-        """Adds each part of a gradient to its accumulator as soon as it is known."""
-        additions: list[tf.Operation] = []
+    def _add_micro_batch(
+        self, total: AccumulatingOptimizer, additions: dict[str, list[tf.Operation]]
+    ) -> tf.Operation:
+        """Adds each part of a gradient to its accumulator as soon as it is known.
+
+        `additions` gets the operations that do so, by the variables' names.
+        """
 
         def add(x: tf.Variable, part: Gradient) -> tf.Operation:
-            additions.append(total.add(x, part))
-            return additions[-1]
+            additions[x.name].append(total.add(x, part))
+            return additions[x.name][-1]
 
         loss = self._loss(on_part=lambda part: add(self.variables.wte, part))
         if self.settings.use_memory_saving_gradients:
@@ -290,7 +309,7 @@ class _StepBuilder:
             found = tf.gradients(self.h, self.xs, grad_ys=loss.dh)
             for x, gradient in zip(self.xs, found, strict=True):
                 add(x, gradient)
-        return total.end_micro_batch(loss.loss, additions)
+        return total.end_micro_batch(loss.loss, itertools.chain(*additions.values()))
 
     def _gradient_factor(self, total: AccumulatingOptimizer) -> tf.Tensor | float:
         """Takes the loss scale out of the gradients, and clips them by their global norm."""

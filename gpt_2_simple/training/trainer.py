@@ -136,32 +136,43 @@ class Trainer:
         self.validation = None
         if data.validation is not None:
             self.validation = Validation(sess, state, data.validation, settings, window)
-        self.checkpoints = CheckpointManager(
-            sess,
-            state,
-            folder,
-            settings.max_checkpoints,
-            self.ops.state_variables,
-            start.checkpoint if start.resumes else None,
-            self.adapter,
-        )
+        self.checkpoints = self._manage_checkpoints()
         sess.run(self.ops.initialize_state)
-        self.run = self._resumed_run() if start.resumes else self._new_run()
-        if self.adapter:
-            lora.restore_adapter(state, self.adapter, self._start_path, self.run.seed)
+        self.run = self._begin_run()
         steps = steps_to_take(self.sampler, settings, window)
         self.last_step = None if steps is None else self.run.step + steps
         if self.validation:
             early_stopping.begin(self.run, self.validation.identity, settings.patience)
         if settings.overwrite and start.resumes:
             self.checkpoints.overwrite()
-        self.logger = RunLogger(os.path.abspath(folder), self.run, steps, settings.print_every)
+        self.logger = self._open_logger(steps)
         self.interruption = Interruption(
             lambda: say("Stopping after this step, then saving; once more stops at once")
         )
         self.has_ended = False
         self._is_updating = False
         self._n_skipped_unscaled = 0
+
+    def _manage_checkpoints(self) -> CheckpointManager:
+        return CheckpointManager(
+            self.sess,
+            self.state,
+            self.folder,
+            self.settings.max_checkpoints,
+            self.ops.state_variables,
+            self.start.checkpoint if self.start.resumes else None,
+            self.adapter,
+        )
+
+    def _open_logger(self, steps: int | None) -> RunLogger:
+        folder = os.path.abspath(self.folder)
+        return RunLogger(folder, self.run, steps, self.settings.print_every)
+
+    def _begin_run(self) -> runs.RunState:
+        run = self._resumed_run() if self.start.resumes else self._new_run()
+        if self.adapter:
+            lora.restore_adapter(self.state, self.adapter, self._start_path, run.seed)
+        return run
 
     def _new_run(self) -> runs.RunState:
         if checkpoint.is_whole(os.path.join(self.folder, checkpoint.BEST)):
@@ -206,7 +217,7 @@ class Trainer:
                 if self.interruption.requested:
                     say("interrupted")
                 say(f"data seen {self.sampler.times_seen:.1f} times so far")
-                self.save()
+                self.save_and_tell()
             except Diverged as error:
                 raise Diverged(f"{error}; {self.restore_last_checkpoint()}") from None
             except BrokenPipeError:
@@ -235,15 +246,19 @@ class Trainer:
             if self.validation and self._is_due(settings.val_every, at_end=True):
                 entry = self.validate(self.validation, entry)
             self.logger.log(entry)
-            answer = settings.on_step(entry) if settings.on_step else None
-            if isinstance(answer, (bool, np.bool_)) and not answer:
-                self.has_ended = True
+            self.call_on_step(entry)
             if self.is_done:
                 break  # train() saves
             if self._is_due(settings.save_every):
-                self.save()
+                self.save_and_tell()
             if settings.samples and self._is_due(settings.sample_every):
                 self.write_samples(run.step)
+
+    def call_on_step(self, entry: history.Entry) -> None:
+        """Tells the caller of a step; the answer may end the training."""
+        answer = self.settings.on_step(entry) if self.settings.on_step else None
+        if isinstance(answer, (bool, np.bool_)) and not answer:
+            self.has_ended = True
 
     def _is_due(self, every: int, at_end: bool = False) -> bool:
         """Whether the step just taken is one of every so many, or the last one."""
@@ -305,14 +320,20 @@ class Trainer:
         if ops.add_micro_batch is None:
             return self._update({**batches[0], ops.learning_rate: learning_rate})
         self.sess.run(ops.reset_gradients)
-        for batch in batches:
-            self.sess.run(ops.add_micro_batch, batch)
-            if self.interruption.requested:
-                return None
+        if not self.accumulate(batches):
+            return None
         if ops.gradients_finite is not None and not self.sess.run(ops.gradients_finite):
             return self._skip()
         self._n_skipped_unscaled = 0
         return self._update({ops.learning_rate: learning_rate})
+
+    def accumulate(self, batches: Sequence[Feeds]) -> bool:
+        """Sums the gradients of micro-batches; False if Ctrl-C came before all were summed."""
+        for batch in batches:
+            self.sess.run(self.ops.add_micro_batch, batch)
+            if self.interruption.requested:
+                return False
+        return True
 
     def _update(self, feed: Feeds) -> float:
         """Changes the weights; an error in between may leave half of the change."""
@@ -344,9 +365,7 @@ class Trainer:
         Returns:
             The step's entry, with the validation loss unless Ctrl-C came first.
         """
-        loss = None
-        with self.interruption.ends_block():
-            loss = validation.loss()
+        loss = self.validation_loss(validation)
         if loss is None:
             return entry
         if not math.isfinite(loss):
@@ -363,12 +382,25 @@ class Trainer:
         self.has_ended = self.has_ended or verdict.ends_training
         return entry
 
+    def validation_loss(self, validation: Validation) -> float | None:
+        """The validation loss now, in nats a token; None if Ctrl-C came first."""
+        loss = None
+        with self.interruption.ends_block():
+            loss = validation.loss()
+        return loss
+
     def save(self) -> None:
         """Saves the run, unless one of its weights is infinite or not a number."""
         if not self.checkpoints.are_weights_finite():
             raise Diverged(f"a weight is infinite or no number after step {self.run.step}")
         self.run.sampler = self.sampler.state()
         self.checkpoints.save(self.run)
+
+    def save_and_tell(self) -> None:
+        """Saves the run, and tells who wants to know it."""
+        self.save()
+        if self.state.on_save is not None:
+            self.state.on_save(self)
 
     def save_before_error(self) -> None:
         """Saves what an error is about to end; the error of a save may have passed by now."""

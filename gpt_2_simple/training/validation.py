@@ -80,15 +80,20 @@ def mean_loss(sess: tf.compat.v1.Session, ops: EvaluationOps, windows: Batch) ->
     Returns:
         Nats a token; its exponential is the perplexity.
     """
+    batch_size, _ = ops.tokens.shape.as_list()
+    starts = range(0, len(windows.tokens), batch_size)
+    totals = [total_loss(sess, ops, windows, start) for start in starts]
+    return sum(totals) / float(windows.loss_mask.sum())
+
+
+def total_loss(sess: tf.compat.v1.Session, ops: EvaluationOps, windows: Batch, start: int) -> float:
+    """The summed loss of the batch of windows that begins with window `start`, in nats."""
     batch_size, time = ops.tokens.shape.as_list()
-    total = 0.0
-    for start in range(0, len(windows.tokens), batch_size):
-        batch = windows.tokens[start : start + batch_size]
-        # The last batch may be smaller than the graph's; what fills it up is not counted.
-        filled = np.resize(batch, (batch_size, time))
-        losses = sess.run(ops.losses, {ops.tokens: filled})[: len(batch)]
-        total += float((losses * windows.loss_mask[start : start + batch_size]).sum())
-    return total / float(windows.loss_mask.sum())
+    batch = windows.tokens[start : start + batch_size]
+    # The last batch may be smaller than the graph's; what fills it up is not counted.
+    filled = np.resize(batch, (batch_size, time))
+    losses = sess.run(ops.losses, {ops.tokens: filled})[: len(batch)]
+    return float((losses * windows.loss_mask[start : start + batch_size]).sum())
 
 
 class Validation:
@@ -137,6 +142,20 @@ class Validation:
         # The mask has a column for the first token too: so do the digests in saved runs.
         mask = np.pad(self.windows.loss_mask, ((0, 0), (1, 0)))
         self.identity = hash_json([self.windows.tokens.tolist(), mask.tolist()])
+
+    @property
+    def starts(self) -> Sequence[int]:
+        """The first window of each batch."""
+        batch_size, _ = self.ops.tokens.shape.as_list()
+        return range(0, len(self.windows.tokens), batch_size)
+
+    def total(self, start: int) -> float:
+        """The summed loss now of the batch that begins with window `start`, in nats."""
+        return total_loss(self.sess, self.ops, self.windows, start)
+
+    def mean(self, totals: Sequence[float]) -> float:
+        """The mean loss, in nats a token, from the total of each batch."""
+        return sum(totals) / float(self.windows.loss_mask.sum())
 
     def loss(self) -> float:
         """The mean loss now, in nats a token."""

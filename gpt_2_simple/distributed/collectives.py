@@ -1,0 +1,217 @@
+"""Tensors of one worker in, sums over all workers out: operations of a session's graph.
+
+All workers build the same operations in the same order, and run them as often. Pieces travel one
+after the other, as NCCL needs it; a piece starts as soon as its gradients are complete.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from .channel import WorkerLost
+from .cluster import Cluster
+
+# Variables are joined into pieces of at least this size, so that few messages are sent.
+PIECE_BYTES = 32 * 2**20
+
+# A run that another worker's failure ended is told here; see Collectives.guarded.
+_GOES_ON, _ABORTED = 0, 1
+
+# How long to wait for the reason after a run failed: a killed worker is noticed at once.
+REASON_SECONDS = 10.0
+
+Additions = Callable[[tf.Variable], Sequence[tf.Operation]]
+
+
+class _Alarm(NamedTuple):
+    """Ends a run that waits for other workers.
+
+    A collective operation waits for ever for a worker that is frozen, but ends when another
+    operation of its run fails. So each run also waits for a number from a queue: it sends itself
+    _GOES_ON at its end, or another thread sends _ABORTED, which fails.
+    """
+
+    queue: Any
+    number: tf.Tensor
+    sound: tf.Operation
+
+
+class Collectives:
+    """Adds operations over all workers to a session's graph."""
+
+    def __init__(self, cluster: Cluster):
+        self.cluster = cluster
+        self._n_in_run = 0
+        self._last: list[tf.Operation] = []
+        with tf.compat.v1.name_scope("workers"), tf.device("/cpu:0"):
+            queue = tf.queue.FIFOQueue(1000, [tf.int32], [[]], name="alarm")
+            number = tf.compat.v1.placeholder(tf.int32, [], "number")
+            self._alarm = _Alarm(queue, number, queue.enqueue(number))
+
+    # --- graph ------------------------------------------------------------------------------------
+
+    def _options(self, kind: str, value: Any, device: str) -> dict[str, Any]:
+        """What a collective operation is told: its group, and which of a run's operations it is.
+
+        TensorFlow keeps a process's operations by these numbers, and refuses to use one again for
+        another kind or type. They must not depend on what else a worker's graph holds.
+        """
+        self._n_in_run += 1
+        dtype, shape = value.dtype.base_dtype, value.shape.as_list()
+        what = f"{kind} {self._n_in_run}: {dtype.name} {shape}"
+        # A group's members are on devices of one kind, which is the same for values of one type.
+        group = f"{dtype.name} {device}"
+        return {
+            "group_size": self.cluster.spec.count,
+            "group_key": _number(group),
+            "instance_key": _number(what),
+            "communication_hint": "auto",
+        }
+
+    def sum(self, value: tf.Tensor, device: str = "") -> tf.Tensor:
+        """The sum of all workers' values, the same bits on all of them."""
+        with tf.device(device), tf.control_dependencies(self._last):
+            summed = tf.raw_ops.CollectiveReduceV2(
+                input=value, ordering_token=[], merge_op="Add", final_op="Id",
+                **self._options("sum", value, device),
+            )  # fmt: skip
+        self._last = [summed.op]
+        return summed
+
+    def gather(self, value: tf.Tensor) -> tf.Tensor:
+        """All workers' values, [workers, ...]; one that is not a number stays in its own row."""
+        spec = self.cluster.spec
+        rows = [[spec.index, spec.count - spec.index - 1]]
+        padding = rows + [[0, 0]] * value.shape.ndims
+        return self.sum(tf.pad(value[tf.newaxis], padding))
+
+    def sum_variables(
+        self, variables: Sequence[tf.Variable], written: Additions
+    ) -> list[tf.Operation]:
+        """Sums variables over all workers, in place.
+
+        Args:
+            variables: float32, in the order in which they become complete.
+            written: the operations after which a variable can be sent.
+
+        Returns:
+            The operations that write the sums.
+        """
+        done: list[tf.Operation] = []
+        for piece in _pieces(variables):
+            values = []
+            for variable in piece:
+                with tf.control_dependencies(written(variable)), tf.device(variable.device):
+                    values.append(tf.reshape(variable.read_value(), [-1]))
+            device = piece[0].device
+            with tf.device(device):
+                joined = values[0] if len(values) == 1 else tf.concat(values, axis=0)
+            summed = self.sum(joined, device)
+            start = 0
+            for variable in piece:
+                size = variable.shape.num_elements()
+                with tf.device(device):
+                    part = tf.reshape(summed[start : start + size], variable.shape)
+                    done.append(variable.assign(part, read_value=False))
+                start += size
+        return done
+
+    def copy_from_writer(self, variables: Sequence[tf.Variable]) -> tf.Operation:
+        """The operation that gives all workers the values that worker 0's variables have."""
+        done: list[tf.Operation] = []
+        is_source = self.cluster.is_writer
+        for variable in variables:
+            with tf.device(variable.device), tf.control_dependencies([*self._last, *done[-1:]]):
+                options = self._options("copy", variable, variable.device)
+                if is_source:
+                    value = _as_type(variable.read_value(), _sent_type(variable))
+                    sent = tf.raw_ops.CollectiveBcastSendV2(input=value, **options)
+                    done.append(sent.op)
+                else:
+                    received = tf.raw_ops.CollectiveBcastRecvV2(
+                        T=_sent_type(variable), shape=variable.shape.as_list(), **options
+                    )
+                    value = _as_type(received, variable.dtype.base_dtype)
+                    done.append(variable.assign(value, read_value=False))
+        return self.guarded(tf.group(*done))
+
+    def guarded(self, work: tf.Operation, value: tf.Tensor | None = None) -> Any:
+        """An operation, or `value` after it, that abort() can end; see _Alarm."""
+        self._last, self._n_in_run = [], 0  # what comes next is another run
+        with tf.device("/cpu:0"):
+            with tf.control_dependencies([work]):
+                goes_on = self._alarm.queue.enqueue(_GOES_ON)
+            number = self._alarm.queue.dequeue()
+            intact = tf.raw_ops.Assert(
+                condition=tf.equal(number, _GOES_ON), data=["another worker failed"]
+            )
+        with tf.control_dependencies([goes_on, intact]):
+            return tf.no_op() if value is None else tf.identity(value)
+
+    # --- session ----------------------------------------------------------------------------------
+
+    def run(self, sess: tf.compat.v1.Session, guarded: Any, feed: Any = None) -> Any:
+        """Runs what guarded() returned.
+
+        Raises:
+            WorkerLost: another worker failed meanwhile, or before.
+        """
+        channel = self.cluster.channel
+
+        def abort() -> None:
+            try:
+                sess.run(self._alarm.sound, {self._alarm.number: _ABORTED})
+            except (RuntimeError, tf.errors.OpError):
+                pass  # the session is closed: nothing runs in it
+
+        channel.on_failure = abort
+        if channel.failure is not None:
+            raise WorkerLost(channel.failure)
+        try:
+            return sess.run(guarded, feed)
+        except tf.errors.ResourceExhaustedError:
+            raise
+        except tf.errors.OpError as error:
+            reason = channel.wait_for_failure(REASON_SECONDS)
+            if reason is None:
+                raise
+            raise WorkerLost(reason) from error
+        finally:
+            channel.on_failure = lambda: None
+
+
+def _sent_type(variable: tf.Variable) -> tf.DType:
+    """The type in which a variable's bits travel: there is no broadcast of bfloat16."""
+    dtype = variable.dtype.base_dtype
+    return tf.float16 if dtype == tf.bfloat16 else dtype
+
+
+def _as_type(value: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """The same bits in another type of the same size."""
+    return value if value.dtype == dtype else tf.bitcast(value, dtype)
+
+
+def _number(text: str) -> int:
+    """A positive int32 that stands for a text, on all workers alike."""
+    return zlib.crc32(text.encode()) & 0x7FFFFFFF
+
+
+def _pieces(variables: Sequence[tf.Variable]) -> list[list[tf.Variable]]:
+    """Variables of one device in a row, joined until they have PIECE_BYTES."""
+    pieces: list[list[tf.Variable]] = []
+    size = 0
+    for variable in variables:
+        n_bytes = variable.shape.num_elements() * variable.dtype.size
+        if not pieces or size >= PIECE_BYTES or pieces[-1][0].device != variable.device:
+            pieces.append([])
+            size = 0
+        elif size + n_bytes > 2 * PIECE_BYTES:
+            pieces.append([])  # a large one travels alone, which saves copying it
+            size = 0
+        pieces[-1].append(variable)
+        size += n_bytes
+    return pieces

@@ -1,0 +1,58 @@
+"""What travels through Ray: a worker's job, and the messages between worker 0 and the caller.
+
+No TensorFlow: Ray loads this in processes that do not train.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+
+class RayJob(NamedTuple):
+    """What the workers are told.
+
+    Attributes:
+        settings: finetune()'s arguments but for folders, datasets and on_step.
+        files: references to files' bytes, by their paths below the worker's folder.
+        threads: as in start_tf_sess().
+    """
+
+    settings: dict[str, Any]
+    files: dict[str, Any]
+    threads: int
+
+
+class Mailbox:
+    """An actor between worker 0 and the caller: messages one way, the wish to stop the other."""
+
+    def __init__(self) -> None:
+        self._messages: list[tuple[str, Any]] = []
+        self._is_stopped = self._has_failed = False
+
+    def put(self, kind: str, content: Any) -> None:
+        """Takes a message of worker 0."""
+        self._messages.append((kind, content))
+        self._has_failed = self._has_failed or kind == "failure"
+
+    def take(self) -> list[tuple[str, Any]]:
+        """All messages since the last call."""
+        taken, self._messages = self._messages, []
+        return taken
+
+    def stop(self) -> None:
+        """The caller wants the training to end."""
+        self._is_stopped = True
+
+    def has_failed(self) -> bool:
+        """Whether worker 0 has told of an error."""
+        return self._has_failed
+
+    def is_stopped(self) -> bool:
+        """Whether the caller wants that."""
+        return self._is_stopped
+
+
+def work(config: dict[str, Any]) -> None:
+    """What each worker does: Ray Train's train_loop_per_worker."""
+    importlib.import_module(f"{__package__}.ray_worker").run_job(config)
