@@ -227,6 +227,12 @@ def start_tf_sess(threads: int = -1, server: Any = None) -> tf.compat.v1.Session
     Returns:
         A tf.compat.v1.Session. Close it with `sess.close()`, or use it in a `with` block.
     """
+    target = "" if server is None else server.target
+    return tf.compat.v1.Session(target=target, graph=tf.Graph(), config=session_config(threads))
+
+
+def session_config(threads: int = -1) -> tf.compat.v1.ConfigProto:
+    """The options of every session; `threads` as in start_tf_sess."""
     config = tf.compat.v1.ConfigProto(allow_soft_placement=True)
     config.gpu_options.allow_growth = True
     # The layout optimizer is for convolutions; on GPT-2 it only costs time.
@@ -234,8 +240,7 @@ def start_tf_sess(threads: int = -1, server: Any = None) -> tf.compat.v1.Session
     if threads > 0:
         config.intra_op_parallelism_threads = threads
         config.inter_op_parallelism_threads = threads
-    target = "" if server is None else server.target
-    return tf.compat.v1.Session(target=target, graph=tf.Graph(), config=config)
+    return config
 
 
 def reset_session(
