@@ -290,6 +290,8 @@ def configurations(hparams: HParams, limit: int, precisions: list[str]) -> list[
     if not plans:
         return []
     best = dataclasses.asdict(plans[0].settings)
+    if plans[0].time == hparams.n_ctx:
+        best["sequence_length"] = None
     found = [{**best, "precision": precision} for precision in precisions]
     if "float32" in precisions and not best["use_memory_saving_gradients"]:
         found.append({**best, "use_memory_saving_gradients": True})
