@@ -133,8 +133,7 @@ def plan(hparams: model.HParams, settings: StepSettings) -> MemoryPlan:
     in_16_bits = width < FLOAT
     tensors = STORED_IN_BLOCK + (STORED_BESIDE_16_BITS if in_16_bits else 0)
     attention = _attention_weights(hparams, settings.batch_size, time, width)
-    cast_weights = width * sum(map(math.prod, block)) if in_16_bits else 0
-    stored = tensors * block_output + attention + cast_weights
+    stored = tensors * block_output + attention + _cast_size(hparams, settings)
     layers = settings.train_last_blocks or hparams.n_layer
     keeps_all = not settings.use_memory_saving_gradients
     gradients = trained_size if keeps_all and not settings.accumulates else 0
@@ -146,9 +145,7 @@ def plan(hparams: model.HParams, settings: StepSettings) -> MemoryPlan:
         optimizer_state=sum(_state_size(settings.optimizer, shape) for shape in trained),
         accumulators=trained_size if settings.accumulates else 0,
         stored_activations=layers * (stored if keeps_all else block_output) + gradients,
-        block=MADE_IN_BACKWARD * block_output
-        + (0 if keeps_all else stored)
-        + _cast_size(hparams, settings),
+        block=MADE_IN_BACKWARD * block_output + (0 if keeps_all else stored),
         loss=_loss_size(hparams, settings, time, width),
     )
 
@@ -203,8 +200,9 @@ def _matrices_of_block(hparams: model.HParams) -> int:
 
 
 def _cast_size(hparams: model.HParams, settings: StepSettings) -> int:
-    """Bytes of a frozen block's matrices in the activations' type, if they are held in another."""
-    if settings.lora is None or settings.base_precision == settings.precision:
+    """Bytes of a block's matrices in the activations' type, if they are held in another."""
+    held = "float32" if settings.lora is None else settings.base_precision
+    if held == settings.precision:
         return 0
     return BYTES[settings.precision] * _matrices_of_block(hparams)
 
