@@ -127,7 +127,7 @@ class Sizes(NamedTuple):
     seconds: float = 6.0
 
 
-SMALL = HParams(n_vocab=5003, n_ctx=256, n_embd=128, n_head=4, n_layer=4)
+SMALL = HParams(n_vocab=5003, n_ctx=256, n_embd=128, n_head=4, n_layer=2)
 ON_GPU = Sizes(PUBLISHED, PUBLISHED["124M"], 256)
 ON_CPU = Sizes({"small": SMALL}, SMALL, 128, length=20, runs=2)
 # The memory that --cpu gives the small model: enough for its best configuration.
