@@ -371,7 +371,9 @@ class _Backward:
             gate = tf.no_op("gate")
         self.done = [gate]
         with tf.control_dependencies([gate]), tf.compat.v1.name_scope("recompute"):
-            copies = {t.name: tf.identity(t) for t in subgraph.inputs}
+            # Not tf.identity: Grappler moves the cast of a weight in front of that, and so in front
+            # of the gate. All weights would be cast when the step begins, and kept.
+            copies = {t.name: tf.identity_n([t, t])[0] for t in subgraph.inputs}
             _copy(_order(subgraph.ops, self.forward.position), copies)
         return self._differentiate(subgraph, copies)
 

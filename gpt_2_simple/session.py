@@ -239,13 +239,7 @@ def start_tf_sess(threads: int = -1, server: Any = None) -> tf.compat.v1.Session
         RuntimeError: another worker of the cluster did not come, or has failed.
         ValueError: TF_CONFIG cannot be read.
     """
-    config = tf.compat.v1.ConfigProto(allow_soft_placement=True)
-    config.gpu_options.allow_growth = True
-    # The layout optimizer is for convolutions; on GPT-2 it only costs time.
-    config.graph_options.rewrite_options.layout_optimizer = rewriter_config_pb2.RewriterConfig.OFF
-    if threads > 0:
-        config.intra_op_parallelism_threads = threads
-        config.inter_op_parallelism_threads = threads
+    config = session_config(threads)
     cluster = clusters.join(config) if server is None else None
     target = "" if server is None else server.target
     if cluster is not None:
@@ -254,6 +248,18 @@ def start_tf_sess(threads: int = -1, server: Any = None) -> tf.compat.v1.Session
     sess = tf.compat.v1.Session(target=target, graph=tf.Graph(), config=config)
     graph_state(sess).cluster = cluster
     return sess
+
+
+def session_config(threads: int = -1) -> tf.compat.v1.ConfigProto:
+    """The options of every session; `threads` as in start_tf_sess."""
+    config = tf.compat.v1.ConfigProto(allow_soft_placement=True)
+    config.gpu_options.allow_growth = True
+    # The layout optimizer is for convolutions; on GPT-2 it only costs time.
+    config.graph_options.rewrite_options.layout_optimizer = rewriter_config_pb2.RewriterConfig.OFF
+    if threads > 0:
+        config.intra_op_parallelism_threads = threads
+        config.inter_op_parallelism_threads = threads
+    return config
 
 
 def reset_session(

@@ -220,6 +220,29 @@ def test_cast_of_a_weight_is_recomputed_in_its_segment(graph):
     assert [op.type for op in copies()].count("Cast") == 3
 
 
+def test_cast_of_a_weight_still_waits_for_its_segment_after_grappler():
+    """Grappler moves a cast in front of tf.identity, and drops what that waited for."""
+    x, weights, hidden = tf.ones([3, 8], tf.float16), [], []
+    for i in range(4):
+        weights.append(variable(f"w{i}", 8, 8))
+        cast = tf.cast(tf.reshape(weights[-1].read_value(), [8, 8]), tf.float16)
+        x = tf.tanh(tf.matmul(x, cast))
+        hidden.append(x)
+    found = gradients(tf.reduce_sum(x), weights, checkpoints=hidden[:-1])
+    metadata = v1.RunMetadata()
+    evaluate(found, options=v1.RunOptions(output_partition_graphs=True), run_metadata=metadata)
+    nodes = {n.name: n for graph in metadata.partition_graphs for n in graph.node}
+
+    def waits(node):
+        """Whether a node, or what it reads down to a variable, waits for something."""
+        before = [nodes[name.split(":")[0]] for name in node.input if not name.startswith("^")]
+        return len(before) < len(node.input) or any(map(waits, before))
+
+    recomputed = [n for n in nodes.values() if n.op == "Cast" and is_copy(n.name)]
+    assert len(recomputed) == 3
+    assert all(map(waits, recomputed))
+
+
 def test_unknown_batch_size():
     x = v1.placeholder(tf.float32, [None, None])
     w, hidden = variable("w", 4, 4), []
@@ -395,7 +418,7 @@ def test_stateful_random_values_are_kept_with_a_warning(graph):
 def test_memory_chooses_about_root_n_checkpoints():
     weights, hidden, loss = mlp(layers=16)
     assert_same(loss, weights, "memory")
-    identities = [op.inputs[0] for op in copies() if op.type == "Identity"]
+    identities = [op.inputs[0] for op in copies() if op.type == "IdentityN"]
     kept = {t.name for t in identities if not t.op.type.endswith("VariableOp")}
     assert 2 <= len(kept) <= 8  # about the root of 32 tensors
 

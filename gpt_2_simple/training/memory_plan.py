@@ -38,9 +38,15 @@ FRAGMENTATION = 0.06
 LORA_RANK = 8
 
 # How many tensors [batch, time, n_embd] one block stores for its gradient, and how many more its
-# backward pass makes: counted in model.transformer_block.
-STORED_IN_BLOCK = 24
+# backward pass makes: counted in model.transformer_block, and fitted to peaks measured on a GPU.
+STORED_IN_BLOCK = 26
 MADE_IN_BACKWARD = 12
+
+# How many more of their size it stores in 16 bits: the float32 tensors of its layer norms.
+STORED_BESIDE_16_BITS = 13
+
+# How many float32 tensors [rows, n_vocab] the loss of a chunk holds at once, by the same peaks.
+CHUNK_TENSORS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +61,8 @@ class MemoryPlan:
         optimizer_state: bytes of the optimizer's variables.
         accumulators: bytes of the micro-batches' summed gradients; 0 without accumulation.
         stored_activations: bytes that the forward pass keeps for the backward pass: only the
-            blocks' outputs with use_memory_saving_gradients, all activations without.
+            blocks' outputs with use_memory_saving_gradients, all activations without. In 16 bits
+            also the blocks' weights, cast.
         block: bytes of one block's activations and their gradients in the backward pass.
         loss: bytes of a chunk of logits with its gradient, and of the output projection's gradient.
     """
@@ -123,9 +130,10 @@ def plan(hparams: model.HParams, settings: StepSettings) -> MemoryPlan:
     trained_size = FLOAT * sum(map(math.prod, trained))
     width = BYTES[settings.precision]
     block_output = width * settings.batch_size * time * hparams.n_embd
-    stored = STORED_IN_BLOCK * block_output + _attention_weights(
-        hparams, settings.batch_size, time, width
-    )
+    in_16_bits = width < FLOAT
+    tensors = STORED_IN_BLOCK + (STORED_BESIDE_16_BITS if in_16_bits else 0)
+    attention = _attention_weights(hparams, settings.batch_size, time, width)
+    stored = tensors * block_output + attention + _cast_size(hparams, settings)
     layers = settings.train_last_blocks or hparams.n_layer
     keeps_all = not settings.use_memory_saving_gradients
     gradients = trained_size if keeps_all and not settings.accumulates else 0
@@ -137,9 +145,7 @@ def plan(hparams: model.HParams, settings: StepSettings) -> MemoryPlan:
         optimizer_state=sum(_state_size(settings.optimizer, shape) for shape in trained),
         accumulators=trained_size if settings.accumulates else 0,
         stored_activations=layers * (stored if keeps_all else block_output) + gradients,
-        block=MADE_IN_BACKWARD * block_output
-        + (0 if keeps_all else stored)
-        + _cast_size(hparams, settings),
+        block=MADE_IN_BACKWARD * block_output + (0 if keeps_all else stored),
         loss=_loss_size(hparams, settings, time, width),
     )
 
@@ -194,8 +200,9 @@ def _matrices_of_block(hparams: model.HParams) -> int:
 
 
 def _cast_size(hparams: model.HParams, settings: StepSettings) -> int:
-    """Bytes of a frozen block's matrices in the activations' type, if they are held in another."""
-    if settings.lora is None or settings.base_precision == settings.precision:
+    """Bytes of a block's matrices in the activations' type, if they are held in another."""
+    held = "float32" if settings.lora is None else settings.base_precision
+    if held == settings.precision:
         return 0
     return BYTES[settings.precision] * _matrices_of_block(hparams)
 
@@ -226,8 +233,9 @@ def _loss_size(hparams: model.HParams, settings: StepSettings, time: int, width:
     trained = trained and settings.lora is None
     # Parts are added to the accumulator one by one, or else to each other.
     copies = trained * (1 if settings.accumulates else min(chunks, 2))
-    cast = width * projection if width < FLOAT else 0
-    return 2 * FLOAT * rows * hparams.n_vocab + FLOAT * copies * projection + cast
+    # In 16 bits: the projection, and a part of its gradient before that becomes float32.
+    cast = (1 + trained) * width * projection if width < FLOAT else 0
+    return CHUNK_TENSORS * FLOAT * rows * hparams.n_vocab + FLOAT * copies * projection + cast
 
 
 def device_limit(sess: tf.compat.v1.Session) -> int | None:
