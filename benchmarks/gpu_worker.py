@@ -168,7 +168,11 @@ class Ours:
 
     def train(self, tell):
         """Seconds a step, and the peak memory of one, under the allocator limit of the task."""
-        settings = self.settings.StepSettings(**self.task["settings"])
+        # JSON knows no tuples, and settings are hashed.
+        values = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in self.task["settings"].items()
+        }
+        settings = self.settings.StepSettings(**values)
         time_ = min(settings.sequence_length or self.hparams.n_ctx, self.hparams.n_ctx)
         try:
             with self.start(self.task.get("limit")) as sess:
