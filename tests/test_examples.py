@@ -96,9 +96,11 @@ def test_stream_and_score_streams_and_ranks_texts(run):
 def test_exchange_trains_an_imported_model_and_writes_it(run, tmp_path):
     write_transformers(tmp_path / "theirs")
     out = run("exchange.py", STEPS=2, SOURCE="theirs")
-    assert Path("export/zen/model.safetensors").is_file()
-    assert Path("export/zen-f16/Modelfile").is_file()
-    assert f"llama-cli -m {Path('export/zen-f16/zen-f16.gguf')}" in out
+    adapter = out.partition("peft: PeftModel.from_pretrained(model, '")[2].partition("')")[0]
+    assert Path(adapter, "adapter_model.safetensors").is_file()
+    assert Path("export/zen-merged/model.safetensors").is_file()
+    assert Path("export/zen-merged-f16/Modelfile").is_file()
+    assert f"llama-cli -m {Path('export/zen-merged-f16/zen-merged-f16.gguf')}" in out
 
 
 @pytest.mark.parametrize("name", ["demo.py", "finetune_csv.py", "resume_and_best.py"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
+import tensorflow as tf
 from exchange_models import (
     HPARAMS,
     as_transformers,
@@ -29,6 +30,7 @@ from gpt_2_simple.exchange import huggingface
 from gpt_2_simple.generation.sequences import generate_tokens
 from gpt_2_simple.storage import checkpoint, runs, safetensors_file
 
+tf1 = tf.compat.v1
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
 FILES = [
     "README.md", "config.json", "generation_config.json", "merges.txt", "model.safetensors",
@@ -206,6 +208,16 @@ def test_import_makes_a_model_that_generates(current_folder, sess):
     for _ in range(8):
         tokens.append(int(oracle.logits(weights, HPARAMS, tokens)[-1].argmax()))
     assert text == byte_vocabulary().decode(tokens)
+
+
+def test_an_imported_model_is_restored_as_openais_code_does():
+    weights = write_transformers("theirs")
+    folder = gpt2.import_huggingface("theirs")
+    prefix = tf1.train.latest_checkpoint(folder)
+    with tf1.Session(graph=tf1.Graph()) as restored:
+        tf1.train.import_meta_graph(f"{prefix}.meta").restore(restored, prefix)
+        found = {v.op.name: restored.run(v) for v in tf1.global_variables()}
+    assert_weights_equal(found, weights)
 
 
 def test_an_exported_model_comes_back_as_it_was(weights):
