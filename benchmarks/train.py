@@ -152,6 +152,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--reference-python", help="has torch and transformers")
     parser.add_argument("--size", default="124M", choices=PUBLISHED)
+    parser.add_argument(
+        "--only", nargs="*", help="variants to run; the first is the base of ratios"
+    )
     parser.add_argument("--lora", action="store_true", help="adapters of rank 8 in all layers")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--serve", choices=VARIANTS, help=argparse.SUPPRESS)
@@ -162,7 +165,7 @@ def main():
     running = {}
     for variant, (kind, _, _) in (ADAPTERS if arguments.lora else FULL).items():
         python = sys.executable if kind is Ours else arguments.reference_python
-        if python:
+        if python and (not arguments.only or variant in arguments.only):
             running[variant] = start(variant, python, arguments.size)
     found = {variant: [] for variant in running}
     for _ in range(arguments.rounds + 1):
@@ -174,12 +177,14 @@ def main():
         process.stdin.close()
         process.wait()
     medians = {v: statistics.median(s["seconds"] for s in said[1:]) for v, said in found.items()}
-    base = medians.get("Hugging Face", medians["ours"])
+    base = medians.get("Hugging Face", next(iter(medians.values())))
     print(f"{'variant':34}{'s/step':>8}{'ratio':>8}{'peak MB':>9}  losses")
     for variant, said in found.items():
         losses = " ".join(f"{s['loss']:.2f}" for s in said)
         print(f"{variant:34}{medians[variant]:8.2f}{medians[variant] / base:8.2f}"
               f"{said[-1]['peak']:9}  {losses}")  # fmt: skip
+    if not {"ours", "ours, recomputing"} <= medians.keys():
+        return
     print(f"recomputing costs us {medians['ours, recomputing'] / medians['ours']:.2f} of a step")
     if "Hugging Face, recomputing" in medians:
         ratio = medians["ours, recomputing"] / medians["Hugging Face, recomputing"]

@@ -16,7 +16,7 @@ import gpt_2_simple as gpt2
 from gpt_2_simple import model, session
 from gpt_2_simple.storage import adapter_files, checkpoint, runs
 from gpt_2_simple.storage.adapter_state import AdapterState, read_matrices
-from gpt_2_simple.training import lora, step
+from gpt_2_simple.training import lora, step, trainer
 from gpt_2_simple.training.settings import step_settings
 
 FIXTURES = Path(__file__).parent / "fixtures" / "peft"
@@ -322,6 +322,20 @@ def test_validation_best_and_early_stopping(workplace, one_thread):
     with load("run1", checkpoint="best") as sess:
         assert session.graph_state(sess).loaded_base.changed
     assert checkpoint.is_whole("checkpoint/run1/best")
+
+
+def test_session_can_be_used_after_a_training_that_failed_to_start(
+    workplace, one_thread, monkeypatch
+):
+    def fail(*_):
+        raise ValueError("not today")
+
+    gpt2.load_gpt2(one_thread, model_name="tiny", verbose=0)
+    expected = gpt2.score(one_thread, "7 green bottles")[0].perplexity
+    monkeypatch.setattr(trainer, "build_train_ops", fail)
+    with pytest.raises(ValueError, match="not today"):
+        finetune(one_thread, 1)
+    assert gpt2.score(one_thread, "7 green bottles")[0].perplexity == pytest.approx(expected)
 
 
 def test_diverged_run_goes_back_to_its_last_adapter(workplace, one_thread):

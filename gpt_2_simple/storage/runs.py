@@ -147,7 +147,7 @@ def starting_checkpoint(restore_from: str, folder: str, base_model_folder: str) 
             only damaged checkpoints in the run, they must not be replaced without being asked.
     """
     restore_from = os.fspath(restore_from).removesuffix(".index")
-    restore_from = restore_from.rstrip(os.sep) or restore_from
+    restore_from = restore_from.rstrip("/" + os.sep) or restore_from
     if restore_from == "latest" and checkpoint.has_any(folder):
         return checkpoint.restore_path(folder)
     if restore_from in ("latest", "fresh"):

@@ -84,7 +84,10 @@ def attach_adapter(
         return None
     state.adapter = state.build_once(_build, state, config)
     described = adapter_base.describe_base(base, run, settings.model_name)
-    return AdapterState(sess, state.adapter, described, settings.lora_dropout)
+    adapter = AdapterState(sess, state.adapter, described, settings.lora_dropout)
+    # Whatever fails before the run's own values are there, the session can be used.
+    adapter.assign(first_values(state.adapter, 0))
+    return adapter
 
 
 def _build(state: session.GraphState, config: LoraConfig) -> Adapter:
