@@ -22,8 +22,8 @@ RUN = {"model_name": "tiny", "learning_rate": 0.001, "batch_size": 2, "accumulat
 SCENARIOS = {
     "adam": {},
     "regularized": {
-        "precision": "float16", "dropout": 0.1, "gradient_clip": 0.5, "weight_decay": 0.1, "warmup_steps": 3,
-        "use_memory_saving_gradients": True,
+        "precision": "float16", "dropout": 0.1, "gradient_clip": 0.5, "weight_decay": 0.1,
+        "warmup_steps": 3, "use_memory_saving_gradients": True,
     },
     "epochs": {
         "optimizer": "adafactor", "sampling": "epoch",
