@@ -78,7 +78,8 @@ print("called", len(called))
 
 def tensors(prefix):
     if os.path.isdir(prefix):
-        found = safetensors_file.find_tensors(prefix).items()
+        path = os.path.join(prefix, "adapter_model.safetensors")
+        found = safetensors_file.read_header(path).items()
         return {name: np.concatenate(list(safetensors_file.read_chunks(t))) for name, t in found}
     reader = tf.train.load_checkpoint(prefix)
     return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
