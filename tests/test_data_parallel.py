@@ -12,7 +12,7 @@ import tensorflow as tf
 import workers
 
 import gpt_2_simple as gpt2
-from gpt_2_simple.storage import checkpoint
+from gpt_2_simple.storage import checkpoint, safetensors_file
 from gpt_2_simple.training.history import read_history
 
 RUN = {"model_name": "tiny", "learning_rate": 0.001, "batch_size": 2, "accumulate_gradients": 5,
@@ -22,19 +22,22 @@ RUN = {"model_name": "tiny", "learning_rate": 0.001, "batch_size": 2, "accumulat
 SCENARIOS = {
     "adam": {},
     "regularized": {
-        "dropout": 0.1, "gradient_clip": 0.5, "weight_decay": 0.1, "warmup_steps": 3,
-        "use_memory_saving_gradients": True,
+        "precision": "float16", "dropout": 0.1, "gradient_clip": 0.5, "weight_decay": 0.1,
+        "warmup_steps": 3, "use_memory_saving_gradients": True,
     },
     "epochs": {
         "optimizer": "adafactor", "sampling": "epoch",
         "val_split": 0.3, "val_every": 2, "patience": 5,
     },
-    "float16": {"precision": "float16", "accumulate_gradients": 4},
 }  # fmt: skip
 
+# An adapter, in a session of its own: the base is held in 16 bits.
+LORA = {"lora_rank": 2, "base_precision": "bfloat16"}
+
 SCRIPT = f"""
-import json, os
+import hashlib, json, os
 import gpt_2_simple as gpt2
+from gpt_2_simple import session
 
 index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
 count = len(json.loads(os.environ["TF_CONFIG"])["cluster"]["worker"])
@@ -51,8 +54,14 @@ with gpt2.start_tf_sess(threads=1) as sess:
             checkpoint_dir=f"{{place}}/checkpoint", on_step=called.append, **settings,
         )
         print("reached", name, result.step, result.checkpoint)
-    first = gpt2.generate(sess, length=5, temperature=0, prefix="ten", return_as_list=True)
-    print("wrote", first)
+    if count == 2:
+        with gpt2.start_tf_sess(threads=1) as other:
+            settings = {{**{RUN!r}, **{LORA!r}}}
+            gpt2.finetune(other, "text.txt", 6, run_name="lora-2",
+                          checkpoint_dir=f"{{place}}/checkpoint", **settings)
+    variables = session.named_variables(session.graph_state(sess)).values()
+    values = b"".join(value.tobytes() for value in sess.run(list(variables)))
+    print("holds", hashlib.sha256(values).hexdigest())
     for changes in ({{}}, {{"on_step": lambda entry: entry.step < 10}}):
         result = gpt2.finetune(
             sess, "text.txt", 20 if changes else 3, run_name=f"resumed-{{count}}",
@@ -68,6 +77,10 @@ print("called", len(called))
 
 
 def tensors(prefix):
+    if os.path.isdir(prefix):
+        path = os.path.join(prefix, "adapter_model.safetensors")
+        found = safetensors_file.read_header(path).items()
+        return {name: np.concatenate(list(safetensors_file.read_chunks(t))) for name, t in found}
     reader = tf.train.load_checkpoint(prefix)
     return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
 
@@ -93,7 +106,9 @@ def distance(run, other):
 
 def state(run):
     """What was saved beside the weights, without times."""
-    with open(latest(run).replace("model-", "state-") + ".json") as file:
+    with open(
+        latest(run).replace("model-", "state-").replace("adapter-", "state-") + ".json"
+    ) as file:
         values = json.load(file)
     del values["seconds"]
     losses = {key: values.pop(key) for key in ("losses", "validation_loss", "best_loss")}
@@ -116,6 +131,8 @@ def place(tmp_path_factory):
                     sess, "text.txt", 6, run_name=f"{name}-1", verbose=0, **{**RUN, **changes}
                 )
             gpt2.finetune(sess, "text.txt", 10, run_name="resumed-1", verbose=0, **RUN)
+        with gpt2.start_tf_sess(threads=1) as sess:
+            gpt2.finetune(sess, "text.txt", 6, run_name="lora-1", verbose=0, **{**RUN, **LORA})
         yield folder
     finally:
         os.chdir(before)
@@ -158,7 +175,7 @@ def check_same_run(name, other):
 
 
 def check_printed(printed, count, n_steps):
-    """Worker 0 prints, calls back and names its checkpoint; all write the same text."""
+    """Worker 0 prints, calls back and names its checkpoint; all hold the same weights."""
     writer, *others = printed
     assert f"reached adam 6 ./checkpoint/adam-{count}/model-6\n" in writer
     assert "loss=" in writer
@@ -168,10 +185,10 @@ def check_printed(printed, count, n_steps):
         assert "loss=" not in out
         assert "called 0\n" in out
     assert not os.path.exists("elsewhere")
-    assert len({re.search("^wrote (.*)$", out, re.MULTILINE)[1] for out in printed}) == 1
+    assert len({re.search("^holds (.*)$", out, re.MULTILINE)[1] for out in printed}) == 1
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("name", [*SCENARIOS, "lora"])
 def test_two_workers_end_with_the_weights_of_one(place, by_two, name):
     check_same_run(f"{name}-1", f"{name}-2")
 

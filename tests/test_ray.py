@@ -136,17 +136,29 @@ def test_printed_lines_are_sent_whole():
     assert told == [("line", "ab"), ("line", "c"), ("line", "")]
 
 
+@pytest.mark.parametrize("name", ["/etc/passwd", "../model-1.index", "a/../../b"])
+def test_files_land_in_the_run_alone(tmp_path, name):
+    training = on_ray._Training.__new__(on_ray._Training)
+    training.run = str(tmp_path)
+    with pytest.raises(ValueError, match="is no file of a run"):
+        training._receive(name, b"")
+
+
 def test_save_that_came_back_replaces_older_checkpoints(tmp_path):
     """Files of the caller's own, and those that the workers have still, stay."""
     training = on_ray._Training.__new__(on_ray._Training)
     training.run = str(tmp_path)
     for name in ("model-1.index", "optimizer-1.index", "notes.txt", "model-2.index"):
         (tmp_path / name).write_text("old")
-    for name in ("checkpoint", "model-3.index", "model-3.data-00000-of-00001"):
+    (tmp_path / "adapter-1").mkdir()
+    (tmp_path / "adapter-1" / "adapter_config.json").write_text("old")
+    new = ("checkpoint", "model-3.index", "model-3.data-00000-of-00001", "adapter-3/a.json")
+    for name in new:
         training._receive(name, b"new")
     assert not (tmp_path / "model-3.index").exists()
-    training._put_in_place({"checkpoint": 3, "model-2.index": 3, "model-3.index": 3,
-                            "model-3.data-00000-of-00001": 3})  # fmt: skip
+    training._put_in_place(dict.fromkeys((*new, "model-2.index"), 3))
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["adapter-3"]
+    assert (tmp_path / "adapter-3" / "a.json").read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
         "checkpoint", "model-2.index", "model-3.data-00000-of-00001", "model-3.index", "notes.txt",
     ]  # fmt: skip

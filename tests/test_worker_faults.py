@@ -54,6 +54,7 @@ def place(workplace):
 
 def errors_of(ended):
     """The last printed line of each worker."""
+    assert all(worker.out for worker in ended), ended
     return [worker.out.strip().splitlines()[-1] for worker in ended]
 
 
@@ -110,12 +111,12 @@ def test_worker_whose_loss_is_not_a_number_is_named_on_all_sides(place):
 FULL_DISK = """
 import errno
 from gpt_2_simple.storage import checkpoint
-write = checkpoint._write_checkpoint
+write = checkpoint.write_checkpoint
 def full(sess, ops, prefix):
     if "model-4" in prefix:
         raise OSError(errno.ENOSPC, "No space left on device")
     write(sess, ops, prefix)
-checkpoint._write_checkpoint = full
+checkpoint.write_checkpoint = full
 """
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import math
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -37,7 +38,9 @@ from .tf_config import VARIABLE
 
 POLL_SECONDS = 0.3
 # Files of a run that start so belong to one checkpoint, and go when that goes.
-_OF_CHECKPOINT = tuple(f"{kind}-" for kind in (runs.MODEL, runs.OPTIMIZER, runs.STATE))
+_OF_CHECKPOINT = tuple(
+    f"{kind}-" for kind in (runs.MODEL, runs.ADAPTER, runs.OPTIMIZER, runs.STATE)
+)
 _INCOMING = ".receiving"
 
 
@@ -202,10 +205,9 @@ class _Training:
             for number, file in enumerate(find_files(dataset) if dataset is not None else []):
                 name = os.path.basename(file.path)
                 found[f"{kind}/{number:06d}/{name}"] = file.path
-        for name in sorted(os.listdir(self.run)):
-            path = os.path.join(self.run, name)
-            if os.path.isfile(path) and not name.startswith((".", "events.")):
-                found[f"checkpoint/{settings.run_name}/{name}"] = path
+        for name in ray_job.files_of_run(self.run):
+            if not name.startswith("events."):
+                found[f"checkpoint/{settings.run_name}/{name}"] = os.path.join(self.run, name)
         return {place: self.ray.put(Path(path).read_bytes()) for place, path in found.items()}
 
     # --- what comes back --------------------------------------------------------------------------
@@ -286,23 +288,33 @@ class _Training:
 
     def _receive(self, name: str, content: bytes) -> None:
         """Writes a file of a save that is not complete yet."""
-        folder = os.path.join(self.run, _INCOMING)
-        os.makedirs(folder, exist_ok=True)
-        with write_whole(os.path.join(folder, os.path.basename(name))) as file:
+        if os.path.isabs(name) or ".." in name.split("/"):
+            raise ValueError(f"{name!r} is no file of a run")
+        path = os.path.join(self.run, _INCOMING, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with write_whole(path) as file:
             file.write(content)
 
     def _put_in_place(self, listing: Mapping[str, int]) -> None:
         """Completes a save: an index comes after its data, the list of checkpoints last."""
         folder = os.path.join(self.run, _INCOMING)
-        received = os.listdir(folder) if os.path.isdir(folder) else []
 
         def order(name: str) -> tuple[bool, bool, str]:
             return name == checkpoint.LIST_FILE, name.endswith(".index"), name
 
-        for name in sorted(received, key=order):
-            replace(os.path.join(folder, name), os.path.join(self.run, name))
+        for name in sorted(ray_job.files_of_run(folder), key=order):
+            path = os.path.join(self.run, name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            replace(os.path.join(folder, name), path)
+        shutil.rmtree(folder, ignore_errors=True)
         sync(self.run)
+        kept = {name.partition("/")[0] for name in listing}
         for name in os.listdir(self.run):
-            if name.startswith(_OF_CHECKPOINT) and name not in listing:
+            path = os.path.join(self.run, name)
+            if not name.startswith(_OF_CHECKPOINT) or name in kept:
+                continue
+            if os.path.isdir(path):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 with contextlib.suppress(OSError):
-                    os.remove(os.path.join(self.run, name))
+                    os.remove(path)

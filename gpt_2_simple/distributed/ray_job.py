@@ -6,6 +6,7 @@ No TensorFlow: Ray loads this in processes that do not train.
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -51,6 +52,12 @@ class Mailbox:
     def is_stopped(self) -> bool:
         """Whether the caller wants that."""
         return self._is_stopped
+
+
+def files_of_run(folder: str) -> list[str]:
+    """A run's files, also those in the folders of adapters, with '/'; without hidden ones."""
+    found = (path.relative_to(folder) for path in sorted(Path(folder).rglob("*")) if path.is_file())
+    return [path.as_posix() for path in found if not any(p.startswith(".") for p in path.parts)]
 
 
 def work(config: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from ..training.finetune import finetune
 from ..training.history import Entry
 from ..training.trainer import Diverged, Trainer
 from .channel import WorkerLost
-from .ray_job import RayJob
+from .ray_job import RayJob, files_of_run
 from .worker import as_failure
 
 # Beside a run's files in Ray's storage: the step after which the training ends.
@@ -137,9 +137,9 @@ class _Worker:
 
     def _send_run(self) -> None:
         listing: dict[str, int] = {}
-        for name in sorted(os.listdir(self.run_folder)):
+        for name in files_of_run(self.run_folder):
             path = os.path.join(self.run_folder, name)
-            if name.startswith(".") or name == TARGET or not os.path.isfile(path):
+            if name == TARGET:
                 continue
             state = os.stat(path)
             listing[name] = state.st_size
