@@ -114,7 +114,8 @@ def build_decode(weights: model.Weights, hparams: model.HParams, one_row: bool) 
     ops, matmul = Decode(), ONE_ROW if one_row else FEW_ROWS
     n_steps = tf.shape(ops.uniform)[0]
     cache = grow_cache(take_cache(ops.cache_key, hparams), ops.added_columns)
-    n_rows = 1 if one_row else tf.size(ops.last_tokens)
+    # Not the number 1 for one row: TensorFlow would order sums in another way then.
+    n_rows = tf.size(ops.last_tokens)
     forward = _CachedForward(weights, hparams, cache, 0, n_rows, 1, matmul)
     first_columns = ops.columns[:, tf.newaxis]
 
