@@ -3,9 +3,12 @@
 import asyncio
 import contextlib
 import json
+import runpy
 import socket
+import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -553,3 +556,15 @@ def test_an_error_in_the_server_tells_no_secret(http, monkeypatch, capsys):
     assert answer.json()["error"]["type"] == "server_error"
     printed = capsys.readouterr()
     assert "secret" not in answer.text + printed.out + printed.err
+
+
+def test_the_example_with_openais_client(address, monkeypatch, capsys):
+    example = Path(__file__).parent.parent / "examples" / "serve_client.py"
+    monkeypatch.setattr(
+        sys, "argv", [str(example), "--address", address, "--prompt", "Once", "--max_tokens", "6"]
+    )
+    runpy.run_path(str(example), run_name="__main__")
+    out = capsys.readouterr().out
+    assert f"--- two texts of {NAME}\nOnce" in out
+    assert "12 tokens were written" in out
+    assert "--- how likely each token was\n" in out
