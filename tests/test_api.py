@@ -19,6 +19,7 @@ import gpt_2_simple as gpt2
 from gpt_2_simple import session
 from gpt_2_simple.serving import api
 from gpt_2_simple.serving import engine as engines
+from gpt_2_simple.serving import server as servers
 from gpt_2_simple.serving.engine import Engine
 from gpt_2_simple.serving.server import Server, address_of, bound_socket
 
@@ -540,6 +541,7 @@ def test_the_description_lists_every_parameter(http):
     for name in ("prompt", "max_tokens", "logit_bias", "top_k", "truncate_prompt_tokens", "n"):
         assert properties[name]["description"]
     assert properties["n"]["maximum"] == 8
+    assert properties["model"]["enum"] == [NAME]
     assert properties["temperature"] == {
         "description": properties["temperature"]["description"],
         "type": ["number", "null"], "minimum": 0, "maximum": 2, "default": 1.0,
@@ -568,3 +570,57 @@ def test_the_example_with_openais_client(address, monkeypatch, capsys):
     assert f"--- two texts of {NAME}\nOnce" in out
     assert "12 tokens were written" in out
     assert "--- how likely each token was\n" in out
+
+
+def connect(address):
+    host, port = address.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)))
+    connection.settimeout(20)
+    return connection
+
+
+def read_all(connection):
+    """All that comes until the server closes the connection."""
+    found = b""
+    with contextlib.suppress(ConnectionError):
+        while part := connection.recv(65536):
+            found += part
+    return found
+
+
+def test_idle_and_half_open_connections_are_closed_and_others_served(engine, monkeypatch):
+    monkeypatch.setattr(servers, "HEAD_SECONDS", 2)
+    with served({NAME: engine}) as (address, _), contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(connect(address)) for _ in range(200)]
+        for connection in idle[:100]:
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")  # and no more
+        answer = httpx.post(f"{address}/v1/completions", json={"model": NAME, "prompt": "A"})
+        assert answer.status_code == 200
+        assert all(read_all(connection) == b"" for connection in idle)
+
+
+def test_too_many_connections_are_closed_at_once(engine, monkeypatch):
+    monkeypatch.setattr(servers, "MAX_CONNECTIONS", 3)
+    with served({NAME: engine}) as (address, _), contextlib.ExitStack() as stack:
+        first = [stack.enter_context(connect(address)) for _ in range(3)]
+        assert read_all(stack.enter_context(connect(address))) == b""
+        first[0].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert b"200 OK" in read_all(first[0])
+
+
+@pytest.mark.parametrize("flood", [b"X: " + b"a" * 100_000, b"a: b\r\n" * 20_000])
+def test_a_flood_of_headers_is_refused(address, flood):
+    with connect(address) as connection:
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n" + flood)
+        answer = read_all(connection)
+        assert answer == b"" or b" 400 " in answer.splitlines()[0]
+    assert httpx.get(f"{address}/health").status_code == 200
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(address, monkeypatch):
+    monkeypatch.setattr(api, "BODY_SECONDS", 0.2)
+    with connect(address) as connection:
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{"
+        connection.sendall(head)
+        assert b"did not arrive in time" in connection.recv(65536) + connection.recv(65536)

@@ -182,7 +182,9 @@ class _Api:
         self.created = int(time.time())
         max_choices = min([MAX_CHOICES, *(e.max_batch for e in self.engines.values())])
         version = importlib.metadata.version("gpt_2_simple")
-        self.description = describe(version, max_choices, limits.api_key is not None)
+        self.description = describe(
+            version, list(self.engines), max_choices, limits.api_key is not None
+        )
 
     # --- errors -----------------------------------------------------------------------------------
 

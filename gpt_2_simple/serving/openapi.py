@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from ..common.settings import Field, fields_of
@@ -11,11 +12,14 @@ from .settings import STRUCTURED_PARAMETERS, CompletionSettings
 _JSON_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean"}
 
 
-def describe(version: str, max_choices: int, has_key: bool) -> dict[str, Any]:
+def describe(
+    version: str, models: Sequence[str], max_choices: int, has_key: bool
+) -> dict[str, Any]:
     """The description, as JSON.
 
     Args:
         version: of the library.
+        models: the names that may be asked for.
         max_choices: the most texts for a prompt.
         has_key: whether requests need a key.
     """
@@ -33,7 +37,7 @@ def describe(version: str, max_choices: int, has_key: bool) -> dict[str, Any]:
         "/health": {"get": _get("Whether the server can answer", "Health", 403, 503)},
     }
     schemas = {
-        "CompletionRequest": _completion_request(max_choices),
+        "CompletionRequest": _completion_request(models, max_choices),
         "Completion": _object(
             {
                 "id": {"type": "string"},
@@ -68,9 +72,10 @@ def describe(version: str, max_choices: int, has_key: bool) -> dict[str, Any]:
     }
 
 
-def _completion_request(max_choices: int) -> dict[str, Any]:
+def _completion_request(models: Sequence[str], max_choices: int) -> dict[str, Any]:
     fields = fields_of(CompletionSettings)
     properties = {name: _parameter(field) for name, field in fields.items()}
+    properties["model"]["enum"] = list(models)
     for name in ("n", "best_of"):
         properties[name]["maximum"] = max_choices
     return {
