@@ -167,7 +167,7 @@ def _get(summary: str, schema: str, *errors: int) -> dict[str, Any]:
 
 def _completions() -> dict[str, Any]:
     answer = _json("Completion", "The texts; with stream=true, pieces of them")
-    answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    answer["content"]["text/event-stream"] = {}  # pieces of a Completion, then "[DONE]"
     return {
         "summary": "Continue a text",
         "requestBody": {"required": True, **_json("CompletionRequest", "What to write")},
