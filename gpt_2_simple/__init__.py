@@ -63,6 +63,7 @@ __all__ = [
     "reset_session",
     "sample",
     "score",
+    "serve",
     "start_tf_sess",
     "tf",
 ]

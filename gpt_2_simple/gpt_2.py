@@ -15,6 +15,7 @@ from .exchange.huggingface import export_huggingface, import_huggingface
 from .exchange.push import push_to_hub
 from .generation.generate import generate, generate_stream, generate_to_file
 from .generation.scoring import next_token_probs, score
+from .serving.launch import serve
 from .session import get_available_gpus, reset_session, start_tf_sess
 from .storage.add_tokens import add_tokens
 from .storage.create import create_gpt2
@@ -73,6 +74,7 @@ __all__ = [
     "reset_session",
     "sample",
     "score",
+    "serve",
     "start_tf_sess",
     "tf",
 ]

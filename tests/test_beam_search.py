@@ -114,7 +114,7 @@ def test_beam_search_interrupted_at_prefill_frees_the_cache(small_sess, monkeypa
     def interrupted(self, rows):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sequences.Generation, "prefill", interrupted)
+    monkeypatch.setattr(sequences.Generation, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
         search(small_sess, [[3]], 4, Beams(2))
 

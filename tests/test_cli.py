@@ -99,6 +99,7 @@ def record(calls, name, signature, *args, **kwargs):
 FUNCTIONS = {
     "finetune": {gpt_2: ["finetune"]},
     "generate": {gpt_2: ["generate", "load_gpt2"]},
+    "serve": {gpt_2: ["serve"]},
     "download": {download: ["download_gpt2"]},
     "create": {create: ["create_gpt2"]},
     "encode": {dataset: ["encode_dataset"]},
@@ -333,7 +334,7 @@ def sample_value(field):
         return str(not field.default), not field.default
     if float in field.kinds:
         return "0.5", 0.5
-    text = f"some {field.name}"
+    text = " word=2" if field.name == "logit_bias" else f"some {field.name}"
     return text, [text] if field.setting.repeatable else text
 
 

@@ -233,7 +233,7 @@ def settings_tables():
 
 def test_settings_tables_name_parameters_with_their_defaults():
     rows = list(settings_tables())
-    assert {function for function, _ in rows} == {"finetune", "generate"}
+    assert {function for function, _ in rows} == {"finetune", "generate", "serve"}
     for function, cell in rows:
         parameters = inspect.signature(getattr(gpt2, function)).parameters
         for setting in re.findall(r"`([^`]+)`", cell):

@@ -24,6 +24,9 @@ from gpt_2_simple.sample import Beams, SamplingParams
         ({"no_repeat_ngram_size": -2}, "no_repeat_ngram_size=-2"),
         ({"stop_token": -5}, "stop_token=-5"),
         ({"bad_words": [[1], []]}, "empty word"),
+        ({"presence_penalty": 2.5}, "presence_penalty=2.5"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty=nan"),
+        ({"logit_bias": [(1, 1e9)]}, "logit_bias="),
     ],
 )
 def test_sampling_params_out_of_range(settings, message):
@@ -42,7 +45,7 @@ def test_sampling_params_and_beams_have_the_defaults_of_generate():
     shared = {
         field.name: getattr(settings, field.name)
         for field in dataclasses.fields(SamplingParams)
-        if field.name not in ("bad_words", "stop_token")
+        if field.name not in ("bad_words", "stop_token", "logit_bias")
     }
     assert SamplingParams(**shared) == SamplingParams()
     assert Beams(settings.num_beams, settings.length_penalty) == Beams()

@@ -55,6 +55,7 @@ FUNCTION_IMPORTS = {
     ("training.history", "IPython.display"),  # there only in notebooks
     ("storage.drive", "google.colab"),  # there only in Colab
     ("distributed.launcher", "training.trainer"),  # TensorFlow, for the result alone
+    ("serving.server", "resource"),  # Windows has none
 }
 
 # Rooms and modules that load without TensorFlow.
@@ -66,7 +67,7 @@ WITHOUT_TENSORFLOW = [
     "exchange.settings", "exchange.adapter_settings", "exchange.tensor_names",
     "exchange.config_file", "exchange.tokenizer_files", "exchange.hub",
     "distributed.tf_config", "distributed.channel", "distributed.launcher",
-    "distributed.ray_job",
+    "distributed.ray_job", "serving.settings",
 ]  # fmt: skip
 
 # gpt-2-simple 0.8.1's functions: names, order and defaults of their arguments.

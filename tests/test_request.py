@@ -1,5 +1,6 @@
 """Requests made from settings: token ids, rows at the same time, and what is refused."""
 
+import numpy as np
 import pytest
 
 from gpt_2_simple import model
@@ -42,6 +43,40 @@ def test_bad_words_are_forbidden_with_and_without_a_space_before():
     assert build(bad_words=["no"]).sampling.bad_words == tuple(expected)
     with pytest.raises(ValueError, match="empty string"):
         build(bad_words=[""])
+
+
+def test_logit_bias_names_tokens_as_text_or_ids():
+    n, end = ENCODER.encode("n")[0], ENCODER.end_of_text
+    assert build(logit_bias={"n": 2, np.int64(5): -1.5}).sampling.logit_bias == (
+        (n, 2.0),
+        (5, -1.5),
+    )
+    assert build(logit_bias=["n=2", "<|endoftext|>=-100"]).sampling.logit_bias == (
+        (n, 2.0),
+        (end, -100.0),
+    )
+    equals = ENCODER.encode("=")[0]
+    assert build(logit_bias=["==0.5"]).sampling.logit_bias == ((equals, 0.5),)
+    assert build(logit_bias={"n": 1, n: 2}).sampling.logit_bias == ((n, 2.0),)
+
+
+@pytest.mark.parametrize(
+    ("biases", "message"),
+    [
+        ({"no": 1.0}, r"'no': it is no token; its tokens are \['n', 'o'\]"),
+        ({"n": 101}, "from -100 to 100"),
+        ({"n": float("nan")}, "from -100 to 100"),
+        ({"": 1.0}, "logit_bias="),
+        ({1.5: 1.0}, "logit_bias="),
+        (["n"], "logit_bias="),
+        (["n=much"], "logit_bias="),
+        ("n", "logit_bias="),
+        (5, "logit_bias=5"),
+    ],
+)
+def test_impossible_biases_are_refused(biases, message):
+    with pytest.raises(ValueError, match=message):
+        build(logit_bias=biases)
 
 
 def test_endoftext_is_one_token_everywhere():

@@ -6,7 +6,7 @@ import pytest
 from small_model import HPARAMS, PREFIXES, WEIGHTS, expected, log_softmax, started, write
 
 from gpt_2_simple.generation import sampling
-from gpt_2_simple.sample import SamplingParams
+from gpt_2_simple.sample import SamplingParams, generate_tokens
 
 SETTINGS = {
     "all": ({"temperature": 1.0}, lambda p: p),
@@ -137,6 +137,82 @@ def test_min_length_holds_the_stop_token_back(small_sess):
     prefix, stop = next(case for case in cases if held_back(*case)[4] == case[1])
     settings = SamplingParams(temperature=0, stop_token=stop, min_length=4)
     assert write(small_sess, [prefix], 40, settings, chunk=3)[0].tolist() == held_back(prefix, stop)
+
+
+def biased(biases):
+    def change(logits, *_):
+        for token, bias in biases.items():
+            logits[token] += bias
+        return logits
+
+    return change
+
+
+def added(prefix, presence=0.0, frequency=0.0):
+    def change(logits, text, _):
+        counts = np.bincount(text[len(prefix) :], minlength=len(logits))
+        return logits - presence * (counts > 0) - frequency * counts
+
+    return change
+
+
+def test_logit_bias(small_sess):
+    plain = [expected(prefix, 30) for prefix in PREFIXES]
+    biases = {plain[0][2]: -100.0, plain[1][4]: -0.5, 17: 1.5, 60: 0.0}
+    settings = SamplingParams(temperature=0, logit_bias=tuple(biases.items()))
+    found = write(small_sess, PREFIXES, 30, settings, chunk=8)
+    assert found.tolist() == [expected(prefix, 30, biased(biases)) for prefix in PREFIXES]
+    assert plain[0][2] not in found
+
+
+@pytest.mark.parametrize("by", [{"presence": 1.5}, {"frequency": 0.4}, {"frequency": -0.3}])
+def test_presence_and_frequency_penalty_count_new_tokens(small_sess, by):
+    settings = SamplingParams(temperature=0, **{f"{name}_penalty": by[name] for name in by})
+    found = write(small_sess, PREFIXES, 40, settings, chunk=8)
+    assert found.tolist() == [expected(prefix, 40, added(prefix, **by)) for prefix in PREFIXES]
+    assert found.tolist() != [expected(prefix, 40) for prefix in PREFIXES]
+
+
+# Settings that differ in each way that rows of a batch may differ.
+MIXED = [
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=1.0, top_k=5),
+    SamplingParams(temperature=0.7, top_k=20, top_p=0.8, presence_penalty=1.0),
+    SamplingParams(temperature=1.3, top_p=0.6, frequency_penalty=0.5),
+    SamplingParams(temperature=0.9),
+    SamplingParams(temperature=0, repetition_penalty=1.4, logit_bias=((17, 2.0),)),
+    SamplingParams(temperature=1.0, no_repeat_ngram_size=2, top_k=30),
+    SamplingParams(temperature=0, no_repeat_ngram_size=3, bad_words=((5,), (1, 2))),
+    SamplingParams(temperature=2.0, bad_words=((9, 9, 9), (3,)), logit_bias=((4, -50), (5, 3))),
+    SamplingParams(temperature=0, stop_token=44, min_length=12),
+    SamplingParams(temperature=1.0, top_k=61, top_p=0.5),
+    SamplingParams(temperature=0, stop_token=44),
+]
+
+
+@pytest.mark.parametrize("chunk", [1, 9, None])
+def test_rows_with_settings_of_their_own_equal_rows_alone(small_sess, chunk):
+    prefixes = [PREFIXES[i % 4] for i in range(len(MIXED))]
+    alone = [
+        write(small_sess, [prefix], 40, settings, seed=3, row_ids=[i])[0].tolist()
+        for i, (prefix, settings) in enumerate(zip(prefixes, MIXED, strict=True))
+    ]
+    found = write(small_sess, prefixes, 40, MIXED, seed=3, chunk=chunk).tolist()
+    for row, tokens in zip(found, alone, strict=True):
+        assert row[: len(tokens)] == tokens
+        assert set(row[len(tokens) :]) <= {-1}
+    assert len(alone[-1]) < 40  # a row ends beside the others
+
+
+def test_a_row_without_an_allowed_token_leaves_the_others_whole(small_sess):
+    everything = tuple((token,) for token in range(HPARAMS.n_vocab))
+    settings = [SamplingParams(temperature=0), SamplingParams(bad_words=everything)]
+    tokens = generate_tokens(small_sess, [[7], [7]], 10, settings, chunk=10)
+    first = next(tokens)
+    assert first[0].tolist() == expected([7], 10)
+    assert first[1].tolist() == [-1] * 10
+    with pytest.raises(ValueError, match="leave no token"):
+        next(tokens)
 
 
 def test_no_allowed_token_is_an_error(small_sess):

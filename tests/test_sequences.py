@@ -142,6 +142,8 @@ def test_send_ends_rows(small_sess):
         ({"length": 2.0}, "length=2.0"),
         ({"seed": "x"}, "seed='x'"),
         ({"seed": 1.5}, "seed=1.5"),
+        ({"sampling": [SamplingParams()] * 2}, "2 sampling for 1 prefixes"),
+        ({"sampling": SamplingParams(logit_bias=((61, 1.0),))}, "token 61"),
         ({"row_ids": [1, 2]}, "2 row_ids for 1 prefixes"),
         ({"chunk": 0}, "chunk=0"),
         ({"sampling": SamplingParams(stop_token=61)}, "stop_token=61"),

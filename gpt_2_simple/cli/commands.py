@@ -28,6 +28,7 @@ from ..distributed.launcher import LaunchSettings
 from ..exchange.adapter_settings import MergeSettings
 from ..exchange.settings import ExportSettings, GgufSettings, ImportSettings, PushSettings
 from ..generation.settings import FILES, TEXT, GenerationSettings
+from ..serving.settings import ServeSettings
 from ..storage.settings import AddTokensSettings, CreateSettings, DownloadSettings, LoadSettings
 from ..training.settings import MEMORY as MEMORY_GROUP
 from ..training.settings import MemoryPlanSettings, PlotSettings, TrainingSettings
@@ -332,6 +333,31 @@ GENERATE = Command(
 )
 
 
+# --- serve ----------------------------------------------------------------------------------------
+
+
+def _serve(options: Options) -> int:
+    settings = ServeSettings(**options)  # wrong ones are told before a model is downloaded
+    gpt2 = _module("gpt_2")
+    for name in settings.model_name or ():
+        _ensure_model(gpt2, name, settings.model_dir)
+    gpt2.serve(**options)
+    return 0
+
+
+SERVE = Command(
+    run=_serve,
+    summary="Serve runs or models over HTTP, with OpenAI's completions API. Ctrl-C stops.",
+    examples=(
+        "gpt_2_simple serve --run_name run1",
+        "gpt_2_simple serve --run_name poems --run_name prose --port 8080",
+        "gpt_2_simple serve --model_name 124M --host 0.0.0.0 --api_key KEY",
+    ),
+    settings=[ServeSettings],
+    positional="run_name",
+)
+
+
 # --- memory and plot ------------------------------------------------------------------------------
 
 
@@ -540,6 +566,7 @@ ENCODE_CSV = Command(
 COMMANDS = {
     "finetune": FINETUNE,
     "generate": GENERATE,
+    "serve": SERVE,
     "download": DOWNLOAD,
     "create": CREATE,
     "add_tokens": ADD_TOKENS,

@@ -10,10 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from .. import session
 from ..common.checks import check_whole
 from .decode import build_beam_step
-from .kv_cache import build_once, run
+from .kv_cache import build_once, model_precision, run
 from .sampling import NOTHING_LEFT, check_status
 from .sequences import Generation, Sequence, fit_prefixes
 from .settings import Beams, SamplingParams
@@ -79,19 +78,21 @@ class BeamSearch(Generation):
         """
         sampling = sampling or SamplingParams()
         length = check_whole("length", length, 1)
-        self.settings, self.ends = beams, ends
+        super().__init__(sess)
+        self.settings, self.ends, self.length, self.sampling = beams, ends, length, sampling
+        self.n_generated = 0  # new tokens that each beam has
         # The beams of a prefix are equal at first: only one of them may be extended.
         start = [Beam([], 0.0, 0), *[Beam([], -math.inf, 0)] * (beams.count - 1)]
         self.groups = [
-            BeamGroup(prefix, [Sequence(list(prefix)) for _ in start], start)
-            for prefix in fit_prefixes(sess, prefixes, length, sampling)
+            BeamGroup(prefix, [Sequence(list(prefix), sampling, length) for _ in start], start)
+            for prefix in fit_prefixes(sess, prefixes, length, [sampling])
         ]
-        rows = [row for group in self.groups for row in group.rows]
-        super().__init__(sess, rows, length, sampling)
+        self.parents: list[int] = []  # the cache's row that each of the rows continues from
 
     def __enter__(self) -> BeamSearch:
         try:
-            self.start()
+            self.add([row for group in self.groups for row in group.rows])
+            self.parents = list(range(len(self.rows)))
         except BaseException:
             self.free()
             raise
@@ -99,7 +100,7 @@ class BeamSearch(Generation):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is GeneratorExit:  # perhaps the garbage collector's; see unused_keys
-            self.unused.extend(self.keys)
+            self.release()
         else:
             self.free()
 
@@ -122,32 +123,44 @@ class BeamSearch(Generation):
             RuntimeError: the weights are not finite numbers.
             ValueError: the penalties leave no token to choose.
         """
-        self.slide_windows()
+        self._leave_groups()
         ops = build_once(self.sess, build_beam_step)
-        n_vocab = session.graph_state(self.sess).hparams.n_vocab
         feeds = {
             **self.step_feeds(ops, 1),
             ops.text_tokens: self.text_tokens(0),
-            ops.parents: self.cache_rows,
+            ops.parents: self.parents,
             # Even if every beam has an end among its candidates, enough others are left.
-            ops.count: min(2 * self.settings.count, n_vocab),
+            ops.count: min(2 * self.settings.count, self.hparams.n_vocab),
         }
         fetches = [ops.tokens, ops.log_probabilities, ops.status, ops.run]
         tokens, log_probabilities, status, _ = run(self.sess, fetches, feeds)
-        self.check(status)
-        self.cache_length += 1
+        self.n_slots = len(self.rows)
+        for row, fault in zip(self.rows, status.tolist(), strict=True):
+            row.status = fault
+        self.check()
         self.n_generated += 1
-        self.cache_rows = list(range(len(self.live)))
+        self.parents = list(range(len(self.rows)))
         running = [group for group in self.groups if not group.done]
         for group in running:
-            places = [self.live.index(row) for row in group.rows]
+            places = [self.rows.index(row) for row in group.rows]
             self._extend(group, tokens[places], log_probabilities[places])
             self._update_finished(group)
             for row, beam in zip(group.rows, group.beams, strict=True):
                 row.tokens = group.prefix + beam.new_tokens
-                row.ended = group.done
-                self.cache_rows[self.live.index(row)] = places[beam.parent]
+                row.ended, row.n_generated = group.done, self.n_generated
+                self.parents[self.rows.index(row)] = places[beam.parent]
         return len(running)
+
+    def _leave_groups(self) -> None:
+        """Drops the rows of finished searches once they are many; moves full windows."""
+        full = [row for row in self.rows if self.room(row) < 1]
+        if not full and 4 * sum(row.ended for row in self.rows) <= len(self.rows):
+            return
+        kept = [(row, p) for row, p in zip(self.rows, self.parents, strict=True) if not row.ended]
+        self.rows, self.parents = [row for row, _ in kept], [parent for _, parent in kept]
+        self._rearrange(self.parents, self.capacity)
+        self.parents = list(range(len(self.rows)))
+        self.slide_windows()
 
     def _extend(self, group: BeamGroup, tokens: np.ndarray, log_probabilities: np.ndarray) -> None:
         """Replaces the beams by their likeliest extensions, given candidates [beams, count]."""
@@ -156,7 +169,7 @@ class BeamSearch(Generation):
         likeliest = _likeliest(group.beams, tokens, log_probabilities, 2 * count)
         first = next(likeliest, None)
         if first is None:
-            check_status(np.array([NOTHING_LEFT]), self.precision)
+            check_status(np.array([NOTHING_LEFT]), model_precision(self.sess))
         for rank, beam in enumerate(filter(None, [first, *likeliest])):
             if self._has_ended(beam.new_tokens):
                 if rank < count:

@@ -24,15 +24,26 @@ from .sampling import (
 )
 
 
+class Likeliest(NamedTuple):
+    """Log-probabilities of tokens that came, and of the likeliest in their places."""
+
+    log_probabilities: Any  # of the tokens that came [rows, time]
+    top_log_probabilities: Any  # of the likeliest, the best first [rows, time, n]
+    top_tokens: Any  # the likeliest [rows, time, n]
+
+
 @dataclasses.dataclass
 class Prefill:
-    """Writes the keys and values of given tokens to a cache."""
+    """Writes the keys and values of given tokens to rows of a cache."""
 
     cache_key: Any = placeholder(tf.int64)
-    cache_length: Any = placeholder(tf.int32)  # columns in use; the tokens come after them
+    first_row: Any = placeholder(tf.int32)  # the cache's row that gets the first row of tokens
+    first_column: Any = placeholder(tf.int32)  # the column that the first of the tokens gets
     tokens: Any = placeholder(tf.int32, None, None)  # [rows, time]
-    left_pads: Any = placeholder(tf.int32, None)  # columns at the left that a row does not see
+    next_tokens: Any = placeholder(tf.int32, None, None)  # the token after each [rows, time]
+    n_likeliest: Any = placeholder(tf.int32)
     run: Any = fetched()
+    likeliest: Any = fetched()  # Likeliest, for `next_tokens`; costs nothing unless fetched
 
 
 @dataclasses.dataclass
@@ -45,11 +56,10 @@ class StepInputs:
 
     cache_key: Any = placeholder(tf.int64)
     last_tokens: Any = placeholder(tf.int32, None)  # each text's last [rows], not in the cache yet
-    left_pads: Any = placeholder(tf.int32, None)  # columns at the left that a row does not see
-    cache_length: Any = placeholder(tf.int32)  # columns in use
+    columns: Any = placeholder(tf.int32, None)  # the columns that these tokens get [rows]
     added_columns: Any = placeholder(tf.int32)  # columns by which the cache grows first
     text_tokens: Any = placeholder(tf.int32, None, None)
-    n_generated: Any = placeholder(tf.int32)  # new tokens that each text has
+    n_generated: Any = placeholder(tf.int32, None)  # new tokens that each text has [rows]
     sampling: SamplingPlaceholders = dataclasses.field(default_factory=SamplingPlaceholders)
 
 
@@ -57,13 +67,16 @@ class StepInputs:
 class Decode(StepInputs):
     """Generates some tokens for each text, one after the other.
 
-    `text_tokens` have a further -1 on the right for each step.
+    The texts are in the cache's first rows; it may have more. `text_tokens` have a further -1 on
+    the right for each step.
     """
 
     uniform: Any = placeholder(tf.float64, None, None)  # numbers in [0, 1) [steps, rows]
     ended: Any = placeholder(tf.bool, None)  # rows that need no more tokens [rows]
+    n_likeliest: Any = placeholder(tf.int32)
     tokens: Any = fetched()  # [rows, steps], -1 after a row's end; fewer steps if all rows end
     status: Any = fetched()  # [rows]; see sampling.check_status; a fault ends its row
+    likeliest: Any = fetched()  # Likeliest, before penalties; costs nothing unless fetched
     run: Any = fetched()  # keeps the cache in the session
 
 
@@ -83,9 +96,15 @@ def build_prefill(weights: model.Weights, hparams: model.HParams) -> Prefill:
     """Adds the operations of Prefill to the graph."""
     ops = Prefill()
     cache = take_cache(ops.cache_key, hparams)
-    n_tokens = tf.shape(ops.tokens)[1]
-    forward = _CachedForward(weights, hparams, cache, ops.left_pads, n_tokens, MANY_ROWS)
-    _, cache = forward(cache, ops.tokens, ops.cache_length)
+    n_rows, n_tokens = tf.unstack(tf.shape(ops.tokens))
+    forward = _CachedForward(weights, hparams, cache, ops.first_row, n_rows, n_tokens, MANY_ROWS)
+    columns = tf.broadcast_to(ops.first_column + tf.range(n_tokens), [n_rows, n_tokens])
+    h, cache = forward(cache, ops.tokens, columns)
+    logits = MANY_ROWS.unembed(h, weights.wte)
+    found = _likeliest(logits, tf.reshape(ops.next_tokens, [-1]), ops.n_likeliest)
+    ops.likeliest = Likeliest(
+        *(tf.reshape(x, tf.concat([[n_rows, n_tokens], tf.shape(x)[1:]], 0)) for x in found)
+    )
     ops.run = store_cache(ops.cache_key, cache)
     return ops
 
@@ -95,16 +114,22 @@ def build_decode(weights: model.Weights, hparams: model.HParams, one_row: bool) 
     ops, matmul = Decode(), ONE_ROW if one_row else FEW_ROWS
     n_steps = tf.shape(ops.uniform)[0]
     cache = grow_cache(take_cache(ops.cache_key, hparams), ops.added_columns)
-    forward = _CachedForward(weights, hparams, cache, ops.left_pads, 1, matmul)
+    # Not the number 1 for one row: TensorFlow would order sums in another way then.
+    n_rows = tf.size(ops.last_tokens)
+    forward = _CachedForward(weights, hparams, cache, 0, n_rows, 1, matmul)
+    first_columns = ops.columns[:, tf.newaxis]
 
-    def body(step: Any, cache: Any, last: Any, text: Any, ended: Any, status: Any, out: Any) -> Any:
-        h, cache = forward(cache, last[:, tf.newaxis], ops.cache_length + step)  # [rows, embd]
+    def body(
+        step: Any, cache: Any, last: Any, text: Any, ended: Any, status: Any, out: Any, likely: Any
+    ) -> Any:
+        h, cache = forward(cache, last[:, tf.newaxis], first_columns + step)  # [rows, embd]
         logits = matmul.unembed(h, weights.wte)
         text_length = tf.shape(text)[1] - n_steps + step
         so_far = TextTokens(text, text_length, ops.n_generated + step)
         token, fault = next_token(logits, ops.uniform[step], so_far, ops.sampling)
         is_faulty = tf.not_equal(fault, HEALTHY)
         is_here = tf.equal(tf.range(tf.shape(text)[1]), text_length)
+        found = _likeliest(logits, token, ops.n_likeliest)
         return (
             step + 1,
             cache,
@@ -113,6 +138,7 @@ def build_decode(weights: model.Weights, hparams: model.HParams, one_row: bool) 
             ended | is_faulty | tf.equal(token, ops.sampling.stop_token),
             tf.where(ended, status, fault),
             out.write(step, tf.where(ended | is_faulty, -1, token)),
+            [array.write(step, x) for array, x in zip(likely, found, strict=True)],
         )
 
     def has_more(step: Any, _cache: Any, _last: Any, _text: Any, ended: Any, *_: Any) -> tf.Tensor:
@@ -126,14 +152,32 @@ def build_decode(weights: model.Weights, hparams: model.HParams, one_row: bool) 
         ops.ended,
         tf.fill(tf.shape(ops.last_tokens), HEALTHY),
         tf.TensorArray(tf.int32, n_steps, element_shape=[None]),
+        [
+            tf.TensorArray(tf.float32, n_steps, element_shape=[None]),
+            tf.TensorArray(tf.float32, n_steps, element_shape=[None, None]),
+            tf.TensorArray(tf.int32, n_steps, element_shape=[None, None]),
+        ],
     ]
     with _loops_of_single_operations():
-        n_done, cache, _, _, _, ops.status, out = tf.while_loop(
+        n_done, cache, _, _, _, ops.status, out, likely = tf.while_loop(
             has_more, body, start, parallel_iterations=1
         )
     ops.tokens = tf.transpose(out.gather(tf.range(n_done)))
+    found = [array.gather(tf.range(n_done)) for array in likely]  # [steps, rows, ...]
+    ops.likeliest = Likeliest(tf.transpose(found[0]), *(_swapped(x) for x in found[1:]))
     ops.run = store_cache(ops.cache_key, cache)
     return ops
+
+
+def _likeliest(logits: tf.Tensor, tokens: tf.Tensor, count: tf.Tensor) -> Likeliest:
+    """For logits [rows, n_vocab] and the tokens [rows] that came; without the axis of time."""
+    scores = tf.nn.log_softmax(logits)
+    return Likeliest(tf.gather(scores, tokens, batch_dims=1), *tf.math.top_k(scores, count))
+
+
+def _swapped(x: tf.Tensor) -> tf.Tensor:
+    """[steps, rows, n] -> [rows, steps, n]."""
+    return tf.transpose(x, [1, 0, 2])
 
 
 def build_beam_step(weights: model.Weights, hparams: model.HParams) -> BeamStep:
@@ -141,8 +185,8 @@ def build_beam_step(weights: model.Weights, hparams: model.HParams) -> BeamStep:
     ops = BeamStep()
     taken = take_cache(ops.cache_key, hparams)
     cache = grow_cache([tf.gather(part, ops.parents) for part in taken], ops.added_columns)
-    forward = _CachedForward(weights, hparams, cache, ops.left_pads, 1, FEW_ROWS)
-    h, cache = forward(cache, ops.last_tokens[:, tf.newaxis], ops.cache_length)
+    forward = _CachedForward(weights, hparams, cache, 0, tf.size(ops.last_tokens), 1, FEW_ROWS)
+    h, cache = forward(cache, ops.last_tokens[:, tf.newaxis], ops.columns[:, tf.newaxis])
     logits = FEW_ROWS.unembed(h, weights.wte)
     text = TextTokens(ops.text_tokens, tf.shape(ops.text_tokens)[1], ops.n_generated)
     logits, is_broken = process_logits(logits, text, ops.sampling)
@@ -222,9 +266,10 @@ MANY_ROWS = Matmul(_linear_many_rows, _unembed_few_rows)
 
 
 class _CachedForward:
-    """The model's forward pass for tokens that come after those in a cache.
+    """The model's forward pass for tokens that come after those in some rows of a cache.
 
-    What is the same in each step of a loop is computed here, before the loop.
+    The rows follow each other. What is the same in each step of a loop is computed here, before
+    the loop.
     """
 
     def __init__(
@@ -232,34 +277,36 @@ class _CachedForward:
         weights: model.Weights,
         hparams: model.HParams,
         cache: list[tf.Tensor],
-        left_pads: tf.Tensor,  # [rows]
+        first_row: Any,  # of the cache
+        n_rows: Any,
         n_tokens: Any,  # tokens a row; the number 1 saves transposes
         matmul: Matmul,
     ) -> None:
         self.weights, self.hparams, self.matmul = weights, hparams, matmul
-        self.cache_shape, self.left_pads, self.n_tokens = tf.shape(cache[0]), left_pads, n_tokens
+        self.cache_shape, self.n_rows, self.n_tokens = tf.shape(cache[0]), n_rows, n_tokens
         self.width, heads = head_width(hparams), hparams.n_head
-        self.rows, capacity = self.cache_shape[0], self.cache_shape[2]
-        axes = [tf.range(self.rows), tf.range(n_tokens), tf.range(heads)]  # the keys' order
-        row, token, head = tf.meshgrid(*axes, indexing="ij")
-        self.first_indices = tf.reshape((row * heads + head) * capacity + token, [-1])
-        self.keys_shape = tf.stack([self.rows * heads, capacity, self.width])
+        capacity = self.cache_shape[2]
+        row_numbers = first_row + tf.range(n_rows)
+        first_indices = (row_numbers[:, tf.newaxis] * heads + tf.range(heads)) * capacity
+        self.first_indices = first_indices[:, tf.newaxis]  # [rows, 1, heads]
+        self.read_start = tf.stack([first_row * heads * capacity, 0])
+        self.read_size = tf.stack([n_rows * heads * capacity, self.width])
+        self.keys_shape = tf.stack([n_rows * heads, capacity, self.width])
         self.key_columns = tf.range(capacity)
-        self.is_pad = self.key_columns < left_pads[:, tf.newaxis, tf.newaxis]
 
     def __call__(
-        self, cache: list[tf.Tensor], tokens: tf.Tensor, column: tf.Tensor
+        self, cache: list[tf.Tensor], tokens: tf.Tensor, columns: tf.Tensor
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """Hidden states [rows * n_tokens, embd], and the cache with the tokens' keys and values.
 
-        The first of the tokens [rows, n_tokens] belongs to this column of the cache.
+        The tokens [rows, n_tokens] belong to these columns of the cache [rows, n_tokens].
         """
         cache = list(cache)
-        columns = column + tf.range(self.n_tokens)
-        is_visible = ~self.is_pad & (self.key_columns <= columns[:, tf.newaxis])
+        is_visible = self.key_columns <= columns[:, :, tf.newaxis]
         mask = tf.where(is_visible, 0.0, model.MASKED_SCORE)  # [rows, query, key]
         mask = tf.repeat(mask, self.hparams.n_head, axis=0)
-        indices = self.first_indices + column
+        # In the keys' order: row, token, head.
+        indices = tf.reshape(self.first_indices + columns[:, :, tf.newaxis], [-1])
 
         def attend(layer: int, qkv: tf.Tensor) -> tf.Tensor:
             q, k, v = tf.split(qkv, 3, axis=1)
@@ -271,7 +318,7 @@ class _CachedForward:
 
         # A row that has ended may run on past the last position; nobody reads what comes of it.
         last_position = self.hparams.n_ctx - 1
-        position = tf.clip_by_value(columns - self.left_pads[:, tf.newaxis], 0, last_position)
+        position = tf.minimum(columns, last_position)
         x = tf.gather(self.weights.wte, tokens) + tf.gather(self.weights.wpe, position)
         x = tf.reshape(x, [-1, self.hparams.n_embd])
         for layer, block in enumerate(self.weights.blocks):
@@ -281,24 +328,28 @@ class _CachedForward:
     def _write(
         self, part: tf.Tensor, indices: tf.Tensor, new: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """A part with new keys or values: in its shape, and [rows * n_head, capacity, width]."""
+        """A part with new keys or values: in its shape; its rows [rows * n_head, capacity, width].
+
+        Reading the first rows copies nothing.
+        """
         new = tf.reshape(new, [-1, self.width])
         flat = tf.reshape(part, [-1, self.width])
         flat = tf.raw_ops.InplaceUpdate(x=flat, i=indices, v=new)
-        return tf.reshape(flat, self.cache_shape), tf.reshape(flat, self.keys_shape)
+        read = tf.slice(flat, self.read_start, self.read_size)
+        return tf.reshape(flat, self.cache_shape), tf.reshape(read, self.keys_shape)
 
     def _split_heads(self, q: tf.Tensor) -> tf.Tensor:
         """[rows * n_tokens, embd] -> [rows * n_head, n_tokens, width]."""
         heads = self.hparams.n_head
         if self.n_tokens == 1:
-            return tf.reshape(q, tf.stack([self.rows * heads, 1, self.width]))
-        q = tf.transpose(tf.reshape(q, [self.rows, self.n_tokens, heads, self.width]), [0, 2, 1, 3])
-        return tf.reshape(q, [self.rows * heads, self.n_tokens, self.width])
+            return tf.reshape(q, tf.stack([self.n_rows * heads, 1, self.width]))
+        q = tf.reshape(q, [self.n_rows, self.n_tokens, heads, self.width])
+        return tf.reshape(tf.transpose(q, [0, 2, 1, 3]), [-1, self.n_tokens, self.width])
 
     def _merge_heads(self, x: tf.Tensor) -> tf.Tensor:
         """[rows * n_head, n_tokens, width] -> [rows * n_tokens, embd]."""
         if self.n_tokens != 1:
-            shape = [self.rows, self.hparams.n_head, self.n_tokens, self.width]
+            shape = [self.n_rows, self.hparams.n_head, self.n_tokens, self.width]
             x = tf.transpose(tf.reshape(x, shape), [0, 2, 1, 3])
         return tf.reshape(x, [-1, self.hparams.n_embd])
 

@@ -47,14 +47,23 @@ class CacheOps:
 
 
 @dataclasses.dataclass
-class Merge:
-    """Replaces a cache by chosen rows of it and of a second cache."""
+class Rearrange:
+    """Replaces a cache by a copy of chosen rows, with room for more rows and columns."""
 
-    key: Any = placeholder(tf.int64)  # of the first cache
-    other_key: Any = placeholder(tf.int64)  # of the second cache, which is removed
-    cache_lengths: Any = placeholder(tf.int32, 2)  # columns in use of the first and of the second
-    kept_columns: Any = placeholder(tf.int32, 2)  # how many of these are kept, the last ones
-    rows: Any = placeholder(tf.int32, None)  # the second cache's rows count on from the first's
+    key: Any = placeholder(tf.int64)
+    rows: Any = placeholder(tf.int32, None)  # the rows to keep, in their new order
+    kept_columns: Any = placeholder(tf.int32)  # how many columns to keep, the first ones
+    added: Any = placeholder(tf.int32, 2)  # empty rows and empty columns to add
+    run: Any = fetched()
+
+
+@dataclasses.dataclass
+class CopyRows:
+    """Copies rows of a cache onto other rows of it; all are read before one is written."""
+
+    key: Any = placeholder(tf.int64)
+    sources: Any = placeholder(tf.int32, None)
+    targets: Any = placeholder(tf.int32, None)
     run: Any = fetched()
 
 
@@ -196,21 +205,27 @@ def grow_cache(cache: list[tf.Tensor], added_columns: tf.Tensor) -> list[tf.Tens
     return [grow(part) for part in cache]
 
 
-def build_merge(_weights: model.Weights, hparams: model.HParams) -> Merge:
-    """Adds the operations of Merge to the graph."""
-    ops = Merge()
+def build_rearrange(_weights: model.Weights, hparams: model.HParams) -> Rearrange:
+    """Adds the operations of Rearrange to the graph."""
+    ops = Rearrange()
 
-    def last_columns(part: tf.Tensor, i: int) -> tf.Tensor:
-        length, kept = ops.cache_lengths[i], ops.kept_columns[i]
-        left = tf.reduce_max(ops.kept_columns) - kept
-        return tf.pad(part[:, :, length - kept : length], [[0, 0], [0, 0], [left, 0], [0, 0]])
+    def rearranged(part: tf.Tensor) -> tf.Tensor:
+        kept = tf.gather(part[:, :, : ops.kept_columns], ops.rows)
+        return tf.pad(kept, [[0, ops.added[0]], [0, 0], [0, ops.added[1]], [0, 0]])
 
-    pairs = zip(take_cache(ops.key, hparams), take_cache(ops.other_key, hparams), strict=True)
-    merged = [
-        tf.gather(tf.concat([last_columns(first, 0), last_columns(second, 1)], axis=0), ops.rows)
-        for first, second in pairs
+    parts = [rearranged(part) for part in take_cache(ops.key, hparams)]
+    ops.run = store_cache(ops.key, parts)
+    return ops
+
+
+def build_copy_rows(_weights: model.Weights, hparams: model.HParams) -> CopyRows:
+    """Adds the operations of CopyRows to the graph."""
+    ops = CopyRows()
+    parts = [
+        tf.raw_ops.InplaceUpdate(x=part, i=ops.targets, v=tf.gather(part, ops.sources))
+        for part in take_cache(ops.key, hparams)
     ]
-    ops.run = store_cache(ops.key, merged)
+    ops.run = store_cache(ops.key, parts)
     return ops
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..common.hparams import HParams
 from ..encoder import Encoder
@@ -53,10 +53,13 @@ def build_request(
         top_k=settings.top_k,
         top_p=settings.top_p,
         repetition_penalty=settings.repetition_penalty,
+        presence_penalty=settings.presence_penalty,
+        frequency_penalty=settings.frequency_penalty,
         no_repeat_ngram_size=settings.no_repeat_ngram_size,
         min_length=settings.min_length,
         bad_words=_bad_words(settings.bad_words or (), encoder),
         stop_token=stop_token,
+        logit_bias=_logit_bias(settings.logit_bias or {}, encoder),
     )
     stop = tuple(settings.stop or ())
     return GenerationRequest(
@@ -98,6 +101,18 @@ def _stop_token(stop_token: str | int | None, encoder: Encoder) -> int | None:
     if len(ids) != 1:
         raise ValueError(f"stop_token={stop_token!r} is no token; give its id, or use stop=")
     return ids[0]
+
+
+def _logit_bias(biases: Any, encoder: Encoder) -> tuple[tuple[int, float], ...]:
+    """Biases by token id; a token that is given as text and as id gets the later bias."""
+    found: dict[int, float] = {}
+    for token, bias in biases.items():
+        ids = encode_text(token, encoder) if isinstance(token, str) else [token]
+        if len(ids) != 1:
+            parts = [encoder.decode([part]) for part in ids]
+            raise ValueError(f"logit_bias of {token!r}: it is no token; its tokens are {parts}")
+        found[ids[0]] = bias
+    return tuple(found.items())
 
 
 def _bad_words(words: Sequence[str], encoder: Encoder) -> tuple[tuple[int, ...], ...]:

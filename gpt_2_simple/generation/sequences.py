@@ -1,7 +1,8 @@
 """Token ids in, new token ids out: sequences that grow together, a chunk of tokens at a time.
 
-A generation keeps its cache in the session between one chunk and the next; see kv_cache. Rows of
-unequal length are padded on the left: a row sees the columns from its left pad on.
+A generation keeps its cache in the session between one chunk and the next; see kv_cache. Row i of
+the cache holds the keys and values of sequence i, from the first column on. Sequences come and go
+between chunks.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import random
 import time
 from collections import abc
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -18,18 +19,19 @@ import tensorflow as tf
 from .. import session
 from ..common.checks import check_whole
 from ..common.report import warn
-from .decode import StepInputs, build_decode, build_prefill
+from .decode import Likeliest, StepInputs, build_decode, build_prefill
 from .kv_cache import (
     SessionGenerator,
-    build_merge,
+    build_copy_rows,
     build_once,
+    build_rearrange,
     cache_ops,
     free_unused,
     model_precision,
     run,
     unused_keys,
 )
-from .sampling import HEALTHY, SamplingPlaceholders, check_status
+from .sampling import HEALTHY, check_status, sampling_feeds
 from .settings import SamplingParams
 from .stopping import ends_with
 
@@ -50,7 +52,7 @@ def generate_tokens(
     sess: tf.compat.v1.Session,
     prefixes: abc.Sequence[abc.Sequence[int]],
     length: int,
-    sampling: SamplingParams | None = None,
+    sampling: SamplingParams | abc.Sequence[SamplingParams] | None = None,
     seed: int | None = None,
     row_ids: abc.Sequence[int] | None = None,
     chunk: int | None = None,
@@ -58,14 +60,14 @@ def generate_tokens(
     """Continues token sequences.
 
     A row whose context is full continues from its last n_ctx // 2 tokens. A row's tokens depend on
-    its own prefix, the seed and its id, and not on the other rows (except for rounding, where two
-    tokens are equally likely to seven digits).
+    its own prefix, settings, the seed and its id, and not on the other rows (except for rounding,
+    where two tokens are equally likely to seven digits).
 
     Args:
         sess: a session that holds a model.
         prefixes: token ids, at least one a row; the rows may differ in length.
         length: new tokens a row.
-        sampling: how to choose; None for the defaults.
+        sampling: how to choose; a list has one for each row; None for the defaults.
         seed: a whole number; None draws one.
         row_ids: whole numbers that distinguish rows with the same seed; None counts from 0.
         chunk: tokens in a chunk, at most; None for chunks of about half a second.
@@ -80,28 +82,38 @@ def generate_tokens(
         RuntimeError: the session is closed or holds no model; during generation, the weights are
             not finite numbers.
     """
-    sampling = sampling or SamplingParams()
     length = check_whole("length", length, 1)
-    prefixes = fit_prefixes(sess, prefixes, length, sampling)
+    of_rows = _each_row("sampling", sampling or SamplingParams(), len(prefixes))
+    prefixes = fit_prefixes(sess, prefixes, length, of_rows)
     if chunk is not None:
         chunk = check_whole("chunk", chunk, 1)
     seed = random.SystemRandom().getrandbits(64) if seed is None else seed
     seed = check_whole("seed", seed, -(2**63))
-    ids = range(len(prefixes)) if row_ids is None else row_ids
-    if len(ids) != len(prefixes):
-        raise ValueError(f"{len(ids)} row_ids for {len(prefixes)} prefixes; give one each")
-    rows = []
-    for prefix, row_id in zip(prefixes, ids, strict=True):
-        key = np.array([seed % 2**64, int(row_id) % 2**64], np.uint64)
-        rows.append(Sequence(list(prefix), np.random.Philox(key=key)))
-    return SessionGenerator(sess, Generation(sess, rows, length, sampling).generate(chunk))
+    ids = _each_row("row_ids", range(len(prefixes)) if row_ids is None else row_ids, len(prefixes))
+    rows = [
+        Sequence(list(prefix), params, length, random_stream(seed, row_id))
+        for prefix, params, row_id in zip(prefixes, of_rows, ids, strict=True)
+    ]
+    return SessionGenerator(sess, _generate(Generation(sess), rows, length, chunk))
+
+
+def _each_row(name: str, values: Any, n_rows: int) -> abc.Sequence[Any]:
+    values = [values] * n_rows if isinstance(values, SamplingParams) else values
+    if len(values) != n_rows:
+        raise ValueError(f"{len(values)} {name} for {n_rows} prefixes; give one each")
+    return list(values)
+
+
+def random_stream(seed: int, row_id: int) -> np.random.Philox:
+    """The random numbers of a row; they depend on the seed and its id alone."""
+    return np.random.Philox(key=np.array([seed % 2**64, int(row_id) % 2**64], np.uint64))
 
 
 def fit_prefixes(
     sess: tf.compat.v1.Session,
     prefixes: abc.Sequence[abc.Sequence[int]],
     length: int,
-    sampling: SamplingParams,
+    sampling: abc.Iterable[SamplingParams],
 ) -> list[list[int]]:
     """Checks arguments as generate_tokens() says; cuts prefixes that are longer than the context.
 
@@ -112,10 +124,8 @@ def fit_prefixes(
     checked = [check_tokens(prefix, n_vocab) for prefix in prefixes]
     if not checked:
         raise ValueError("prefixes=[] must hold at least one prefix")
-    if sampling.stop_token is not None and sampling.stop_token >= n_vocab:
-        raise ValueError(f"stop_token={sampling.stop_token} must be below {n_vocab}")
-    for word in sampling.bad_words:
-        check_tokens(word, n_vocab)
+    for params in dict.fromkeys(sampling):
+        check_sampling(params, n_vocab)
     longest, kept = max(map(len, checked)), n_ctx - min(length, n_ctx // 2)
     if longest > n_ctx:
         warn(
@@ -123,6 +133,15 @@ def fit_prefixes(
             "tokens are not read"
         )
     return [prefix[-kept:] if len(prefix) > n_ctx else prefix for prefix in checked]
+
+
+def check_sampling(params: SamplingParams, n_vocab: int) -> None:
+    """Raises ValueError if the parameters name a token that the vocabulary lacks."""
+    if params.stop_token is not None and params.stop_token >= n_vocab:
+        raise ValueError(f"stop_token={params.stop_token} must be below {n_vocab}")
+    biased = [token for token, _ in params.logit_bias]
+    for tokens in (*params.bad_words, *([biased] if biased else [])):
+        check_tokens(tokens, n_vocab)
 
 
 def check_tokens(tokens: abc.Sequence[int], n_vocab: int) -> list[int]:
@@ -141,9 +160,13 @@ class Sequence:
     """A text that grows."""
 
     tokens: list[int]  # all, the prefix included
+    sampling: SamplingParams
+    length: int  # new tokens, at most
     stream: np.random.Philox | None = None  # the n-th number draws the n-th new token, if at all
     window_start: int = 0  # the model sees the tokens from this one on
+    n_generated: int = 0  # new tokens that it has
     ended: bool = False  # whether it needs no more tokens
+    status: int = HEALTHY  # see sampling.check_status
 
     def draw(self, count: int) -> np.ndarray:
         """The next random numbers in [0, 1)."""
@@ -160,187 +183,294 @@ class Sequence:
         """How many tokens the cache holds."""
         return len(self.tokens) - 1 - self.window_start
 
+    @property
+    def n_missing(self) -> int:
+        """How many new tokens it still needs."""
+        return 0 if self.ended else self.length - self.n_generated
+
+
+class Chunk(NamedTuple):
+    """The new tokens of a generation's rows."""
+
+    tokens: np.ndarray  # int32 [rows, time]; -1 after a row's end or fault
+    likeliest: Likeliest | None  # if they were asked for
+
+
+class PrefillPiece(NamedTuple):
+    """What a step of Generation.join() has computed."""
+
+    likeliest: Likeliest | None  # of its tokens, if they were asked for
+    is_last: bool  # whether the sequences join in the next step, which computes nothing
+
 
 class Generation:
     """Sequences that grow together, and their cache in the session."""
 
-    def __init__(
-        self,
-        sess: tf.compat.v1.Session,
-        rows: list[Sequence],
-        length: int,
-        sampling: SamplingParams,
-    ) -> None:
+    def __init__(self, sess: tf.compat.v1.Session) -> None:
+        """Starts with no rows."""
         self.sess, self.cache_ops, self.unused = sess, cache_ops(sess), unused_keys(sess)
-        self.precision = model_precision(sess)
-        self.n_ctx = session.graph_state(sess).hparams.n_ctx
-        self.rows, self.length, self.sampling = rows, length, sampling
-        self.live: list[Sequence] = []  # the rows in the cache
-        self.cache_rows: list[int] = []  # the row of the cache that each of these continues from
-        self.cache_length = self.cache_capacity = 0  # columns in use, and all columns
-        self.n_generated = 0  # new tokens that each row has
-        self.status = np.zeros(0, np.int32)  # of the live rows; see sampling.check_status
-        self.keys: list[int] = []  # of all caches that were made
-        self.key = self.new_key()
+        self.hparams = session.graph_state(sess).hparams
+        self.rows: list[Sequence] = []  # row i of the cache is rows[i]'s
+        self.n_slots = self.capacity = 0  # the cache's rows and columns, in use or not
+        self.joining = range(0)  # the cache's rows that are being prefilled for new sequences
+        self.joining_columns = 0
+        self.key = random.SystemRandom().getrandbits(62)  # no other generation uses it
 
-    def generate(self, chunk: int | None) -> abc.Generator[np.ndarray, Any, None]:
-        """Yields the new tokens; see generate_tokens. At its end the caches are unused."""
-        steps = FIRST_CHUNK
+    # --- rows come and go -------------------------------------------------------------------------
+
+    def add(self, rows: list[Sequence]) -> None:
+        """Adds sequences, which grow from the next chunk on."""
+        for _ in self.join(rows):
+            pass
+
+    def join(
+        self, rows: list[Sequence], max_tokens: int = MAX_TOKENS_PER_RUN, n_likeliest: int = -1
+    ) -> abc.Iterator[PrefillPiece]:
+        """Adds sequences step by step; between two steps the other rows may grow, and leave.
+
+        Each step computes the keys and values of up to max_tokens tokens. Equal prefixes are
+        computed once. Each step gives Likeliest for its tokens if n_likeliest is 0 or above; the
+        columns are then those of the prefixes, from their second token on.
+        """
+        contexts = list(dict.fromkeys(row.cached_tokens for row in rows))
+        self.joining_columns = max(map(len, contexts))
+        first = len(self.rows)
+        self._make_room(first + len(rows), self.joining_columns)
+        self.joining = range(first, first + len(contexts))
+        next_tokens = [rows[0].tokens[1:]] if n_likeliest >= 0 else None
         try:
-            self.start()
-            while self.n_generated < self.length and not all(row.ended for row in self.rows):
-                self.slide_windows()
-                started = time.monotonic()
-                limit = min(self.length - self.n_generated, *map(self.room, self.live))
-                tokens = self.decode(min(chunk or steps, limit))
-                pace = (time.monotonic() - started) / tokens.shape[1]
-                steps = max(1, min(MAX_CHUNK, 2 * steps, int(CHUNK_SECONDS / pace)))
-                ended = yield tokens
-                if ended is not None:
-                    for row, has_ended in zip(self.rows, ended, strict=True):
-                        row.ended = row.ended or bool(has_ended)
-                # Only now: a text that ended before the fault is whole, however long the chunk was.
-                self.check(self.status)
+            yield from self._prefill(contexts, max_tokens, next_tokens, n_likeliest)
+            targets = range(len(self.rows), len(self.rows) + len(rows))
+            sources = [self.joining[contexts.index(row.cached_tokens)] for row in rows]
+            self._make_room(targets.stop, 0)
+            self._copy_rows(sources, targets)
+            self.rows += rows
         finally:
-            self.unused.extend(self.keys)
+            self.joining, self.joining_columns = range(0), 0
 
-    def start(self) -> None:
-        """Fills the cache with the prefixes."""
-        self.build_cache(self.key, [])
-        self.prefill(self.rows)
+    def _prefill(
+        self,
+        contexts: list[tuple[int, ...]],
+        max_tokens: int,
+        next_tokens: list[list[int]] | None = None,
+        n_likeliest: int = -1,
+        first_row: int | None = None,
+    ) -> abc.Iterator[PrefillPiece]:
+        """Computes the cache's rows from `first_row` on, or else those that are joining."""
+        ops, longest = build_once(self.sess, build_prefill), max(map(len, contexts))
+        tokens = np.array([[*c] + [0] * (longest - len(c)) for c in contexts], np.int32)
+        step = max(1, max_tokens // len(contexts))
+        for start in range(0, longest, step):
+            feeds = {
+                ops.cache_key: self.key,
+                ops.first_row: self.joining.start if first_row is None else first_row,
+                ops.first_column: start,
+                ops.tokens: tokens[:, start : start + step],
+            }
+            likeliest = None
+            if next_tokens is None:
+                run(self.sess, ops.run, feeds)
+            else:
+                feeds[ops.next_tokens] = [line[start : start + step] for line in next_tokens]
+                feeds[ops.n_likeliest] = n_likeliest
+                _, likeliest = run(self.sess, [ops.run, ops.likeliest], feeds)
+            yield PrefillPiece(likeliest, start + step >= longest)
+
+    def remove(self, rows: abc.Collection[Sequence]) -> None:
+        """Removes sequences; once many leave, the cache becomes smaller."""
+        leaving = set(map(id, rows))
+        kept = [row for row in self.rows if id(row) not in leaving]
+        if len(kept) == len(self.rows):
+            return
+        if 4 * (len(self.rows) - len(kept)) > len(self.rows) or 2 * self._needed(kept) < (
+            self.capacity - MIN_CACHE_GROWTH
+        ):
+            self._rearrange([self.rows.index(row) for row in kept], self._needed(kept))
+            self.rows = kept
+            return
+        # The last rows fill the holes, so that little is copied.
+        stay = self.rows[: len(kept)]
+        fillers = [row for row in self.rows[len(kept) :] if id(row) not in leaving]
+        holes = [i for i, row in enumerate(stay) if id(row) in leaving]
+        self._copy_rows([self.rows.index(row) for row in fillers], holes)
+        for i, row in zip(holes, fillers, strict=True):
+            stay[i] = row
+        self.rows = stay
+
+    def _needed(self, rows: abc.Iterable[Sequence]) -> int:
+        """The columns that these rows and the joining ones use."""
+        return max([self.joining_columns, *(row.n_cached for row in rows)])
+
+    def n_bytes(self, n_rows: int, n_columns: int) -> int:
+        """The bytes that the cache takes once it has so many rows and columns, at least."""
+        n_slots, columns = max(self.n_slots, n_rows), max(self.capacity, n_columns)
+        return 2 * 4 * self.hparams.n_layer * self.hparams.n_embd * n_slots * columns
+
+    def _make_room(self, n_rows: int, n_columns: int) -> None:
+        """Gives the cache so many rows and columns at least."""
+        n_slots, columns = max(self.n_slots, n_rows), max(self.capacity, n_columns)
+        if not self.n_slots:
+            ops = self.cache_ops
+            shape = {ops.rows: n_slots, ops.capacity: columns}
+            run(self.sess, ops.free, {ops.key: self.key})
+            run(self.sess, ops.allocate, {ops.key: self.key, **shape})
+            self.n_slots, self.capacity = n_slots, columns
+        elif n_slots > self.n_slots or columns > self.capacity:
+            added = n_slots - self.n_slots, columns - self.capacity
+            self._rearrange(range(self.n_slots), self.capacity, added)
+
+    def _rearrange(
+        self, slots: abc.Sequence[int], kept_columns: int, added: tuple[int, int] = (0, 0)
+    ) -> None:
+        """Copies these rows of the cache and their first columns; then joining rows, if not yet."""
+        joining = [slot for slot in self.joining if slot not in slots]
+        ops = build_once(self.sess, build_rearrange)
+        feeds = {
+            ops.key: self.key,
+            ops.rows: [*slots, *joining],
+            ops.kept_columns: kept_columns,
+            ops.added: added,
+        }
+        run(self.sess, ops.run, feeds)
+        if joining:
+            self.joining = range(len(slots), len(slots) + len(joining))
+        self.n_slots = len(slots) + len(joining) + added[0]
+        self.capacity = kept_columns + added[1]
+
+    def _copy_rows(self, sources: abc.Sequence[int], targets: abc.Sequence[int]) -> None:
+        pairs = [(s, t) for s, t in zip(sources, targets, strict=True) if s != t]
+        if pairs:
+            ops = build_once(self.sess, build_copy_rows)
+            feeds = {ops.sources: [s for s, _ in pairs], ops.targets: [t for _, t in pairs]}
+            run(self.sess, ops.run, {ops.key: self.key, **feeds})
+
+    # --- rows grow --------------------------------------------------------------------------------
 
     def room(self, row: Sequence) -> int:
         """New tokens before the row's context is full."""
-        return self.n_ctx if row.ended else self.n_ctx - row.n_cached
+        return self.hparams.n_ctx if row.ended else self.hparams.n_ctx - row.n_cached
 
     def slide_windows(self) -> None:
-        """Moves the windows of full contexts; drops ended rows once they are many."""
-        full = [row for row in self.live if self.room(row) < 1]
+        """Moves the windows of full contexts; removes ended rows once they are many."""
+        full = [row for row in self.rows if self.room(row) < 1]
+        ended = [row for row in self.rows if row.ended]
         for row in full:
-            row.window_start = len(row.tokens) - max(1, self.n_ctx // 2)
-        if full or 4 * sum(row.ended for row in self.live) > len(self.live):
-            self.prefill(full)
+            row.window_start = len(row.tokens) - max(1, self.hparams.n_ctx // 2)
+        if full or 4 * len(ended) > len(self.rows):
+            self.remove(ended)
+        if full:
+            self._refill(full)
 
-    def prefill(self, rows: list[Sequence]) -> None:
-        """Computes the cache of `rows`, and joins it with that of the other rows still growing."""
-        contexts = list(dict.fromkeys(row.cached_tokens for row in rows))
-        new_key = self.new_key()
-        new_length = self.build_cache(new_key, contexts)
-        kept = [row for row in self.live if not row.ended and row not in rows]
-        kept_length = max((row.n_cached for row in kept), default=0)
-        if kept or len(contexts) < len(rows):
-            merge = build_once(self.sess, build_merge)
-            kept_rows = [self.cache_rows[self.live.index(row)] for row in kept]
-            new_rows = [len(self.live) + contexts.index(row.cached_tokens) for row in rows]
-            feeds = {
-                merge.key: self.key,
-                merge.other_key: new_key,
-                merge.cache_lengths: [self.cache_length, new_length],
-                merge.kept_columns: [kept_length, new_length],
-                merge.rows: kept_rows + new_rows,
-            }
-            run(self.sess, merge.run, feeds)
-        else:
-            run(self.sess, self.cache_ops.free, {self.cache_ops.key: self.key})
-            self.key = new_key
-        self.live = [*kept, *rows]
-        self.cache_rows = list(range(len(self.live)))
-        self.cache_length = self.cache_capacity = max(kept_length, new_length)
+    def _refill(self, rows: list[Sequence]) -> None:
+        """Computes the cache of these rows, whose windows have moved."""
+        longest = self._needed(self.rows)
+        if longest < self.capacity:
+            self._rearrange(range(len(self.rows)), longest)
+        slots = [self.rows.index(row) for row in rows]
+        while slots:  # a run of neighbours after the other
+            count = next((i for i, slot in enumerate(slots) if slot != slots[0] + i), len(slots))
+            contexts = [self.rows[slot].cached_tokens for slot in slots[:count]]
+            if any(contexts):
+                for _ in self._prefill(contexts, MAX_TOKENS_PER_RUN, first_row=slots[0]):
+                    pass
+            slots = slots[count:]
 
-    def build_cache(self, key: int, contexts: list[tuple[int, ...]]) -> int:
-        """Makes a cache of these contexts, as wide as the longest; returns its width."""
-        ops, longest = self.cache_ops, max(map(len, contexts), default=0)
-        shape = {ops.rows: len(contexts), ops.capacity: longest}
-        run(self.sess, ops.allocate, {ops.key: key, **shape})
-        if not longest:
-            return 0
-        prefill = build_once(self.sess, build_prefill)
-        pads = [longest - len(context) for context in contexts]
-        tokens = np.array([[0] * pad + [*c] for pad, c in zip(pads, contexts, strict=True)])
-        step = max(1, MAX_TOKENS_PER_RUN // len(contexts))
-        for start in range(0, longest, step):
-            feeds = {
-                prefill.cache_key: key,
-                prefill.tokens: tokens[:, start : start + step],
-                prefill.left_pads: pads,
-                prefill.cache_length: start,
-            }
-            run(self.sess, prefill.run, feeds)
-        return longest
+    def decode(self, steps: int, n_likeliest: int = -1) -> Chunk:
+        """Generates up to `steps` tokens for each row; fewer if all rows end.
 
-    def decode(self, steps: int) -> np.ndarray:
-        """Generates up to `steps` tokens, int32 [rows, time]; -1 after a fault, see `status`."""
-        ops = build_once(self.sess, build_decode, len(self.live) == 1)
+        The rows get the tokens, and a fault's status. With n_likeliest of 0 or above, the chunk
+        holds the tokens' log-probabilities, and those of so many of the likeliest.
+        """
+        ops = build_once(self.sess, build_decode, len(self.rows) == 1)
         feeds: dict[Any, Any] = {
             **self.step_feeds(ops, steps),
             ops.text_tokens: self.text_tokens(steps),
-            ops.uniform: np.array([row.draw(steps) for row in self.live]).T,
-            ops.ended: [row.ended for row in self.live],
+            ops.uniform: np.array([row.draw(steps) for row in self.rows]).T,
+            ops.ended: [row.ended for row in self.rows],
         }
-        new, self.status, _ = run(self.sess, [ops.tokens, ops.status, ops.run], feeds)
-        self.cache_length += new.shape[1]
-        self.n_generated += new.shape[1]
-        tokens = np.full([len(self.rows), new.shape[1]], -1, np.int32)
-        for row, row_tokens in zip(self.live, new, strict=True):
-            tokens[self.rows.index(row)] = row_tokens
-            row.tokens.extend(row_tokens[row_tokens >= 0].tolist())
-            row.ended = row.ended or ends_with(row.tokens, self.sampling.stop_token)
-        return tokens
+        fetches = [ops.tokens, ops.status, ops.run]
+        if n_likeliest >= 0:
+            feeds[ops.n_likeliest] = n_likeliest
+            fetches.append(ops.likeliest)
+        tokens, status, _, *likeliest = run(self.sess, fetches, feeds)
+        for row, new, fault in zip(self.rows, tokens, status.tolist(), strict=True):
+            row.tokens.extend(new[new >= 0].tolist())
+            row.n_generated += new.size
+            row.ended = row.ended or ends_with(row.tokens, row.sampling.stop_token)
+            row.status = fault
+        return Chunk(tokens, Likeliest(*likeliest[0]) if likeliest else None)
 
-    def check(self, status: np.ndarray) -> None:
-        """Raises check_status()'s errors for the live rows that have not ended."""
-        has_ended = [row.ended for row in self.live]
-        check_status(np.where(has_ended, HEALTHY, status), self.precision)
+    def check(self) -> None:
+        """Raises check_status()'s errors for the rows that have not ended."""
+        status = [row.status for row in self.rows if not row.ended]
+        check_status(np.array(status), model_precision(self.sess))
 
     def step_feeds(self, inputs: StepInputs, steps: int) -> dict[Any, Any]:
         """Feeds for the next `steps` tokens, except text_tokens; the cache grows by what is fed."""
-        missing = self.cache_length + steps - self.cache_capacity
-        remaining = self.length - self.n_generated
-        added = min(max(missing, MIN_CACHE_GROWTH), remaining) if missing > 0 else 0
-        self.cache_capacity += added
+        columns = [0 if row.ended else row.n_cached for row in self.rows]
+        missing = max(columns) + steps - self.capacity
+        remaining = max(row.n_missing for row in self.rows)
+        if len(set(columns)) > 1:
+            ends = (c + row.n_missing for c, row in zip(columns, self.rows, strict=True))
+            remaining = max(ends) - self.capacity
+        added = min(max(missing, MIN_CACHE_GROWTH), max(missing, remaining)) if missing > 0 else 0
+        self.capacity += added
+        sampling = [row.sampling for row in self.rows]
         return {
             inputs.cache_key: self.key,
-            inputs.last_tokens: [row.tokens[-1] for row in self.live],
-            inputs.left_pads: [self.cache_length - row.n_cached for row in self.live],
-            inputs.cache_length: self.cache_length,
+            inputs.last_tokens: [row.tokens[-1] for row in self.rows],
+            inputs.columns: columns,
             inputs.added_columns: added,
-            inputs.n_generated: self.n_generated,
-            **_sampling_feeds(inputs.sampling, self.sampling),
+            inputs.n_generated: [row.n_generated for row in self.rows],
+            **sampling_feeds(inputs.sampling, sampling, self.hparams.n_vocab),
         }
 
     def text_tokens(self, steps: int) -> np.ndarray:
         """The texts [rows, time] for StepInputs.text_tokens, with room for `steps` tokens."""
-        if not self.sampling.changes_logits:
-            return np.zeros([len(self.live), 0], np.int32)
-        words = [len(word) for word in self.sampling.bad_words]
-        lengths = [len(row.tokens) for row in self.live]
-        width = max(self.sampling.no_repeat_ngram_size, *words, *lengths)
-        tokens = np.full([len(self.live), width + steps], -1, np.int32)
-        for row, line in zip(self.live, tokens, strict=True):
+        if not any(row.sampling.changes_logits for row in self.rows):
+            return np.zeros([len(self.rows), 0], np.int32)
+        words = [len(word) for row in self.rows for word in row.sampling.bad_words]
+        width = max(*words, *(len(row.tokens) for row in self.rows), 1)
+        tokens = np.full([len(self.rows), width + steps], -1, np.int32)
+        for row, line in zip(self.rows, tokens, strict=True):
             line[width - len(row.tokens) : width] = row.tokens
         return tokens
 
-    def new_key(self) -> int:
-        """A key that no other generation uses; `free` removes what is under it."""
-        self.keys.append(random.SystemRandom().getrandbits(62))
-        return self.keys[-1]
+    # --- the cache's life -------------------------------------------------------------------------
+
+    def release(self) -> None:
+        """Leaves its cache to the session's next free_unused(); runs nothing."""
+        self.unused.append(self.key)
 
     def free(self) -> None:
-        """Removes all of its caches from the session."""
-        self.unused.extend(self.keys)
+        """Removes its cache from the session."""
+        self.release()
         free_unused(self.sess)
 
 
-def _sampling_feeds(placeholders: SamplingPlaceholders, sampling: SamplingParams) -> dict[Any, Any]:
-    words = sampling.bad_words
-    longest = max(map(len, words), default=1)
-    padded = [(-1,) * (longest - len(word)) + word for word in words]
-    values = {
-        **dataclasses.asdict(sampling),
-        "bad_words": np.reshape(padded, [-1, longest]),
-        # In float32 a smaller one would be 0, which means off.
-        "top_p": sampling.top_p and max(sampling.top_p, float(np.finfo(np.float32).tiny)),
-        "stop_token": -1 if sampling.stop_token is None else sampling.stop_token,
-        "changes_logits": sampling.changes_logits,
-    }
-    return {getattr(placeholders, name): value for name, value in values.items()}
+def _generate(
+    generation: Generation, rows: list[Sequence], length: int, chunk: int | None
+) -> abc.Generator[np.ndarray, Any, None]:
+    """Yields the new tokens of all rows; see generate_tokens. At its end the cache is unused."""
+    steps, n_generated = FIRST_CHUNK, 0
+    try:
+        generation.add(rows)
+        while n_generated < length and not all(row.ended for row in rows):
+            generation.slide_windows()
+            started = time.monotonic()
+            limit = min(length - n_generated, *map(generation.room, generation.rows))
+            new = generation.decode(min(chunk or steps, limit)).tokens
+            n_generated += new.shape[1]
+            pace = (time.monotonic() - started) / new.shape[1]
+            steps = max(1, min(MAX_CHUNK, 2 * steps, int(CHUNK_SECONDS / pace)))
+            tokens = np.full([len(rows), new.shape[1]], -1, np.int32)
+            for row, row_tokens in zip(generation.rows, new, strict=True):
+                tokens[rows.index(row)] = row_tokens
+            ended = yield tokens
+            if ended is not None:
+                for row, has_ended in zip(rows, ended, strict=True):
+                    row.ended = row.ended or bool(has_ended)
+            # Only now: a text that ended before the fault is whole, however long the chunk was.
+            generation.check()
+    finally:
+        generation.release()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from ..common.settings import Setting, Settings, convert, fields_of
@@ -11,6 +12,9 @@ from ..storage.settings import LOADED_RUN
 
 # The largest int32: TensorFlow's placeholders for whole numbers hold no more.
 MAX_INT32 = 2**31 - 1
+
+# OpenAI's API has these limits for a bias and for the two penalties that add to logits.
+MAX_BIAS, MAX_PENALTY = 100, 2
 
 # The headings of `generate --help`, in its order.
 MODEL, TEXT, END = "model or run", "text", "end of the text"
@@ -91,6 +95,12 @@ class GenerationSettings(Settings):
     repetition_penalty: Annotated[float, Setting(
         RULES, "Above 1 makes tokens that the text holds already less likely, below 1 likelier "
         "(Keskar et al. 2019)", above=0)] = 1.0
+    presence_penalty: Annotated[float, Setting(
+        RULES, "Subtracted from the logit of each token that came after the prefix already, as in "
+        "OpenAI's API", at_least=-MAX_PENALTY, at_most=MAX_PENALTY)] = 0.0
+    frequency_penalty: Annotated[float, Setting(
+        RULES, "As `presence_penalty`, but times the number of times that the token came",
+        at_least=-MAX_PENALTY, at_most=MAX_PENALTY)] = 0.0
     no_repeat_ngram_size: Annotated[int, Setting(
         RULES, "No sequence of this many tokens appears twice in a text; 0 allows all",
         at_least=0, at_most=MAX_INT32)] = 0
@@ -98,6 +108,11 @@ class GenerationSettings(Settings):
         RULES, "Words that must not appear, at the start of a text or after a space. A token that "
         "holds more than the word, such as 'cathedral' for 'cat', is still allowed",
         default_help="none", repeatable=True)] = None
+    logit_bias: Annotated[Mapping[str | int, float] | Sequence[str] | None, Setting(
+        RULES, "Numbers from -100 to 100 that are added to the logits of tokens. In Python, a "
+        "dictionary such as {' word': 2.0}; its keys are tokens, as text or as ids. On the command "
+        "line, a token and its number, such as ' word=2'", default_help="none", repeatable=True,
+        )] = None
     num_beams: Annotated[int, Setting(
         RULES, "Above 1: beam search for the likeliest texts with this many beams. Nothing is "
         "drawn, so `temperature`, `top_k`, `top_p` and `seed` have no effect. The result is the "
@@ -118,6 +133,7 @@ class GenerationSettings(Settings):
         object.__setattr__(self, "verbose", int(self.verbose))  # it may be True or False
         super().__post_init__()
         self._check_strings()
+        object.__setattr__(self, "logit_bias", _as_biases(self.logit_bias))
         if isinstance(self.prefix, tuple):
             if not self.prefix:
                 raise ValueError(
@@ -179,6 +195,33 @@ def as_strings(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
     raise ValueError(f"{name}={value!r} must be a string or a list of strings")
 
 
+def _as_biases(value: Any) -> dict[str | int, float] | None:
+    """The biases of a dictionary, or of strings such as ' word=2'; ValueError if it is neither."""
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        entries: Iterable[Any] = value.items()
+    else:
+        entries = [text.rsplit("=", 1) for text in as_strings("logit_bias", value)]
+    try:
+        biases = {key: _as_bias(bias) for key, bias in entries}
+    except (TypeError, ValueError):
+        biases = {"": 0.0}
+    if not all(isinstance(key, (str, numbers.Integral)) and key != "" for key in biases):
+        raise ValueError(
+            f"logit_bias={value!r} must give tokens (texts or ids) numbers from {-MAX_BIAS} to "
+            f"{MAX_BIAS}, such as {{' word': 2.0}}"
+        )
+    return {key if isinstance(key, str) else int(key): bias for key, bias in biases.items()}
+
+
+def _as_bias(value: Any) -> float:
+    bias = float(value)
+    if not abs(bias) <= MAX_BIAS:
+        raise ValueError
+    return bias
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen; ranges and meanings as in GenerationSettings, but in token ids.
@@ -190,19 +233,24 @@ class SamplingParams:
     top_k: int = GenerationSettings.top_k
     top_p: float = GenerationSettings.top_p
     repetition_penalty: float = GenerationSettings.repetition_penalty
+    presence_penalty: float = GenerationSettings.presence_penalty
+    frequency_penalty: float = GenerationSettings.frequency_penalty
     no_repeat_ngram_size: int = GenerationSettings.no_repeat_ngram_size
     min_length: int = GenerationSettings.min_length
     bad_words: tuple[tuple[int, ...], ...] = ()
     stop_token: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token ids and what is added to their logits
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value out of its range."""
+        biases = _as_biases(dict(self.logit_bias)) or {}
+        object.__setattr__(self, "logit_bias", tuple(biases.items()))
         words = tuple(tuple(map(int, word)) for word in self.bad_words)
         if not all(words):
             raise ValueError(f"bad_words={self.bad_words!r} holds an empty word; leave it out")
         object.__setattr__(self, "bad_words", words)
         for field in dataclasses.fields(self):
-            if field.name != "bad_words":
+            if field.name not in ("bad_words", "logit_bias"):
                 value = _as_number(field.name, getattr(self, field.name))
                 object.__setattr__(self, field.name, value)
 
@@ -210,7 +258,12 @@ class SamplingParams:
     def changes_logits(self) -> bool:
         """Whether the logits are changed before a token is chosen."""
         forbids = any((self.no_repeat_ngram_size, self.bad_words, self.min_length))
-        return forbids or self.repetition_penalty != 1
+        return forbids or self.repetition_penalty != 1 or self.adds_to_logits
+
+    @property
+    def adds_to_logits(self) -> bool:
+        """Whether something is added to the logits before a token is chosen."""
+        return any((self.presence_penalty, self.frequency_penalty, self.logit_bias))
 
 
 @dataclasses.dataclass(frozen=True)

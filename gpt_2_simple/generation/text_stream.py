@@ -10,11 +10,11 @@ import numpy as np
 import tensorflow as tf
 
 from ..common.report import progress
-from ..encoder import IncrementalDecoder
+from ..encoder import Encoder, IncrementalDecoder
 from . import beam_search, sequences
 from .kv_cache import SessionGenerator
 from .request import GenerationRequest, Prompt
-from .stopping import ends_with
+from .stopping import StopCriteria, ends_with
 
 
 class GeneratedText(NamedTuple):
@@ -27,13 +27,15 @@ class GeneratedText(NamedTuple):
 class GrowingText:
     """A text that gets its tokens one chunk after the other."""
 
-    def __init__(self, request: GenerationRequest, prompt: Prompt) -> None:
+    def __init__(
+        self, prompt: Prompt, encoder: Encoder, stop: StopCriteria, include_prefix: bool
+    ) -> None:
         self.prompt = prompt
         self.new_text = ""  # after the prefix, up to the text's end
         self.ended = False
-        self._prefix = prompt.text if request.settings.include_prefix else ""
-        self._stop = request.stop
-        self._decoder = IncrementalDecoder(request.encoder)
+        self._prefix = prompt.text if include_prefix else ""
+        self._stop = stop
+        self._decoder = IncrementalDecoder(encoder)
         self._n_taken: int | None = None  # characters; None before the prefix was taken
 
     def append(self, tokens: Sequence[int]) -> None:
@@ -143,7 +145,7 @@ def _sample_batch(
 ) -> Iterator[int]:
     """Lets the texts with these numbers grow in `texts`; yields each chunk's count of tokens."""
     nsamples = request.settings.nsamples
-    texts += [GrowingText(request, request.prompts[index // nsamples]) for index in indices]
+    texts += [_new_text(request, request.prompts[index // nsamples]) for index in indices]
     chunks = sequences.generate_tokens(
         sess,
         [text.prompt.tokens for text in texts],
@@ -166,6 +168,10 @@ def _sample_batch(
     finally:
         for text in texts:
             text.finish()
+
+
+def _new_text(request: GenerationRequest, prompt: Prompt) -> GrowingText:
+    return GrowingText(prompt, request.encoder, request.stop, request.settings.include_prefix)
 
 
 def _search_batch(
@@ -191,7 +197,7 @@ def _search_batch(
         finally:
             for prompt, hypotheses in zip(prompts, search.best(), strict=True):
                 for hypothesis in hypotheses[: request.settings.nsamples]:
-                    text = GrowingText(request, prompt)
+                    text = _new_text(request, prompt)
                     text.append(hypothesis.tokens)
                     text.finish()
                     texts.append(text)

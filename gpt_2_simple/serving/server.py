@@ -1,0 +1,130 @@
+"""An ASGI application in, a uvicorn server that ends well and bounds its connections out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+# A connection has so many seconds to send the head of its first request; between two requests it
+# may rest for so many.
+HEAD_SECONDS, KEEP_ALIVE_SECONDS = 15, 5
+
+# Bytes of a request's head.
+MAX_HEAD_BYTES = 16 * 1024
+
+# Connections at the same time; more are closed at once.
+MAX_CONNECTIONS = 4096
+
+
+class _Protocol(H11Protocol):
+    """HTTP/1.1 for connections that may be slow, half open, or too many."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            transport.close()
+            return
+        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._close_if_headless)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        timer = getattr(self, "_head_timer", None)
+        if timer is not None:
+            timer.cancel()
+        super().connection_lost(exc)
+
+    def _close_if_headless(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
+
+
+class Server(uvicorn.Server):
+    """A server whose signals end it without an error."""
+
+    def __init__(self, app: Any, grace_seconds: int) -> None:
+        config = uvicorn.Config(
+            app,
+            http=_Protocol,
+            ws="none",
+            lifespan="on",
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=grace_seconds,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        )
+        super().__init__(config)
+        self._on_start: Callable[[str], None] = lambda address: None
+
+    def serve_until_stopped(self, listener: socket.socket, on_start: Callable[[str], None]) -> None:
+        """Answers on a bound socket until stop(), Ctrl-C or SIGTERM; tells its address first."""
+        _allow_many_files()
+        self._on_start = on_start
+        asyncio.run(self.serve([listener]))
+
+    def stop(self) -> None:
+        """Lets what is being written be finished, then ends the server; from any thread."""
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's; then tells the address."""
+        await super().startup(sockets)
+        if self.started:
+            self._on_start(address_of((sockets or [])[0]))
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """As uvicorn's, which afterwards raises the signals again: that would not be status 0."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        signals = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self.handle_exit) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket that is bound and does not listen yet; OSError if the port is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as found:
+        if sys.platform != "win32":  # where it would let two servers share the port
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            found.bind((host, port))
+        except OSError as error:
+            raise OSError(
+                f"cannot listen on host={host!r}, port={port} ({error.strerror}); give another port"
+            ) from error
+        yield found
+
+
+def address_of(listener: socket.socket) -> str:
+    """The address to open in a browser."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _allow_many_files() -> None:
+    """Lets the process have as many connections as the system allows it."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 2 * MAX_CONNECTIONS
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
