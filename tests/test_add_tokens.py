@@ -79,6 +79,5 @@ def test_existing_model_is_not_replaced(workplace):
 
 
 def test_command_adds_several_tokens(workplace, capsys):
-    words = "--tokens <a> --tokens <b> --model_name tiny --new_model_name more"
-    assert cli.main(["add_tokens", *words.split()]) == 0
-    assert "models/more with 259 tokens" in capsys.readouterr().out
+    assert cli.main("add_tokens <a> <b> --model_name tiny".split()) == 0
+    assert "models/tiny-extended with 259 tokens" in capsys.readouterr().out

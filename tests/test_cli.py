@@ -25,10 +25,11 @@ from gpt_2_simple.cli import commands, parser
 from gpt_2_simple.cli import main as cli
 from gpt_2_simple.common import published
 from gpt_2_simple.data import dataset
+from gpt_2_simple.distributed import ray
 from gpt_2_simple.exchange import adapters, gguf, huggingface, push
 from gpt_2_simple.generation import generate as generate_module
 from gpt_2_simple.generation.settings import GenerationSettings
-from gpt_2_simple.storage import create, download
+from gpt_2_simple.storage import add_tokens, create, download
 from gpt_2_simple.training import history
 from gpt_2_simple.training import memory_plan as memory
 
@@ -77,7 +78,8 @@ def calls(monkeypatch):
         for name in names
     ]
     targets += [(gpt_2, name) for name in ("start_tf_sess", "is_gpt2_downloaded", "download_gpt2")]
-    targets.append((memory, "fitting_plans"))
+    targets += [(memory, "fitting_plans"), (ray, "finetune_on_ray")]
+    calls.results["finetune_on_ray"] = types.SimpleNamespace(interrupted=False)
     for module, name in set(targets):
         signature = inspect.signature(getattr(module, name))
         monkeypatch.setattr(module, name, functools.partial(record, calls, name, signature))
@@ -102,6 +104,7 @@ FUNCTIONS = {
     "serve": {gpt_2: ["serve"]},
     "download": {download: ["download_gpt2"]},
     "create": {create: ["create_gpt2"]},
+    "add_tokens": {add_tokens: ["add_tokens"]},
     "encode": {dataset: ["encode_dataset"]},
     "encode_csv": {dataset: ["encode_csv"]},
     "memory": {memory: ["memory_plan"]},
@@ -115,6 +118,7 @@ FUNCTIONS = {
 NOT_FLAGS = {"sess", "reuse", "on_step", "return_as_list", "sample_dir", "token"}
 # What the command line adds to the functions.
 OWN_FLAGS = {
+    "finetune": {"workers", "ray"},
     "generate": {"nfiles", "folder", "prefix_file", "format"},
     "memory": {"model_dir", "gpu_gb"},
     "export": {"format"},
@@ -180,7 +184,7 @@ def test_flags_without_a_default_have_the_functions_type(command):
 def test_help_shows_every_flag_with_its_default(command, capsys):
     assert cli.main([command, "--help"]) == 0
     lines = capsys.readouterr().out
-    text = " ".join(lines.split())
+    text = re.sub(r"(?<=\w)- ", "-", " ".join(lines.split()))  # words are broken at hyphens
     spec = commands.COMMANDS[command]
     assert set(re.findall(r"^  --(\w+)", lines, re.M)) == {*spec.flags, "debug"}
     for name, field in spec.flags.items():
@@ -213,6 +217,7 @@ def test_docstring_has_an_entry_for_each_setting(command):
 
 def test_command_line_defaults_of_0_8_1():
     assert commands.COMMANDS["finetune"].own_defaults == {
+        "workers": 1,
         "sample_every": 1000000,
         "save_every": 100,
         "print_every": 10,
@@ -226,6 +231,7 @@ def test_command_line_defaults_of_0_8_1():
 @pytest.mark.parametrize("command", FUNCTIONS)
 def test_examples_in_help_are_accepted(command, calls, workplace):
     (workplace / "titles.txt").write_text("A title\n")
+    (workplace / "jokes.csv").write_text("joke\nKnock knock\n")
     for example in commands.COMMANDS[command].examples:
         calls.clear()
         program, *argv = shlex.split(example)
@@ -234,7 +240,7 @@ def test_examples_in_help_are_accepted(command, calls, workplace):
             continue
         assert cli.main(argv) == 0
         functions = {name for names in FUNCTIONS[command].values() for name in names}
-        assert {*functions, "fitting_plans"} & {*calls.names()}
+        assert {*functions, "fitting_plans", "finetune_on_ray"} & {*calls.names()}
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,8 @@ def _finetune(options: Options) -> int:
     if address is not None:
         return _finetune_on_ray(options, address)
     settings = LaunchSettings(**options)  # wrong ones are told before a model is downloaded
-    # Without --workers the training runs in this process.
-    workers = launcher.count_workers(settings.workers) if "workers" in options else 1
-    options.pop("workers", None)
+    del options["workers"]
+    workers = 1 if settings.workers == 1 else launcher.count_workers(settings.workers)
     check = functools.partial(_check_before_download, settings)
     gpt2 = _module("gpt_2" if workers == 1 else "storage.download")
     _ensure_model(gpt2, settings.model_name, settings.model_dir, check)
@@ -151,8 +150,10 @@ FINETUNE = Command(
     settings=[LaunchSettings],
     own_settings=ClusterSettings,
     positional="dataset",
-    # gpt-2-simple 0.8.1's command line has these defaults, which its finetune() has not.
+    # gpt-2-simple 0.8.1's command line has these defaults, which its finetune() has not. One worker
+    # is this process.
     own_defaults={
+        "workers": 1,
         "sample_every": 1000000,
         "save_every": 100,
         "print_every": 10,
@@ -531,9 +532,10 @@ ADD_TOKENS = Command(
     run=_pass_to("storage.add_tokens", "add_tokens"),
     summary="Make a copy of a model whose vocabulary has more tokens, for finetune to start from.",
     examples=(
-        "gpt_2_simple add_tokens --tokens '<speaker>' --model_name 124M --new_model_name play",
+        "gpt_2_simple add_tokens '<speaker>' '<scene>' --model_name 124M --new_model_name plays",
     ),
     settings=[AddTokensSettings],
+    positional="tokens",
 )
 
 MERGE = Command(

@@ -109,7 +109,9 @@ def parse(
                 f"generate takes no {words[0]!r}, which is no file either; "
                 f"for a run of that name give --run_name {shlex.quote(words[0])}"
             )
-        _take_words(parser, "dataset" if name == "generate" else command.positional, words, given)
+        taker = "dataset" if name == "generate" else command.positional
+        is_repeatable = taker in command.flags and command.flags[taker].setting.repeatable
+        _take_words(parser, taker, words, given, taker == "dataset" or is_repeatable)
     wanted = command.positional
     if wanted is not None and command.is_required(wanted) and wanted not in given:
         parser.error(f"{name} needs {wanted.upper()}; see '{parser.prog} --help'")
@@ -181,14 +183,18 @@ def _is_flag(token: str) -> bool:
 
 
 def _take_words(
-    parser: argparse.ArgumentParser, name: str | None, words: list[str], given: Options
+    parser: argparse.ArgumentParser,
+    name: str | None,
+    words: list[str],
+    given: Options,
+    takes_several: bool,
 ) -> None:
     """Gives the words that stand without a flag to the flag that they stand for."""
     if name is None:
         parser.error(f"unrecognized: {' '.join(words)!r}")
     if name in given:
         parser.error(f"--{name} {given[name]!r} was given, and {' '.join(words)!r} beside it")
-    if len(words) > 1 and name != "dataset":
+    if len(words) > 1 and not takes_several:
         parser.error(f"{' '.join(words[1:])!r} is more than one {name}")
     given[name] = words if len(words) > 1 else words[0]
 

@@ -43,7 +43,8 @@ def add_tokens(settings: AddTokensSettings) -> str:
         ValueError: a text is empty, holds white space, is given twice, or is a token already.
     """
     source = model_folder(settings.model_dir, settings.model_name)
-    folder = os.path.join(settings.model_dir, settings.new_model_name)
+    name = settings.new_model_name or f"{settings.model_name}-extended"
+    folder = os.path.join(settings.model_dir, name)
     if os.path.lexists(folder):
         raise FileExistsError(f"{folder} exists; give another new_model_name")
     vocabulary, hparams = get_encoder(source), read_hparams(source)

@@ -104,8 +104,9 @@ class AddTokensSettings(Settings):
     model_name: Annotated[str, Setting(
         MODEL, "Model to add them to: a folder in `model_dir`")] = "124M"
     _: dataclasses.KW_ONLY
-    new_model_name: Annotated[str, Setting(
-        MODEL, "Model to make: a new folder in `model_dir`")]
+    new_model_name: Annotated[str | None, Setting(
+        MODEL, "Model to make: a new folder in `model_dir`. None for the model's name with "
+        "'-extended'", default_help="the model's name with '-extended'")] = None
     model_dir: Annotated[str, Setting(MODEL, _MODEL_DIR_HELP)] = "models"
     # fmt: on
 
