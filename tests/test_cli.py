@@ -531,6 +531,28 @@ def test_finetune_checks_dataset_and_run_before_it_downloads(
     assert said[wrong] in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["finetune a.txt", "generate --model_name 124M", "generate --model_name 124M --folder x/y"],
+)
+def test_folders_that_cannot_be_written_are_told_before_a_download(
+    calls, line, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("a text")
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    calls.results["is_gpt2_downloaded"] = False
+    assert cli.main(line.split()) == 1
+    assert calls.names() == ["is_gpt2_downloaded"]
+    assert f"cannot write in {tmp_path}" in capsys.readouterr().err
+
+
+def test_wrong_settings_of_generate_are_told_before_a_download(calls, capsys):
+    calls.results["is_gpt2_downloaded"] = False
+    assert cli.main(["generate", "--model_name", "124M", "--top_p", "3"]) == 1
+    assert "download_gpt2" not in calls.names()
+
+
 def test_unpublished_model_is_not_downloaded(calls):
     calls.results["is_gpt2_downloaded"] = False
     assert cli.main(["finetune", "a.txt", "--model_name", "mine"]) == 0

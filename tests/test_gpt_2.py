@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import tensorflow as tf
 import gpt_2_simple as gpt2
 from gpt_2_simple import session
 from gpt_2_simple.common import folders, locks
+from gpt_2_simple.common.published import MODEL_FILES
 from gpt_2_simple.data import dataset
 from gpt_2_simple.storage import create, load
 
@@ -922,6 +924,24 @@ def test_create_gpt2_needs_overwrite_to_replace(workplace):
     gpt2.create_gpt2(model_name="tiny", n_layer=1, n_head=1, n_embd=4, n_ctx=8, overwrite=True)
     assert folders.read_hparams("models/tiny").n_layer == 1
     assert os.listdir("models") == ["tiny"]
+
+
+def test_two_threads_that_create_one_model_do_not_mix(workplace):
+    def create(seed):
+        try:
+            done.append(gpt2.create_gpt2(model_name="both", n_layer=1, n_embd=8, seed=seed))
+        except FileExistsError as error:
+            refused.append(str(error))
+
+    done, refused = [], []
+    threads = [threading.Thread(target=create, args=[seed]) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(done), len(refused)) == (1, 2)
+    assert sorted(path.name for path in Path("models/both").iterdir()) == sorted(MODEL_FILES)
+    assert [path.name for path in Path("models").iterdir() if path.name.startswith(".")] == []
 
 
 def test_create_gpt2_replaces_only_files_of_a_model(workplace):

@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from types import ModuleType
 from typing import Annotated, Any, ClassVar
 
+from ..common.files import check_writable
 from ..common.folders import model_folder, read_hparams
 from ..common.hparams import HParams
 from ..common.published import MODEL_NAMES, published_hparams
@@ -123,6 +124,7 @@ def _check_before_download(settings: TrainingSettings) -> None:
     for dataset in (settings.dataset, settings.val_dataset):
         if dataset is not None:
             find_files(dataset)
+    check_writable(settings.checkpoint_dir)
     run = os.path.join(settings.checkpoint_dir, settings.run_name)
     if os.path.lexists(run) and not os.path.isdir(run):
         raise NotADirectoryError(f"{run} is a file; give another run_name or checkpoint_dir")
@@ -195,8 +197,9 @@ def _generate(options: Options) -> int:
     load = _take(options, _NAMES_OF_WEIGHTS)
     gpt2 = _module("gpt_2")
     named = LoadSettings(**load)
-    _ensure_model(gpt2, named.model_name, named.model_dir)
-    settings = GenerationSettings(**options)  # wrong ones are told before weights are loaded
+    settings = GenerationSettings(**options)  # wrong ones are told before a model is downloaded
+    check = functools.partial(check_writable, os.path.dirname(output.path or "") or output.folder)
+    _ensure_model(gpt2, named.model_name, named.model_dir, check)
     with verbosity(settings.verbose), contextlib.closing(gpt2.start_tf_sess()) as sess:
         gpt2.load_gpt2(sess, **load, verbose=0 if settings.stream else settings.verbose)
         if settings.stream:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import IO, Any, BinaryIO
 
+from .locks import wait_for_lock
 from .report import say
 
 # A temporary file that nobody wrote to for so many seconds belongs to a process that died.
@@ -121,10 +122,19 @@ def write_folder_whole(path: str, overwrite: bool = True) -> Iterator[str]:
 
     If the block fails, `path` stays as it was. What a killed process left is removed. If `path` is
     a link, the folder that it leads to is replaced. Without `overwrite`, FileExistsError is raised
-    if there is something at `path` when the block has ended.
+    if there is something at `path` when the block has ended. Of several processes one at a time
+    does so.
     """
     if os.path.islink(path):
         path = os.path.realpath(path)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    lock = _hidden_sibling(path, "lock")
+    with wait_for_lock(lock, f"Waiting for another process that writes {path}"):
+        yield from _write_folder(path, overwrite)
+
+
+def _write_folder(path: str, overwrite: bool) -> Iterator[str]:
+    """write_folder_whole(), for who holds the lock."""
     restore_replaced(path)
     new, old = _hidden_sibling(path, "new"), _hidden_sibling(path, "old")
     for leftover in (new, old):
@@ -188,6 +198,15 @@ def is_temporary(name: str) -> bool:
 def is_special(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is neither a file nor a folder, but a device or a named pipe."""
     return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+
+
+def check_writable(folder: str) -> None:
+    """Raises PermissionError if a folder cannot be written, or not be made."""
+    place = os.path.abspath(folder)
+    while not os.path.lexists(place) and os.path.dirname(place) != place:
+        place = os.path.dirname(place)
+    if not os.access(place, os.W_OK):
+        raise PermissionError(f"cannot write in {place}, where {folder} is to be; name another")
 
 
 def check_folder(name: str, path: str | os.PathLike[str]) -> None:

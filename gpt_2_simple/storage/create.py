@@ -57,7 +57,7 @@ def create_gpt2(settings: CreateSettings) -> str:
     _check_replaceable(folder)
     vocabulary = _vocabulary(settings)
     hparams.n_vocab = vocabulary.n_vocab
-    with write_folder_whole(folder) as new:
+    with write_folder_whole(folder, overwrite=settings.overwrite) as new:
         save_vocabulary(vocabulary, new)
         write_model(new, hparams, settings.seed)
     say(f"Created {folder}: {hparams}")
