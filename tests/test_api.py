@@ -514,8 +514,13 @@ def test_shutdown_finishes_what_is_being_written(sess, engine, monkeypatch):
 
 def test_metrics(http, client):
     before = http.get("/metrics").text
-    client.completions.create(model=NAME, prompt="Where", max_tokens=7)
+    client.completions.create(
+        model=NAME, prompt="Where", max_tokens=7, extra_body={"ignore_eos": True}
+    )
     http.post("/v1/completions", content=b"{")
+    running = f'gpt_2_simple_rows_running{{model="{NAME}"}} 0.0'
+    # A text is answered before its row is free.
+    assert any(running in http.get("/metrics").text or time.sleep(0.1) for _ in range(300))
     found = {}
     for text in (before, http.get("/metrics").text):
         for line in text.splitlines():

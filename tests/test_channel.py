@@ -64,7 +64,8 @@ def opened(count):
 
 
 def cut(channel):
-    """What a kill does: the connections end without a word."""
+    """What a kill does: the connections end without a word, and the process says nothing more."""
+    channel._is_closed = True
     for peer in channel._peers.values():
         handle = peer.connection.fileno()
         with socket.fromfd(handle, socket.AF_INET, socket.SOCK_STREAM) as copy:
