@@ -55,14 +55,17 @@ def test_run_lock_excludes_a_second_holder_in_one_process(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_forked_child_does_not_keep_the_lock(tmp_path):
     reader, writer = os.pipe()
+    lives, alive = os.pipe()
     with locks.lock_run(str(tmp_path)):
         child = os.fork()
         if child == 0:
             try:
                 os.close(writer)
+                os.write(alive, b"x")
                 os.read(reader, 1)  # lives until the parent has looked
             finally:
                 os._exit(0)
+        assert os.read(lives, 1) == b"x"
         assert locks.run_lock_state(str(tmp_path)) is locks.LockState.HELD
     try:
         assert locks.run_lock_state(str(tmp_path)) is locks.LockState.FREE
@@ -71,7 +74,8 @@ def test_forked_child_does_not_keep_the_lock(tmp_path):
     finally:
         os.close(writer)
         os.waitpid(child, 0)
-        os.close(reader)
+        for end in (reader, lives, alive):
+            os.close(end)
 
 
 def test_run_lock_refuses_a_folder_that_is_a_file(tmp_path):
