@@ -152,11 +152,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def create(self, body):
         wanted = json.loads(body)
         name = "/".join(filter(None, [wanted.get("organization"), wanted["name"]]))
+        url = f"{self.server.url}/{name}"
         if name in self.server.repos:
-            return self._reply(409, {"error": "You already created this model repo"})
+            return self._reply(409, {"error": "You already created this model repo", "url": url})
         private = wanted.get("private") or wanted.get("visibility") == "private"
         self.server.repos[name] = {"private": bool(private), "files": {}, "commits": []}
-        return self._reply(200, {"url": f"{self.server.url}/{name}", "name": name})
+        return self._reply(200, {"url": url, "name": name})
 
     def validate(self, body):
         self._reply(200, {"warnings": [], "errors": []})
