@@ -28,7 +28,7 @@ from ..common.report import progress, say, verbosity
 from ..common.settings import Setting, fields_of, settings_function
 from ..data.text_files import find_files
 from ..storage import checkpoint, runs
-from ..training.history import Entry
+from ..training.history import Entry, ends_training
 from ..training.interruption import Interruption
 from ..training.settings import MEMORY, TrainingSettings
 from ..training.trainer import Result
@@ -283,7 +283,7 @@ class _Training:
         except BaseException as error:
             self._own_error = error
             return
-        if isinstance(answer, bool) and not answer:
+        if ends_training(answer):
             self.ray.get(self._mailbox.stop.remote())
 
     def _receive(self, name: str, content: bytes) -> None:

@@ -13,6 +13,8 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..common.folders import run_folder
 from ..common.report import in_notebook
 from ..common.settings import settings_function
@@ -41,6 +43,11 @@ class Entry(NamedTuple):
     learning_rate: float
     tokens_per_second: float
     validation_loss: float | None = None
+
+
+def ends_training(answer: Any) -> bool:
+    """Whether what on_step returned ends the training: False does, Python's or NumPy's."""
+    return isinstance(answer, (bool, np.bool_)) and not answer
 
 
 class History:

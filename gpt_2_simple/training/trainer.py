@@ -256,8 +256,7 @@ class Trainer:
 
     def call_on_step(self, entry: history.Entry) -> None:
         """Tells the caller of a step; the answer may end the training."""
-        answer = self.settings.on_step(entry) if self.settings.on_step else None
-        if isinstance(answer, (bool, np.bool_)) and not answer:
+        if self.settings.on_step and history.ends_training(self.settings.on_step(entry)):
             self.has_ended = True
 
     def _is_due(self, every: int, at_end: bool = False) -> bool:
