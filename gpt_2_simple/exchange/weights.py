@@ -15,7 +15,6 @@ from ..common.hparams import HParams
 from ..encoder import Encoder, check_vocabulary, get_encoder
 from ..storage import checkpoint, runs
 from ..storage.adapter_files import is_adapter
-from ..storage.load import MAX_TRIES
 from .settings import ExportSettings, GgufSettings, PushSettings
 from .tensor_names import tensors_of
 
@@ -58,15 +57,10 @@ def use_weights(
         FileNotFoundError: there is no such run, model or checkpoint; lists those there are.
         ValueError: its files do not fit together.
     """
-    for attempt in range(MAX_TRIES):
-        weights = _find(settings)
-        try:
-            return use(weights)
-        except FileNotFoundError:
-            is_replaced = weights.is_run and runs.is_being_trained(weights.folder)
-            if attempt == MAX_TRIES - 1 or not is_replaced:
-                raise
-    raise AssertionError("the last try returns or raises")
+    run = None
+    if not settings.model_name:
+        run = os.path.join(settings.checkpoint_dir, settings.run_name)
+    return runs.retry_while_trained(run, lambda: use(_find(settings)))
 
 
 def _find(settings: ExportSettings | PushSettings | GgufSettings) -> StoredWeights:

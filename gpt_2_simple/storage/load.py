@@ -19,9 +19,6 @@ from .adapter_files import is_adapter, read_config
 from .adapter_merge import MergedAdapter
 from .settings import LOADED_RUN, LoadSettings
 
-# How often to try to load from a run that another process is training.
-MAX_TRIES = 10
-
 
 @session_function(LoadSettings)
 def load_gpt2(sess: tf.compat.v1.Session, settings: LoadSettings) -> None:
@@ -67,18 +64,15 @@ def load_source(sess: tf.compat.v1.Session, settings: LoadSettings) -> Source:
     if not settings.model_name and settings.adapter is None:
         run = run_folder(settings.checkpoint_dir, settings.run_name)
         runs.finish_saves_unless_trained(run)
-    for attempt in range(MAX_TRIES):
-        try:
-            source = find_source(settings)
-            with session.graph_state(sess).load_lock:
-                session.check_idle(sess)
-                _load(sess, source, settings)
-            return source
-        except FileNotFoundError:
-            # Another process that trains this run may have just replaced the checkpoint.
-            if attempt == MAX_TRIES - 1 or run is None or not runs.is_being_trained(run):
-                raise
-    raise AssertionError("the last attempt returns or raises")
+
+    def find_and_load() -> Source:
+        source = find_source(settings)
+        with session.graph_state(sess).load_lock:
+            session.check_idle(sess)
+            _load(sess, source, settings)
+        return source
+
+    return runs.retry_while_trained(run, find_and_load)
 
 
 def find_source(settings: LoadSettings) -> Source:

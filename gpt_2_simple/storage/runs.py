@@ -19,9 +19,9 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..common.files import write_text, write_whole
 from ..common.folders import read_hparams
@@ -38,6 +38,11 @@ STATE = "state"
 # What the names of float16's own variables start with.
 LOSS_SCALE = "optimizer/loss_scale"
 SETTINGS = "settings.json"
+
+# How often to try to read a run that another process is training.
+MAX_TRIES = 10
+
+Result = TypeVar("Result")
 
 
 # --- locks --------------------------------------------------------------------------------------
@@ -59,6 +64,20 @@ def finish_saves_unless_trained(folder: str) -> None:
             with lock_run(folder) as lock:
                 if lock is not LockState.UNSUPPORTED:
                     checkpoint.finish_saves(folder)
+
+
+def retry_while_trained(folder: str | None, action: Callable[[], Result]) -> Result:
+    """Calls `action`, which reads a run, and calls it again if a training has replaced its files.
+
+    `folder` is the run's; None if what is read is no run.
+    """
+    for _ in range(MAX_TRIES - 1):
+        try:
+            return action()
+        except FileNotFoundError:
+            if folder is None or not is_being_trained(folder):
+                raise
+    return action()
 
 
 # --- a run's model ------------------------------------------------------------------------------
