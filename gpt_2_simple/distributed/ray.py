@@ -11,8 +11,6 @@ import dataclasses
 import importlib
 import math
 import os
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -21,7 +19,7 @@ from types import ModuleType
 from typing import Annotated, Any
 
 from ..common.errors import first_line
-from ..common.files import replace, sync, write_whole
+from ..common.files import remove_folder, replace, sync, temporary_folder, write_whole
 from ..common.folders import model_folder, read_hparams
 from ..common.locks import lock_run
 from ..common.report import progress, say, verbosity
@@ -146,7 +144,7 @@ def _storage(path: str | None) -> Iterator[str]:
     if path is not None:
         yield path if "://" in path else os.path.abspath(path)
         return
-    with tempfile.TemporaryDirectory(prefix="gpt2-ray-", ignore_cleanup_errors=True) as folder:
+    with temporary_folder(prefix="gpt2-ray-") as folder:
         yield folder
 
 
@@ -306,7 +304,7 @@ class _Training:
             path = os.path.join(self.run, name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             replace(os.path.join(folder, name), path)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder)
         sync(self.run)
         kept = {name.partition("/")[0] for name in listing}
         for name in os.listdir(self.run):
@@ -314,7 +312,7 @@ class _Training:
             if not name.startswith(_OF_CHECKPOINT) or name in kept:
                 continue
             if os.path.isdir(path):
-                shutil.rmtree(path, ignore_errors=True)
+                remove_folder(path)
             else:
                 with contextlib.suppress(OSError):
                     os.remove(path)

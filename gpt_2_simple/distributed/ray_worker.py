@@ -8,13 +8,12 @@ import io
 import json
 import os
 import shutil
-import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from ..common.files import write_text
+from ..common.files import remove_folder, temporary_folder, write_text
 from ..session import graph_state, start_tf_sess
 from ..storage import checkpoint
 from ..storage.runs import step_of
@@ -35,7 +34,7 @@ _FINAL = (ValueError, FileNotFoundError, NotADirectoryError, MemoryError, Diverg
 
 def run_job(config: dict[str, Any]) -> None:
     """Trains as a job says; `config` holds it and the mailbox."""
-    with tempfile.TemporaryDirectory(prefix="gpt2-", ignore_cleanup_errors=True) as folder:
+    with temporary_folder(prefix="gpt2-") as folder:
         _Worker(config["job"], config["mailbox"], folder).run()
 
 
@@ -98,7 +97,7 @@ class _Worker:
         if saved is None:
             return settings
         with saved.as_directory() as folder:
-            shutil.rmtree(self.run_folder, ignore_errors=True)
+            remove_folder(self.run_folder)
             shutil.copytree(folder, self.run_folder)
         target = json.loads(Path(self.run_folder, TARGET).read_text(encoding="utf-8"))
         settings |= {"restore_from": "latest", "overwrite": False}

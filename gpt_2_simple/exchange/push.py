@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import tempfile
 
+from ..common.files import temporary_folder
 from ..common.report import say
 from ..common.settings import settings_function
 from ..storage.hub_library import load_library, plain_errors
@@ -43,7 +43,7 @@ def push_to_hub(settings: PushSettings) -> str:
     api = library.HfApi(token=settings.token)
     with plain_errors(library, settings.repo_id):
         repository = api.create_repo(settings.repo_id, private=settings.private, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="gpt_2_simple-push-") as folder:
+    with temporary_folder(prefix="gpt_2_simple-push-") as folder:
         path = os.path.join(folder, "export")
         remedy = "folder for temporary files in the variable TMPDIR"
         huggingface.write_export(path, settings, max_bytes, remedy)
