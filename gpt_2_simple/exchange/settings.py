@@ -6,14 +6,17 @@ import dataclasses
 from typing import Annotated, ClassVar
 
 from ..common.hparams import PRECISIONS
-from ..common.settings import Setting, Settings
+from ..common.settings import Setting, Settings, fields_of
+from ..storage.settings import MODEL_OR_RUN, LoadSettings
 
-WEIGHTS, FILES, HUB = "model or run", "files", "hub"
+WEIGHTS, FILES, HUB = MODEL_OR_RUN, "files", "hub"
+
+_LOAD = fields_of(LoadSettings)
 
 QUANTIZATIONS = ("f32", "f16", "q8_0", "q4_0")
 
 RUN_NAME = Setting(WEIGHTS, "Run to take the weights from: a folder in `checkpoint_dir`")
-CHECKPOINT_DIR = Setting(WEIGHTS, "Folder that holds the runs")
+CHECKPOINT_DIR = _LOAD["checkpoint_dir"].setting
 CHECKPOINT = Setting(
     WEIGHTS,
     "Checkpoint of the run: 'latest', 'best', a name such as 'model-1000', or its step",
@@ -23,7 +26,7 @@ MODEL_NAME = Setting(
     "Take this model instead of a run: a folder in `model_dir`",
     default_help="none: the run is taken",
 )
-MODEL_DIR = Setting(WEIGHTS, "Folder that holds the models")
+MODEL_DIR = _LOAD["model_dir"].setting
 PRECISION = Setting(
     FILES,
     "Type of the numbers in the files. 'bfloat16' and 'float16' take half the space; 'float16' "
