@@ -168,6 +168,7 @@ def test_bytes_bound_the_cache(sess, watched):
 def test_a_long_prompt_is_computed_in_pieces_between_which_others_grow(sess, watched, monkeypatch):
     monkeypatch.setattr(engines, "PREFILL_TOKENS", 8)
     monkeypatch.setattr(engines, "BUSY_CHUNK_SECONDS", 0.0)
+    monkeypatch.setattr(engines, "CHUNK_SECONDS", 0.0)  # else a quick machine ends "A" too soon
     with running(sess, max_batch=4) as engine:
         short, _ = pair = request(sess, "A", length=60, streams=True)
         client = pair[1]
