@@ -60,8 +60,8 @@ def build_adapter(hparams: HParams, gpus: Sequence[str], config: LoraConfig) -> 
                 tf.compat.v1.variable_scope(root, auxiliary_name_scope=False),
             ):
                 variables[f"h.{index}.{layer}"] = (
-                    tf.compat.v1.get_variable(f"{scope}/lora_A", a_shape, initializer=_zeros),
-                    tf.compat.v1.get_variable(f"{scope}/lora_B", b_shape, initializer=_zeros),
+                    model.get_variable(f"{scope}/lora_A", a_shape, initializer=_zeros),
+                    model.get_variable(f"{scope}/lora_B", b_shape, initializer=_zeros),
                 )
     return Adapter(config, variables)
 

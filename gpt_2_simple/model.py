@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from .common.hparams import HParams
 from .common.hparams import default_hparams as default_hparams  # public here, as in OpenAI's code
+from .common.interrupts import delayed_interrupt
 
 # If the sequence length is static, attention is computed for this many queries at a time, and only
 # over the keys that they may see. That computes and stores about half of the scores.
@@ -127,7 +128,17 @@ def _variable(
     initializer: tf.compat.v1.Initializer,
     dtype: tf.DType = tf.float32,
 ) -> tf.Variable:
-    return tf.compat.v1.get_variable(name, shape, dtype, initializer, use_resource=True)
+    return get_variable(name, shape, dtype, initializer, use_resource=True)
+
+
+def get_variable(*args: Any, **kwargs: Any) -> tf.Variable:
+    """tf.compat.v1.get_variable, whole or not at all: Ctrl-C takes effect after it.
+
+    Else the graph could keep operations of a variable that nobody knows, and the next call, which
+    makes it once more, would give it another name.
+    """
+    with delayed_interrupt():
+        return tf.compat.v1.get_variable(*args, **kwargs)
 
 
 def _normal(stddev: float) -> tf.compat.v1.Initializer:

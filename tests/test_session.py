@@ -1,6 +1,8 @@
 """Sessions, and what their graphs remember."""
 
 import gc
+import signal
+import sys
 import threading
 import weakref
 
@@ -178,6 +180,37 @@ def test_model_whose_building_was_interrupted_is_completed(sess, monkeypatch):
     names = session.named_variables(session.build_model(sess, HPARAMS, []))
     with gpt2.start_tf_sess() as other:
         assert set(names) == set(session.named_variables(session.build_model(other, HPARAMS, [])))
+
+
+@pytest.mark.parametrize("tenth", range(10))
+def test_interrupted_anywhere_a_model_gets_the_names_of_a_whole_one(tenth):
+    def build(sess, interrupt_at=None):
+        """Counts TensorFlow's calls while the model is built; sends SIGINT in one of them."""
+        calls = 0
+
+        def count(frame, event, arg):
+            nonlocal calls
+            calls += event == "return"
+            if calls == interrupt_at and event == "return":
+                signal.raise_signal(signal.SIGINT)
+
+        sys.setprofile(count)
+        try:
+            session.build_model(sess, HPARAMS, [])
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    with gpt2.start_tf_sess() as whole:
+        n_calls = build(whole)
+        names = sorted(session.named_variables(session.graph_state(whole)))
+    step = n_calls // 97  # 9 places in each tenth
+    for place in range(1 + tenth * n_calls // 10, (tenth + 1) * n_calls // 10, step):
+        with gpt2.start_tf_sess() as sess:
+            with pytest.raises(KeyboardInterrupt):
+                build(sess, place)
+            state = session.build_model(sess, HPARAMS, [])
+            assert sorted(session.named_variables(state)) == names
 
 
 def test_forked_process_is_told_that_it_cannot_use_the_session(sess, monkeypatch):

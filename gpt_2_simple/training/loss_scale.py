@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
+from ..model import get_variable
 from ..storage.runs import LOSS_SCALE
 
 # Dynamic loss scaling (Micikevicius et al. 2018, arXiv:1710.03740) for float16.
@@ -23,7 +24,7 @@ class LossScale:
 
     @staticmethod
     def _variable(name: str, value: float) -> tf.Variable:
-        return tf.compat.v1.get_variable(
+        return get_variable(
             f"{LOSS_SCALE}/{name}", [], tf.float32, trainable=False,
             initializer=tf.compat.v1.constant_initializer(value), use_resource=True,
         )  # fmt: skip

@@ -16,6 +16,7 @@ import tensorflow as tf
 
 from ..distributed.collectives import Collectives
 from ..memory_saving_gradients import Gradient
+from ..model import get_variable
 
 # Adafactor reads larger matrices than this in chunks of rows.
 CHUNK_BYTES = 32 * 2**20
@@ -147,7 +148,7 @@ class Optimizer(abc.ABC):
                 tf.control_dependencies(None),
                 tf.compat.v1.variable_scope(root, auxiliary_name_scope=False),
             ):
-                self._slots[name] = tf.compat.v1.get_variable(
+                self._slots[name] = get_variable(
                     name, shape, dtype, initializer=zeros, trainable=False
                 )
         return self._slots[name]
