@@ -306,19 +306,16 @@ def test_session_and_loaded_run_write_the_same_text(workplace, one_thread, capsy
 
 
 def test_validation_best_and_early_stopping(workplace, one_thread):
+    # Whatever makes the training's lines likelier makes these less likely.
+    (workplace / "other.txt").write_text("QZX JKV WYQ ZZQ XXK\n" * 20, encoding="utf-8")
     result = finetune(
-        one_thread, 30, val_split=0.3, val_every=5, patience=2, learning_rate=0.2,
-        lora_targets="all", max_checkpoints=2, save_every=5,
+        one_thread, 30, val_dataset="other.txt", val_every=5, patience=2, learning_rate=0.1,
+        lora_targets="all", max_checkpoints=5, save_every=5,
     )  # fmt: skip
-    assert result.best_step < result.step
+    assert (result.best_step, result.step) == (5, 15)
     best = adapter_files.read_adapter("checkpoint/run1/best").tensors
-    at_best = (
-        adapter_files.read_adapter(f"checkpoint/run1/adapter-{result.best_step}").tensors
-        if os.path.isdir(f"checkpoint/run1/adapter-{result.best_step}")
-        else None
-    )
-    if at_best is not None:
-        assert all(np.array_equal(best[name], at_best[name]) for name in best)
+    at_best = adapter_files.read_adapter("checkpoint/run1/adapter-5").tensors
+    assert all(np.array_equal(best[name], at_best[name]) for name in best)
     with load("run1", checkpoint="best") as sess:
         assert session.graph_state(sess).loaded_base.changed
     assert checkpoint.is_whole("checkpoint/run1/best")
