@@ -41,7 +41,10 @@ def run(code, **environment):
     )  # fmt: skip
 
 
+# huggingface_hub tries again and again, and waits longer each time.
 DOWNLOAD = """
+import time
+sleep, time.sleep = time.sleep, lambda seconds: sleep(min(seconds, 0.01))
 from gpt_2_simple.exchange import hub
 try:
     print(hub.download({repo!r}, {revision!r}))
