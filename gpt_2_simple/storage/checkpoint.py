@@ -148,18 +148,27 @@ def build_restore(*variables: tf.Variable, stored: tuple[int, ...] = ()) -> Chec
     with tf.compat.v1.name_scope("restore"):
         prefix = tf.compat.v1.placeholder(tf.string, [], name="prefix")
         last: list[tf.Operation] = []
+        # All that is narrower than what is read gets its memory before that: else it would lie in
+        # the holes which the wider tensors leave, each larger than what then lies in it. The BFC
+        # allocator lost 550 MB so with 1558M's matrices in bfloat16.
+        narrow = {v.ref() for v in variables if v.dtype in (tf.bfloat16, tf.float16)}
+        for variable in variables:
+            if variable.ref() in narrow:
+                with tf.control_dependencies(last), tf.device(variable.device):
+                    zeros = tf.raw_ops.Empty(shape=variable.shape, dtype=variable.dtype, init=True)
+                    last = [variable.assign(zeros, read_value=False)]
         for index, variable in enumerate(variables):
             with tf.control_dependencies(last), tf.device("/cpu:0"):
                 # In whatever precision they are held, weights are saved as float32.
-                narrow = variable.dtype in (tf.bfloat16, tf.float16)
-                dtype = tf.float32 if narrow else variable.dtype
+                dtype = tf.float32 if variable.ref() in narrow else variable.dtype
                 (value,) = tf.raw_ops.RestoreV2(
                     prefix=prefix, tensor_names=[variable.op.name], shape_and_slices=[""],
                     dtypes=[tf.as_dtype(stored[index]) if stored else dtype],
                 )  # fmt: skip
                 value.set_shape(variable.shape)
                 value = tf.cast(value, variable.dtype)
-            last = [variable.assign(value, read_value=False)]
+            set_value = variable.assign_add if variable.ref() in narrow else variable.assign
+            last = [set_value(value, read_value=False)]
         return CheckpointOps(prefix, tf.group(*last))
 
 
