@@ -26,6 +26,7 @@ import gpt_2_simple as gpt2
 from gpt_2_simple import model, session
 from gpt_2_simple.common.published import published_hparams
 from gpt_2_simple.storage import checkpoint_manager, runs
+from gpt_2_simple.storage.optimizer_state import OptimizerState
 from gpt_2_simple.training.optimizer import make_optimizer
 
 
@@ -39,7 +40,9 @@ def make_saves(sess: tf.compat.v1.Session, folder: str) -> checkpoint_manager.Ch
             optimizer.apply(tf.zeros(variable.shape), variable)
         slots = optimizer.variables()
         sess.run([variable.initializer for variable in [*variables, *slots]])
-    return checkpoint_manager.CheckpointManager(sess, state, folder, 1, slots, None)
+    return checkpoint_manager.CheckpointManager(
+        sess, state, folder, 1, OptimizerState(sess, state, slots), None
+    )
 
 
 def timed_save(saves: checkpoint_manager.CheckpointManager, step: int) -> tuple[float, int]:

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from gpt_2_simple import model, session
 from gpt_2_simple.storage import checkpoint, checkpoint_manager, runs
+from gpt_2_simple.storage.optimizer_state import OptimizerState
 from gpt_2_simple.training.optimizer import make_optimizer
 
 HPARAMS = model.HParams(n_vocab=50, n_ctx=8, n_embd=8, n_head=2, n_layer=1)
@@ -28,9 +29,9 @@ class SavedRun:
 
     def manager(self, max_checkpoints=1, resume=True):
         latest = checkpoint.latest_checkpoint(self.folder) if resume else None
-        variables = list(self.optimizer.values())
+        state = OptimizerState(self.sess, self.state, list(self.optimizer.values()))
         return checkpoint_manager.CheckpointManager(
-            self.sess, self.state, self.folder, max_checkpoints, variables, latest
+            self.sess, self.state, self.folder, max_checkpoints, state, latest
         )
 
     def set(self, value):

@@ -13,6 +13,7 @@ from gpt_2_simple.adapter import build_adapter
 from gpt_2_simple.common.lora import LoraConfig
 from gpt_2_simple.storage import adapter_files, checkpoint, checkpoint_manager, runs
 from gpt_2_simple.storage.adapter_state import AdapterState
+from gpt_2_simple.storage.optimizer_state import OptimizerState
 from gpt_2_simple.training.optimizer import make_optimizer
 
 CONFIG = LoraConfig(2, 4.0, ("attn.c_attn",))
@@ -40,7 +41,7 @@ class SavedAdapter:
             self.state,
             self.folder,
             max_checkpoints,
-            self.optimizer,
+            OptimizerState(self.sess, self.state, self.optimizer),
             latest,
             self.on_disk,
         )

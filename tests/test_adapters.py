@@ -1,5 +1,6 @@
 """Adapters that peft trained, merged into a model; ours, read by peft; and what is refused."""
 
+import functools
 import json
 import os
 import shutil
@@ -50,7 +51,8 @@ def write_base(folder, weights):
             initializer = variable.initializer
             sess.run(initializer, {initializer.inputs[1]: weights[variable.op.name]})
         base = checkpoint.MODEL_CHECKPOINT
-        checkpoint.save_model(sess, str(folder), base, HPARAMS, {base: save}, {})
+        write = functools.partial(checkpoint.write_checkpoint, sess, save)
+        checkpoint.save_model(str(folder), base, HPARAMS, {base: write}, {})
 
 
 @pytest.fixture(scope="module")

@@ -452,10 +452,10 @@ def test_passing_error_in_save_best_does_not_stop_later_saves(small, sess, monke
     save_model = checkpoint.save_model
     failures = [OSError(errno.ESTALE, "Stale file handle")]
 
-    def fail_once(sess, folder, base, *args):
+    def fail_once(folder, base, *args):
         if base == checkpoint.BEST and failures:
             raise failures.pop()
-        save_model(sess, folder, base, *args)
+        save_model(folder, base, *args)
 
     monkeypatch.setattr(checkpoint, "save_model", fail_once)
     script_losses(monkeypatch, [2.0, 2.5])

@@ -54,15 +54,14 @@ class Collectives:
 
     # --- graph ------------------------------------------------------------------------------------
 
-    def _options(self, kind: str, value: Any, device: str) -> dict[str, Any]:
+    def _options(self, kind: str, dtype: tf.DType, shape: Any, device: str) -> dict[str, Any]:
         """What a collective operation is told: its group, and which of a run's operations it is.
 
         TensorFlow keeps a process's operations by these numbers, and refuses to use one again for
         another kind or type. They must not depend on what else a worker's graph holds.
         """
         self._n_in_run += 1
-        dtype, shape = value.dtype.base_dtype, value.shape.as_list()
-        what = f"{kind} {self._n_in_run}: {dtype.name} {shape}"
+        what = f"{kind} {self._n_in_run}: {dtype.name} {tf.TensorShape(shape).as_list()}"
         # A group's members are on devices of one kind, which is the same for values of one type.
         group = f"{dtype.name} {device}"
         return {
@@ -77,7 +76,7 @@ class Collectives:
         with tf.device(device), tf.control_dependencies(self._last):
             summed = tf.raw_ops.CollectiveReduceV2(
                 input=value, ordering_token=[], merge_op="Add", final_op="Id",
-                **self._options("sum", value, device),
+                **self._options("sum", value.dtype.base_dtype, value.shape, device),
             )  # fmt: skip
         self._last = [summed.op]
         return summed
@@ -120,24 +119,61 @@ class Collectives:
                 start += size
         return done
 
+    def broadcast(
+        self,
+        source: int,
+        value: Callable[[], tf.Tensor],
+        dtype: tf.DType,
+        shape: Any,
+        device: str = "",
+    ) -> tf.Tensor:
+        """One worker's value, on all of them.
+
+        Args:
+            source: the index of the worker that has the value.
+            value: makes the tensor there; it is called on no other worker.
+            dtype: the value's type.
+            shape: its static shape.
+            device: where it is sent from, and received.
+        """
+        kind = f"copy from {source}"
+        with tf.device(device), tf.control_dependencies(self._last):
+            options = self._options(kind, dtype, shape, device)
+            if source == self.cluster.spec.index:
+                sent = _as_type(value(), _sent_type(dtype))
+                result = tf.raw_ops.CollectiveBcastSendV2(input=sent, **options)
+            else:
+                result = tf.raw_ops.CollectiveBcastRecvV2(
+                    T=_sent_type(dtype), shape=tf.TensorShape(shape).as_list(), **options
+                )
+            self._last = [result.op]
+            return _as_type(result, dtype)
+
+    def copy_variable(
+        self, variable: tf.Variable, source: int, after: Sequence[tf.Operation] = ()
+    ) -> tf.Operation:
+        """The operation that gives all workers the value which one worker's variable has.
+
+        Args:
+            variable: has the same name, type and shape on all workers.
+            source: the index of the worker whose value it is.
+            after: operations that come first: on that worker, they set the value.
+        """
+
+        def value() -> tf.Tensor:
+            with tf.control_dependencies(after):
+                return variable.read_value()
+
+        dtype, device = variable.dtype.base_dtype, variable.device
+        copied = self.broadcast(source, value, dtype, variable.shape, device)
+        if source != self.cluster.spec.index:
+            with tf.device(device):
+                self._last = [variable.assign(copied, read_value=False)]
+        return self._last[0]
+
     def copy_from_writer(self, variables: Sequence[tf.Variable]) -> tf.Operation:
         """The operation that gives all workers the values that worker 0's variables have."""
-        done: list[tf.Operation] = []
-        is_source = self.cluster.is_writer
-        for variable in variables:
-            with tf.device(variable.device), tf.control_dependencies([*self._last, *done[-1:]]):
-                options = self._options("copy", variable, variable.device)
-                if is_source:
-                    value = _as_type(variable.read_value(), _sent_type(variable))
-                    sent = tf.raw_ops.CollectiveBcastSendV2(input=value, **options)
-                    done.append(sent.op)
-                else:
-                    received = tf.raw_ops.CollectiveBcastRecvV2(
-                        T=_sent_type(variable), shape=variable.shape.as_list(), **options
-                    )
-                    value = _as_type(received, variable.dtype.base_dtype)
-                    done.append(variable.assign(value, read_value=False))
-        return self.guarded(tf.group(*done))
+        return self.guarded(tf.group(*[self.copy_variable(v, source=0) for v in variables]))
 
     def guarded(self, work: tf.Operation, value: tf.Tensor | None = None) -> Any:
         """An operation, or `value` after it, that abort() can end; see _Alarm."""
@@ -184,9 +220,8 @@ class Collectives:
             channel.on_failure = lambda: None
 
 
-def _sent_type(variable: tf.Variable) -> tf.DType:
-    """The type in which a variable's bits travel: there is no broadcast of bfloat16."""
-    dtype = variable.dtype.base_dtype
+def _sent_type(dtype: tf.DType) -> tf.DType:
+    """The type in which a value's bits travel: there is no broadcast of bfloat16."""
     return tf.float16 if dtype == tf.bfloat16 else dtype
 
 

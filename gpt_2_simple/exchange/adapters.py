@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from pathlib import Path
 
@@ -68,5 +69,6 @@ def _write_merged(sess: tf.compat.v1.Session, source: Source, folder: str) -> st
     base = f"{runs.MODEL}-{step}"
     save = state.build_once(checkpoint.build_save, *session.named_variables(state).values())
     texts = {checkpoint.COUNTER: f"{step}\n", checkpoint.LIST_FILE: checkpoint.list_text([base])}
-    checkpoint.save_model(sess, folder, base, state.hparams, {base: save}, texts)
+    write = functools.partial(checkpoint.write_checkpoint, sess, save)
+    checkpoint.save_model(folder, base, state.hparams, {base: write}, texts)
     return base

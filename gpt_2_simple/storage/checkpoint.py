@@ -270,22 +270,24 @@ def meta_graph(sizes: tuple[int, ...]) -> bytes:
         return meta.SerializeToString()
 
 
+# Writes a checkpoint's files, which begin with the path that it is given, and flushes them to disk.
+Write = Callable[[str], object]
+
+
 def save_model(
-    sess: tf.compat.v1.Session,
     folder: str,
     base: str,
     hparams: model.HParams,
-    saves: Mapping[str, CheckpointOps],
+    writes: Mapping[str, Write],
     texts: Mapping[str, str],
 ) -> None:
     """Writes a model's `<base>.data-...`, `.index` and `.meta`, and other files: all or nothing.
 
     Args:
-        sess: holds the variables.
         folder: a model or run folder; nobody else may save there now.
         base: the base name of the model's checkpoint.
         hparams: the model's sizes.
-        saves: operations by the base name of the checkpoint that they write.
+        writes: functions by the base name of the checkpoint that they write.
         texts: contents of other files, by their names.
 
     Raises:
@@ -293,14 +295,13 @@ def save_model(
     """
     contents = {name: text.encode("utf-8") for name, text in texts.items()}
     contents[f"{base}.meta"] = meta_graph(dataclasses.astuple(hparams))
-    writes = {name: functools.partial(write_checkpoint, sess, ops) for name, ops in saves.items()}
     save_whole(folder, base, writes, contents)
 
 
 def save_whole(
     folder: str,
     base: str,
-    writes: Mapping[str, Callable[[str], object]],
+    writes: Mapping[str, Write],
     contents: Mapping[str, bytes],
 ) -> None:
     """Writes a checkpoint and what belongs to it: all or nothing.
@@ -312,7 +313,7 @@ def save_whole(
     Args:
         folder: a model or run folder; nobody else may save there now.
         base: the base name of the checkpoint.
-        writes: functions by the base name of what they write and flush, given its path.
+        writes: functions by the base name of what they write.
         contents: contents of other files, by their names.
 
     Raises:
@@ -337,9 +338,7 @@ def save_whole(
         ) from error
 
 
-def _write_all(
-    folder: str, writes: Mapping[str, Callable[[str], object]], contents: Mapping[str, bytes]
-) -> None:
+def _write_all(folder: str, writes: Mapping[str, Write], contents: Mapping[str, bytes]) -> None:
     """Writes checkpoints and other files into an empty folder, and flushes all to disk."""
     _run_in_parallel(
         [functools.partial(write, os.path.join(folder, base)) for base, write in writes.items()]

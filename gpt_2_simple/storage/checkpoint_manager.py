@@ -7,7 +7,7 @@ import functools
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import tensorflow as tf
 
@@ -39,15 +39,15 @@ class CheckpointManager:
         state: session.GraphState,
         folder: str,
         max_checkpoints: int,
-        optimizer: Sequence[tf.Variable],
+        optimizer_state: OptimizerState,
         latest: str | None,
         adapter: AdapterState | None = None,
     ):
         """Builds the operations.
 
-        `max_checkpoints` is 0 to keep all. `optimizer` holds the optimizer's variables. `latest` is
-        the checkpoint from which the run is continued, None for a new run. `adapter` is what is
-        saved in place of the model's weights if only that is trained.
+        `max_checkpoints` is 0 to keep all. `latest` is the checkpoint from which the run is
+        continued, None for a new run. `adapter` is what is saved in place of the model's weights if
+        only that is trained.
         """
         self.sess, self.state, self.folder = sess, state, folder
         self._path = os.path.abspath(folder)  # The current folder may change meanwhile.
@@ -61,7 +61,7 @@ class CheckpointManager:
             self._save_ops = state.build_once(checkpoint.build_save, *trained)
         else:
             trained = adapter.adapter.flatten()
-        self.optimizer_state = OptimizerState(sess, state, optimizer)
+        self.optimizer_state = optimizer_state
         self._finite = state.build_once(_build_finite, *trained)
 
     def are_weights_finite(self) -> bool:
@@ -85,7 +85,7 @@ class CheckpointManager:
             checkpoint.COUNTER: f"{run.step}\n",
             checkpoint.LIST_FILE: checkpoint.list_text(names),
         }
-        self._write(base, {f"{OPTIMIZER}-{run.step}": self.optimizer_state.save_ops}, texts)
+        self._write(base, {f"{OPTIMIZER}-{run.step}": self.optimizer_state.write}, texts)
         self.latest, self._names = os.path.join(self.folder, base), names
         if self.max_checkpoints:
             newest = names[-self.max_checkpoints :]
@@ -115,19 +115,17 @@ class CheckpointManager:
                 prepare(self._path, self.state.base_model_folder)
 
     def _write(
-        self, base: str, saves: Mapping[str, checkpoint.CheckpointOps], texts: Mapping[str, str]
+        self, base: str, writes: Mapping[str, checkpoint.Write], texts: Mapping[str, str]
     ) -> None:
         """Saves what is trained under the name `base`, and what belongs to it."""
         self.failed = True
         if self._adapter is None:
-            saves = {base: self._save_ops, **saves}
-            checkpoint.save_model(self.sess, self._path, base, self.state.hparams, saves, texts)
+            write = functools.partial(checkpoint.write_checkpoint, self.sess, self._save_ops)
+            hparams = self.state.hparams
+            checkpoint.save_model(self._path, base, hparams, {base: write, **writes}, texts)
         else:
-            writes: dict[str, Callable[[str], object]] = {base: self._adapter.write}
-            for name, ops in saves.items():
-                write = functools.partial(checkpoint.write_checkpoint, self.sess, ops)
-                writes[name] = write
             contents = {name: text.encode("utf-8") for name, text in texts.items()}
+            writes = {base: self._adapter.write, **writes}
             checkpoint.save_whole(self._path, base, writes, contents)
         self.failed = False
 

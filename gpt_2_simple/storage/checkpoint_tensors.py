@@ -19,7 +19,7 @@ from ..common.errors import first_line
 from ..common.files import sync, sync_file, temporary_folder
 from ..common.folders import hparams_text
 from ..common.hparams import HParams
-from ..common.published import DATA_FILE, INDEX_FILE, META_FILE
+from ..common.published import META_FILE
 from . import checkpoint, checkpoint_index
 
 # TensorFlow takes an array for a tensor without a copy if it starts at a multiple of this.
@@ -27,7 +27,7 @@ _ALIGNMENT = 64
 
 # Gives a tensor by its name: 'model/wte'.
 ReadTensor = Callable[[str], np.ndarray]
-# Takes the next tensor: its name and its float32 values.
+# Takes the next tensor: its name and its values, float32 or int64.
 WriteTensor = Callable[[str, np.ndarray], None]
 
 
@@ -69,8 +69,8 @@ def open_checkpoint(prefix: str) -> Iterator[ReadTensor]:
 
 
 @contextlib.contextmanager
-def write_checkpoint(folder: str) -> Iterator[WriteTensor]:
-    """Writes `model.ckpt.data-00000-of-00001` and its index into a folder, tensor by tensor.
+def write_checkpoint(folder: str, base: str = checkpoint.MODEL_CHECKPOINT) -> Iterator[WriteTensor]:
+    """Writes `<base>.data-00000-of-00001` and its index into a folder, tensor by tensor.
 
     The index is written if the block ends well. The caller removes what a block that fails leaves.
 
@@ -80,12 +80,12 @@ def write_checkpoint(folder: str) -> Iterator[WriteTensor]:
     entries: dict[str, checkpoint_index.Entry] = {}
     try:
         with (
-            open(os.path.join(folder, DATA_FILE), "xb") as file,
+            open(os.path.join(folder, f"{base}.data-00000-of-00001"), "xb") as file,
             _checksums(folder) as checksum,
         ):
             yield lambda name, value: _append(file, entries, name, value, checksum(value))
             sync_file(file)
-        index = os.path.join(folder, INDEX_FILE)
+        index = os.path.join(folder, f"{base}.index")
         with open(index, "xb") as file:
             file.write(checkpoint_index.index_bytes(entries))
             sync_file(file)
@@ -100,7 +100,7 @@ def _append(
     value: np.ndarray,
     crc32c: int,
 ) -> None:
-    dtype = tf.float32.as_datatype_enum
+    dtype = tf.as_dtype(value.dtype).as_datatype_enum
     entries[name] = checkpoint_index.Entry(dtype, value.shape, 0, file.tell(), value.nbytes, crc32c)
     file.write(value.reshape(-1).view(np.uint8).data)
 
@@ -114,12 +114,20 @@ def _checksums(folder: str) -> Iterator[Callable[[np.ndarray], int]]:
     with _cpu_session() as sess, temporary_folder(folder, ".crc-") as beside:
         prefix = os.path.join(beside, "tensor")
         with sess.graph.as_default():
-            value = tf.compat.v1.placeholder(tf.float32)
-            save = tf.raw_ops.SaveV2(
-                prefix=prefix, tensor_names=["value"], shape_and_slices=[""], tensors=[value]
-            )
+            values = [tf.compat.v1.placeholder(dtype) for dtype in (tf.float32, tf.int64)]
+            saves = {
+                value.dtype.as_numpy_dtype: (
+                    value,
+                    tf.raw_ops.SaveV2(
+                        prefix=prefix, tensor_names=["value"], shape_and_slices=[""],
+                        tensors=[value],
+                    ),
+                )
+                for value in values
+            }  # fmt: skip
 
         def checksum(array: np.ndarray) -> int:
+            value, save = saves[array.dtype.type]
             sess.run(save, {value: array})
             return checkpoint_index.read_index(f"{prefix}.index")["value"].crc32c
 

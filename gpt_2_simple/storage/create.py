@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Sequence
 
@@ -155,4 +156,5 @@ def write_model(folder: str, hparams: HParams, seed: int | None) -> None:
             "hparams.json": hparams_text(hparams),
             checkpoint.LIST_FILE: checkpoint.list_text([base]),
         }
-        checkpoint.save_model(sess, folder, base, hparams, {base: save}, texts)
+        write = functools.partial(checkpoint.write_checkpoint, sess, save)
+        checkpoint.save_model(folder, base, hparams, {base: write}, texts)

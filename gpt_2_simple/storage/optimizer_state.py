@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import tensorflow as tf
 
@@ -22,9 +22,13 @@ class OptimizerState:
         variables: Sequence[tf.Variable],
     ):
         self.sess, self.state = sess, state
-        self._variables = {variable.op.name: variable for variable in variables}
-        self.save_ops = state.build_once(checkpoint.build_save, *variables)
+        self.variables = {variable.op.name: variable for variable in variables}
+        self._save_ops = state.build_once(checkpoint.build_save, *variables)
         state.build_once(checkpoint.build_restore, *variables)
+
+    def write(self, prefix: str) -> None:
+        """Writes the variables to the files of a checkpoint, and flushes these to disk."""
+        checkpoint.write_checkpoint(self.sess, self._save_ops, prefix)
 
     def restore(self, prefix: str) -> bool:
         """Fills the variables from what was saved with the checkpoint `prefix`.
@@ -39,22 +43,30 @@ class OptimizerState:
             say(f"{prefix} has no optimizer state beside it: the optimizer starts anew")
             return False
         saved = checkpoint_index.read_index(f"{path}.index")
-        shared = [variable for name, variable in self._variables.items() if name in saved]
-        unshared = saved.keys() ^ self._variables.keys()
+        expected = self._expected()
+        unshared = saved.keys() ^ expected.keys()
         if not all(name.startswith(LOSS_SCALE) for name in unshared) or not all(
-            _fits(saved[variable.op.name], variable) for variable in shared
+            (saved[name].shape, saved[name].dtype) == expected[name]
+            for name in saved.keys() & expected.keys()
         ):
             say(f"{path} is of another optimizer, or other variables: the optimizer starts anew")
             return False
         try:
-            ops = self.state.build_once(checkpoint.build_restore, *shared)
-            checkpoint.restore(self.sess, ops, path)
+            self._fill(path, saved.keys())
         except ValueError as error:
             say(f"{error}; the optimizer starts anew")
             return False
         return True
 
+    def _expected(self) -> dict[str, tuple[tuple[int, ...], int]]:
+        """The shapes and types of what is saved, by name."""
+        return {
+            name: (tuple(v.shape.as_list()), v.dtype.base_dtype.as_datatype_enum)
+            for name, v in self.variables.items()
+        }
 
-def _fits(entry: checkpoint_index.Entry, variable: tf.Variable) -> bool:
-    dtype = variable.dtype.base_dtype.as_datatype_enum
-    return (entry.shape, entry.dtype) == (tuple(variable.shape.as_list()), dtype)
+    def _fill(self, path: str, saved: Collection[str]) -> None:
+        """Reads the variables that were saved. Raises ValueError if they are damaged."""
+        found = [variable for name, variable in self.variables.items() if name in saved]
+        ops = self.state.build_once(checkpoint.build_restore, *found)
+        checkpoint.restore(self.sess, ops, path)

@@ -27,10 +27,12 @@ from ..distributed.channel import WorkerLost
 from ..distributed.cluster import Cluster
 from ..distributed.collectives import Collectives
 from ..storage.checkpoint_manager import CheckpointManager
+from ..storage.optimizer_state import OptimizerState
 from ..storage.runs import RunState
 from . import history
 from .run_logger import RunLogger
 from .settings import TrainingSettings
+from .sharded_optimizer import ShardedState
 from .trainer import Data, Diverged, Feeds, Result, Start, Trainer
 from .validation import Validation
 
@@ -181,8 +183,17 @@ class DataParallelTrainer(Trainer):
     def _manage_checkpoints(self) -> CheckpointManager:
         if self.cluster.is_writer:
             return super()._manage_checkpoints()
-        variables = self.ops.state_variables
-        return _NoCheckpoints(self.sess, self.state, self.folder, 0, variables, None, self.adapter)
+        optimizer = self._optimizer_state()
+        return _NoCheckpoints(self.sess, self.state, self.folder, 0, optimizer, None, self.adapter)
+
+    def _optimizer_state(self) -> OptimizerState:
+        self.collectives = self.state.build_once(Collectives, self.cluster)
+        self.shares = None
+        if not self.ops.slots:
+            return super()._optimizer_state()
+        variables, slots = self.ops.state_variables, self.ops.slots
+        self.shares = ShardedState(self.sess, self.state, variables, slots, self.collectives)
+        return self.shares
 
     def _open_logger(self, steps: int | None) -> RunLogger:
         if self.cluster.is_writer:
@@ -199,12 +210,14 @@ class DataParallelTrainer(Trainer):
             run = RunState.from_json(text)
             assert run.sampler is not None
             self.sampler.restore(run.sampler)
-        self.collectives = self.state.build_once(Collectives, self.cluster)
-        variables = [*session.named_variables(self.state).values(), *self.ops.state_variables]
+        shared = self.checkpoints.optimizer_state.variables.values()
+        variables = [*session.named_variables(self.state).values(), *shared]
         if self.adapter is not None:
             variables += self.adapter.adapter.flatten()
         copy = self.state.build_once(_build_copy, self.collectives, *variables)
         self.collectives.run(self.sess, copy)
+        if self.shares is not None:
+            self.shares.deal_out()
         return run
 
     # --- the loop ---------------------------------------------------------------------------------
@@ -266,6 +279,12 @@ class DataParallelTrainer(Trainer):
             self.interruption.note()
         return True
 
+    def apply_gradients(self, feed: Feeds) -> Any:
+        """Takes the step's update, whose parts the workers send each other if they share it."""
+        if self.shares is None:
+            return super().apply_gradients(feed)
+        return self.collectives.run(self.sess, self.ops.apply_gradients, feed)
+
     # --- between steps ----------------------------------------------------------------------------
 
     def validation_loss(self, validation: Validation) -> float | None:
@@ -284,17 +303,29 @@ class DataParallelTrainer(Trainer):
         return validation.mean([gathered[start] for start in starts])
 
     def save(self) -> None:
-        """Worker 0 saves the run."""
+        """Worker 0 saves the run, with the others' shares of the optimizer's state."""
         if self.cluster.is_writer:
-            super().save()
+            try:
+                super().save()
+            finally:
+                if self.shares is not None:
+                    self.shares.end_save()
             self.channel.note(latest=self.checkpoints.latest)
+        elif self.shares is not None:
+            self.shares.take_part_in_save()
 
     def save_before_error(self) -> None:
         """Worker 0 saves what an error is about to end; the others need not wait for that."""
         error = sys.exc_info()[1]
         if error is not None:
             _tell(self.cluster, error)
-        super().save_before_error()
+        if self.shares is None:
+            super().save_before_error()
+        elif self.cluster.is_writer:
+            say(
+                "The steps since the last checkpoint cannot be saved: shard_optimizer=True spreads "
+                "the optimizer's state over the workers"
+            )
 
     def restore_last_checkpoint(self) -> str:
         """Worker 0 goes back to its last checkpoint."""

@@ -73,7 +73,8 @@ def _finetune(
         if cluster is not None:
             data_parallel.check_settings(cluster, settings)
         stack.enter_context(session.training(sess, run))
-        settings = _fit_to_device(sess, hparams, settings)
+        workers = 1 if cluster is None else cluster.spec.count
+        settings = _fit_to_device(sess, hparams, settings, workers)
         is_writer = cluster is None or cluster.is_writer
         if is_writer:
             state, start = stack.enter_context(_opened_run(sess, settings, run, model, hparams))
@@ -87,13 +88,13 @@ def _finetune(
         if is_writer:
             per_call = [f.name for f in fields_of(TrainingSettings).values() if f.setting.per_call]
             runs.note_settings(run, settings.recorded(), start.resumes, per_call)
-        stack.enter_context(memory_plan.explain_out_of_memory(hparams, settings.step))
+        stack.enter_context(memory_plan.explain_out_of_memory(hparams, settings.step, workers))
         trainer = Trainer if cluster is None else data_parallel.DataParallelTrainer
         return trainer(sess, state, data, settings, run, start).train()
 
 
 def _fit_to_device(
-    sess: tf.compat.v1.Session, hparams: HParams, settings: TrainingSettings
+    sess: tf.compat.v1.Session, hparams: HParams, settings: TrainingSettings, workers: int
 ) -> TrainingSettings:
     """The settings, with the precision that the device has, and recomputing decided."""
     settings = dataclasses.replace(
@@ -104,7 +105,7 @@ def _fit_to_device(
     session.check_model(sess, hparams, settings.base_precision)
     if settings.use_memory_saving_gradients is None:
         recompute = memory_plan.choose_recomputing(
-            sess, hparams, settings.step, settings.model_name
+            sess, hparams, settings.step, settings.model_name, workers
         )
         settings = dataclasses.replace(settings, use_memory_saving_gradients=recompute)
     return settings

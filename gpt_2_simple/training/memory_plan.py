@@ -22,6 +22,7 @@ from ..common.published import published_hparams
 from ..common.report import say
 from ..common.settings import settings_function
 from .settings import MemoryPlanSettings, StepSettings, step_settings
+from .sharded_optimizer import assign_owners
 from .step import LOSS_ROWS
 
 FLOAT = 4
@@ -65,6 +66,7 @@ class MemoryPlan:
             also the blocks' weights, cast.
         block: bytes of one block's activations and their gradients in the backward pass.
         loss: bytes of a chunk of logits with its gradient, and of the output projection's gradient.
+        workers: how many processes train together; the plan is of the one that needs most.
     """
 
     hparams: model.HParams
@@ -76,6 +78,7 @@ class MemoryPlan:
     stored_activations: int
     block: int
     loss: int
+    workers: int = 1
 
     @property
     def resident(self) -> int:
@@ -120,10 +123,11 @@ def memory_plan(settings: MemoryPlanSettings) -> MemoryPlan:
         ValueError: a setting is out of range, or there is no published model of this name.
     """
     name = settings.model_name
-    return plan(published_hparams(name) if isinstance(name, str) else name, settings.step)
+    hparams = published_hparams(name) if isinstance(name, str) else name
+    return plan(hparams, settings.step, settings.workers)
 
 
-def plan(hparams: model.HParams, settings: StepSettings) -> MemoryPlan:
+def plan(hparams: model.HParams, settings: StepSettings, workers: int = 1) -> MemoryPlan:
     """Counts the bytes that a step's settings need; see memory_plan."""
     time = min(settings.sequence_length or hparams.n_ctx, hparams.n_ctx)
     trained = _trained_shapes(hparams, settings)
@@ -142,11 +146,12 @@ def plan(hparams: model.HParams, settings: StepSettings) -> MemoryPlan:
         settings=settings,
         time=time,
         weights=_weights_size(hparams, settings),
-        optimizer_state=sum(_state_size(settings.optimizer, shape) for shape in trained),
-        accumulators=trained_size if settings.accumulates else 0,
+        optimizer_state=_largest_share(settings, trained, workers),
+        accumulators=trained_size if settings.accumulates or workers > 1 else 0,
         stored_activations=layers * (stored if keeps_all else block_output) + gradients,
         block=MADE_IN_BACKWARD * block_output + (0 if keeps_all else stored),
         loss=_loss_size(hparams, settings, time, width),
+        workers=workers,
     )
 
 
@@ -205,6 +210,15 @@ def _cast_size(hparams: model.HParams, settings: StepSettings) -> int:
     if held == settings.precision:
         return 0
     return BYTES[settings.precision] * _matrices_of_block(hparams)
+
+
+def _largest_share(settings: StepSettings, trained: Sequence[Shape], workers: int) -> int:
+    """Bytes of the optimizer's state on the worker that has most of it."""
+    shares = [0] * (workers if settings.shard_optimizer else 1)
+    owners = assign_owners([math.prod(shape) for shape in trained], len(shares))
+    for owner, shape in zip(owners, trained, strict=True):
+        shares[owner] += _state_size(settings.optimizer, shape)
+    return max(shares)
 
 
 def _state_size(optimizer: str, shape: Sequence[int]) -> int:
@@ -306,7 +320,11 @@ def as_call(candidate: MemoryPlan, model_name: str) -> str:
 
 
 def choose_recomputing(
-    sess: tf.compat.v1.Session, hparams: model.HParams, settings: StepSettings, model_name: str
+    sess: tf.compat.v1.Session,
+    hparams: model.HParams,
+    settings: StepSettings,
+    model_name: str,
+    workers: int = 1,
 ) -> bool:
     """Decides whether to recompute activations, and says why.
 
@@ -315,6 +333,7 @@ def choose_recomputing(
         hparams: the model's sizes.
         settings: the other settings.
         model_name: for the advice.
+        workers: how many processes train together.
 
     Returns:
         use_memory_saving_gradients: False if training fits without it, since that is quicker.
@@ -327,7 +346,7 @@ def choose_recomputing(
         return False
     plans = {
         recompute: plan(
-            hparams, dataclasses.replace(settings, use_memory_saving_gradients=recompute)
+            hparams, dataclasses.replace(settings, use_memory_saving_gradients=recompute), workers
         )
         for recompute in (False, True)
     }
@@ -367,7 +386,9 @@ def _what_fits(hparams: model.HParams, limit: int, model_name: str) -> str:
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(hparams: model.HParams, settings: StepSettings) -> Iterator[None]:
+def explain_out_of_memory(
+    hparams: model.HParams, settings: StepSettings, workers: int = 1
+) -> Iterator[None]:
     """Turns TensorFlow's error about too little memory into one that says which setting to change.
 
     Raises:
@@ -378,7 +399,7 @@ def explain_out_of_memory(hparams: model.HParams, settings: StepSettings) -> Ite
     except tf.errors.ResourceExhaustedError as error:
         raise MemoryError(
             "the device's memory is too small for this training: "
-            f"{advice(plan(hparams, settings))}. The run's last checkpoint is intact"
+            f"{advice(plan(hparams, settings, workers))}. The run's last checkpoint is intact"
         ) from error
 
 
@@ -387,16 +408,15 @@ def advice(current: MemoryPlan) -> str:
     changes: list[dict[str, Any]] = [
         {"use_memory_saving_gradients": True},
         {"batch_size": 1},
+        *([{"shard_optimizer": True}] if current.workers > 1 else []),
         {"optimizer": "adafactor"},
         {"accumulate_gradients": 1, "gradient_clip": 0.0},
         *([{"base_precision": "bfloat16"}] if current.settings.lora else []),
         {"sequence_length": max(2, current.time // 2)},
     ]
     for change in changes:
-        saved = (
-            current.total
-            - plan(current.hparams, dataclasses.replace(current.settings, **change)).total
-        )
+        changed = dataclasses.replace(current.settings, **change)
+        saved = current.total - plan(current.hparams, changed, current.workers).total
         if saved > 0:
             name, value = next(iter(change.items()))
             return f"try {name}={value!r}, which saves about {saved / MEGABYTE:,.0f} MB"

@@ -128,6 +128,10 @@ class TrainingSettings(Settings):
     base_precision: Annotated[str, Setting(
         LORA, "Type that holds the matrices of the model that the adapter is for. 'bfloat16' and "
         "'float16' take half the memory", choices=PRECISIONS)] = "float32"
+    shard_optimizer: Annotated[bool, Setting(
+        MEMORY, "With several workers, each holds the optimizer's state for a share of the "
+        "variables (ZeRO, stage 1). An error then loses the steps since the last checkpoint",
+        recorded=False)] = False
     dropout: Annotated[float, Setting(
         OPTIMIZER, "Share of embeddings, attention weights and residuals that is dropped",
         at_least=0, below=1)] = 0.0
@@ -270,6 +274,7 @@ class StepSettings:
     lora_dropout: float
     lora_targets: tuple[str, ...]
     base_precision: str
+    shard_optimizer: bool
 
     @property
     def lora(self) -> LoraConfig | None:
@@ -374,13 +379,18 @@ class MemoryPlanSettings(Settings):
         str | Sequence[str], _of_training("lora_targets")] = TrainingSettings.lora_targets
     base_precision: Annotated[
         str, _of_training("base_precision")] = TrainingSettings.base_precision
+    workers: Annotated[int, Setting(
+        MODEL_AND_DEVICE, "Processes that train together, each on a device of its own; the plan is "
+        "of the one that needs most", at_least=1)] = 1
+    shard_optimizer: Annotated[
+        bool, _of_training("shard_optimizer")] = TrainingSettings.shard_optimizer
     # fmt: on
 
     @property
     def step(self) -> StepSettings:
         """The settings that shape a step's graph; those that are not here have their defaults."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del values["model_name"]
+        del values["model_name"], values["workers"]
         return step_settings(**values)
 
 

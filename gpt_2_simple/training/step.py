@@ -17,6 +17,7 @@ from ..memory_saving_gradients import Gradient
 from .loss_scale import LossScale
 from .optimizer import AccumulatingOptimizer, make_optimizer
 from .settings import StepSettings
+from .sharded_optimizer import ShardedOptimizer, Slot
 
 # Rows of logits that exist at once, with their gradient: 256 of 50,257 float32 are 51 MB.
 LOSS_ROWS = 256
@@ -118,6 +119,8 @@ class TrainOps(NamedTuple):
         sum_over_workers: adds this worker's last micro-batch, then sums all workers' gradients;
             evaluates to their statuses, see AccumulatingOptimizer. None without other workers.
         wants_stop: float32 scalar: 1 tells the other workers that this one wants to stop.
+        slots: the optimizer's state if each worker holds a share of it; else empty. All workers
+            then run apply_gradients together, by Collectives.run().
     """
 
     tokens: tf.Tensor
@@ -134,6 +137,7 @@ class TrainOps(NamedTuple):
     loss_scale: tf.Tensor | None = None
     sum_over_workers: tf.Tensor | None = None
     wants_stop: tf.Tensor | None = None
+    slots: Sequence[Slot] = ()
 
 
 def build_train_ops(state: session.GraphState, settings: StepSettings, time: int) -> TrainOps:
@@ -266,25 +270,37 @@ class _StepBuilder:
 
     def _accumulating(self) -> TrainOps:
         """Adds gradients to accumulators, and applies them when all micro-batches have run."""
-        total = AccumulatingOptimizer(self.optimizer, self.xs)
+        collectives, sharded = self.collectives, None
+        if collectives is not None and self.settings.shard_optimizer:
+            sharded = ShardedOptimizer(self.optimizer, collectives, self.xs)
+        total = AccumulatingOptimizer(sharded or self.optimizer, self.xs)
         additions: dict[str, list[tf.Operation]] = {x.name: [] for x in self.xs}
         add_micro_batch = self._add_micro_batch(total, additions)
-        apply = total.apply_gradients(self._gradient_factor(total))
-        ops = self._train_ops(apply, total.variables())
-        ops = ops._replace(reset_gradients=total.reset(), add_micro_batch=add_micro_batch)
-        if self.collectives is not None:
+        summed = stop = None
+        if collectives is not None:
             stop = tf.compat.v1.placeholder_with_default(0.0, [], "wants_stop")
-            summed = total.sum_over_workers(self.collectives, add_micro_batch, additions, stop)
-            ops = ops._replace(sum_over_workers=summed, wants_stop=stop)
+            summed = total.sum_over_workers(collectives, add_micro_batch, additions, stop)
+        apply = total.apply_gradients(self._gradient_factor(total))
+        if self.loss_scale:
+            with tf.control_dependencies([apply]):
+                grown = self.loss_scale.grow()
+            with tf.control_dependencies([grown]):
+                apply = tf.identity(apply)
+        if collectives is not None and sharded is not None:
+            apply = collectives.guarded(apply.op, apply)
+        ops = self._train_ops(apply, total.variables())._replace(
+            reset_gradients=total.reset(),
+            add_micro_batch=add_micro_batch,
+            sum_over_workers=summed,
+            wants_stop=stop,
+            slots=sharded.slots if sharded else (),
+        )
         if not self.loss_scale:
             return ops
-        with tf.control_dependencies([apply]), tf.control_dependencies([self.loss_scale.grow()]):
-            apply = tf.identity(apply)
         loss = total.mean_loss()
         with tf.control_dependencies([self.loss_scale.halve()]):
             skip = tf.identity(loss)
         return ops._replace(
-            apply_gradients=apply,
             gradients_finite=total.all_finite(),
             skip_step=skip,
             loss_scale=self.loss_scale.scale.read_value(),

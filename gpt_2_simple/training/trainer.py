@@ -22,6 +22,7 @@ from ..generation.settings import GenerationSettings
 from ..storage import checkpoint, runs
 from ..storage.checkpoint_manager import CheckpointManager
 from ..storage.load import restore_weights
+from ..storage.optimizer_state import OptimizerState
 from . import early_stopping, history, lora
 from .interruption import Interruption
 from .run_logger import RunLogger
@@ -159,10 +160,13 @@ class Trainer:
             self.state,
             self.folder,
             self.settings.max_checkpoints,
-            self.ops.state_variables,
+            self._optimizer_state(),
             self.start.checkpoint if self.start.resumes else None,
             self.adapter,
         )
+
+    def _optimizer_state(self) -> OptimizerState:
+        return OptimizerState(self.sess, self.state, self.ops.state_variables)
 
     def _open_logger(self, steps: int | None) -> RunLogger:
         folder = os.path.abspath(self.folder)
@@ -337,9 +341,13 @@ class Trainer:
     def _update(self, feed: Feeds) -> float:
         """Changes the weights; an error in between may leave half of the change."""
         self._is_updating = True
-        loss = float(self.sess.run(self.ops.apply_gradients, feed))
+        loss = float(self.apply_gradients(feed))
         self._is_updating = False
         return loss
+
+    def apply_gradients(self, feed: Feeds) -> Any:
+        """Takes the step's update; returns its loss."""
+        return self.sess.run(self.ops.apply_gradients, feed)
 
     def _skip(self) -> float:
         """Halves the loss scale instead of changing the weights."""
