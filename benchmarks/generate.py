@@ -4,6 +4,9 @@
     python benchmarks/generate.py --reference-python PATH  # has torch, transformers, ctranslate2
     python benchmarks/generate.py --old-python PATH        # has gpt-2-simple 0.8.1
     python benchmarks/generate.py --size 774M --cases 1x100 --precision bfloat16
+    python benchmarks/generate.py --reference-python PATH --llama-python PATH --int8
+
+--int8 adds what has 8 bits: ours, CTranslate2's, and llama.cpp's q8_0, whose Python has xllamacpp.
 
 Each library runs in a process of its own; the runs take turns, one at a time, so that all meet the
 same weather. Medians, after one run each to warm up. Ours and 0.8.1's are whole calls of
@@ -22,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -48,14 +52,16 @@ def write_vocabulary(folder: Path) -> None:
         (folder / name).write_text(merges, encoding="utf-8")
 
 
-def write_run(size: str) -> None:
-    """checkpoint/run1/ with a model of random weights."""
-    import_ours()
+def write_run(size: str, with_gguf: bool) -> None:
+    """checkpoint/run1/ with a model of random weights, and the same for llama.cpp."""
+    gpt2 = import_ours()
     from gpt_2_simple.storage import create
 
     run = Path("checkpoint/run1")
     write_vocabulary(run)
     create.write_model(str(run), published_hparams(size), seed=0)
+    if with_gguf:
+        gpt2.export_gguf("run1", path="gguf", quantization="q8_0")
 
 
 def import_ours():
@@ -121,18 +127,27 @@ class HuggingFace:
         assert out.shape == (batch, length + 1)
 
 
+class OursInt8(Ours):
+    def __init__(self, size: str) -> None:
+        super().__init__(size, "int8")
+        self.load()
+
+
 class CTranslate2:
+    compute_type = "float32"
+
     def __init__(self, size: str) -> None:
         import ctranslate2
         import transformers
 
-        HuggingFace(size).model.save_pretrained("hf")
-        write_vocabulary(Path("hf"))
-        tokenizer = transformers.GPT2Tokenizer("hf/vocab.json", "hf/merges.txt")
-        tokenizer.save_pretrained("hf")
-        ctranslate2.converters.TransformersConverter("hf").convert("ct2", force=True)
+        if not os.path.isdir("ct2"):
+            HuggingFace(size).model.save_pretrained("hf")
+            write_vocabulary(Path("hf"))
+            tokenizer = transformers.GPT2Tokenizer("hf/vocab.json", "hf/merges.txt")
+            tokenizer.save_pretrained("hf")
+            ctranslate2.converters.TransformersConverter("hf").convert("ct2", force=True)
         self.generator = ctranslate2.Generator(
-            "ct2", device="cpu", compute_type="float32", intra_threads=os.cpu_count() or 1
+            "ct2", device="cpu", compute_type=self.compute_type, intra_threads=os.cpu_count() or 1
         )
 
     def generate(self, batch: int, length: int) -> None:
@@ -142,6 +157,37 @@ class CTranslate2:
             include_prompt_in_result=False,
         )  # fmt: skip
         assert [len(result.sequences_ids[0]) for result in out] == [length] * batch
+
+
+class CTranslate2Int8(CTranslate2):
+    compute_type = "int8"
+
+
+class LlamaCpp:
+    """Our model as a GGUF file, behind llama.cpp's own server in this process."""
+
+    def __init__(self, size: str) -> None:
+        import xllamacpp
+
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = os.path.abspath("gguf/run1-q8_0.gguf")
+        parameters.n_ctx = 1024
+        parameters.n_parallel = 1
+        parameters.cpuparams.n_threads = os.cpu_count() or 1
+        self.server = xllamacpp.Server(parameters)
+
+    def generate(self, batch: int, length: int) -> None:
+        content = {
+            "prompt": [END], "n_predict": length, "ignore_eos": True, "cache_prompt": False,
+            "top_k": SETTINGS["top_k"], "temperature": SETTINGS["temperature"],
+        }  # fmt: skip
+        request = urllib.request.Request(
+            f"{self.server.listening_address}/completion",
+            json.dumps(content).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=600) as response:
+            assert json.load(response)["tokens_predicted"] == batch * length
 
 
 class Old:
@@ -158,7 +204,12 @@ class Old:
     generate = Ours.generate
 
 
-LIBRARIES = {"ours": Ours, "Hugging Face": HuggingFace, "CTranslate2": CTranslate2, "0.8.1": Old}
+LIBRARIES = {
+    "ours": Ours, "ours int8": OursInt8, "Hugging Face": HuggingFace, "CTranslate2": CTranslate2,
+    "CTranslate2 int8": CTranslate2Int8, "llama.cpp q8_0": LlamaCpp, "0.8.1": Old,
+}  # fmt: skip
+ONE_TEXT = {"llama.cpp q8_0"}
+"""What is asked for one text at a time."""
 
 
 def serve(library: str, size: str, precision: str) -> None:
@@ -221,6 +272,7 @@ def tell_start(ours: Worker) -> None:
 
 
 def compare(workers: dict[str, Worker], batch: int, length: int, runs: int) -> None:
+    workers = {name: workers[name] for name in workers if batch == 1 or name not in ONE_TEXT}
     seconds: dict[str, list[float]] = {name: [] for name in [*workers, "floor"]}
     peaks = {}
     for run in range(runs + 1):
@@ -239,8 +291,23 @@ def compare(workers: dict[str, Worker], batch: int, length: int, runs: int) -> N
         tokens = batch * length
         spread = f"({tokens / max(values):.1f}-{tokens / min(values):.1f})"
         peak = f"  peak RSS {peaks[name] / 1e6:.0f} MB" if name in peaks else ""
-        print(f"{name:14s} {tokens / median:8.1f} {spread:17s} {median / ours:6.2f}{peak}")
+        print(f"{name:16s} {tokens / median:8.1f} {spread:17s} {median / ours:6.2f}{peak}")
     sys.stdout.flush()
+
+
+def _pythons(options: argparse.Namespace) -> dict[str, str]:
+    """The Python of each library that is wanted."""
+    found = {"ours": sys.executable}
+    if options.int8:
+        found["ours int8"] = sys.executable
+    if options.reference_python:
+        peers = ["Hugging Face", "CTranslate2", *(["CTranslate2 int8"] if options.int8 else [])]
+        found |= dict.fromkeys(peers, options.reference_python)
+    if options.llama_python:
+        found["llama.cpp q8_0"] = options.llama_python
+    if options.old_python:
+        found["0.8.1"] = options.old_python
+    return found
 
 
 def main() -> None:
@@ -249,6 +316,8 @@ def main() -> None:
     )
     parser.add_argument("--reference-python", help="has torch, transformers and ctranslate2")
     parser.add_argument("--old-python", help="has gpt-2-simple 0.8.1")
+    parser.add_argument("--llama-python", help="has xllamacpp")
+    parser.add_argument("--int8", action="store_true", help="add what has 8 bits")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--size", choices=PUBLISHED, default="124M")
     parser.add_argument("--precision", default="float32")
@@ -256,17 +325,16 @@ def main() -> None:
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve == "write":
-        return write_run(options.size)
+        return write_run(options.size, bool(options.llama_python))
     if options.serve:
         return serve(options.serve, options.size, options.precision)
-    pythons = {"ours": sys.executable}
-    if options.reference_python:
-        pythons |= dict.fromkeys(["Hugging Face", "CTranslate2"], options.reference_python)
-    if options.old_python:
-        pythons["0.8.1"] = options.old_python
+    pythons = _pythons(options)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, os.path.abspath(__file__), "--serve", "write"]
-        subprocess.run([*command, "--size", options.size], cwd=folder, check=True)
+        command += ["--size", options.size]
+        if options.llama_python:
+            command += ["--llama-python", options.llama_python]
+        subprocess.run(command, cwd=folder, check=True)
         workers = {}
         for name, python in pythons.items():
             workers[name] = Worker(python, name, options.size, options.precision, folder)

@@ -60,6 +60,7 @@ __all__ = [
     "os",
     "plot_history",
     "push_to_hub",
+    "quantize",
     "reset_session",
     "sample",
     "score",

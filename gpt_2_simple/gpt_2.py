@@ -31,6 +31,7 @@ from .storage.drive import (
 )
 from .storage.listing import list_models, list_runs
 from .storage.load import load_gpt2
+from .storage.quantize import quantize
 from .training.finetune import finetune
 from .training.history import plot_history
 from .training.memory_plan import memory_plan
@@ -71,6 +72,7 @@ __all__ = [
     "os",
     "plot_history",
     "push_to_hub",
+    "quantize",
     "reset_session",
     "sample",
     "score",

@@ -7,6 +7,7 @@ shapes of the variables are those of OpenAI's published checkpoints.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import secrets
@@ -55,6 +56,17 @@ class FrozenLinear(NamedTuple):
     update: LowRank | None = None
 
 
+# x [rows, nx] -> x times a matrix [rows, nf]; keep_layout=True may keep a copy for later runs.
+Multiply = Callable[..., tf.Tensor]
+
+
+class QuantizedLinear(NamedTuple):
+    """A linear layer as `Linear`, with the product by its matrix in the matrix's place."""
+
+    multiply: Multiply
+    b: Any
+
+
 class LayerNorm(NamedTuple):
     """A layer norm's gain g and bias b, each [n_embd]."""
 
@@ -66,11 +78,11 @@ class Block(NamedTuple):
     """One transformer block's parameters."""
 
     ln_1: LayerNorm
-    c_attn: Linear | FrozenLinear
-    c_proj: Linear | FrozenLinear
+    c_attn: Linear | FrozenLinear | QuantizedLinear
+    c_proj: Linear | FrozenLinear | QuantizedLinear
     ln_2: LayerNorm
-    mlp_c_fc: Linear | FrozenLinear
-    mlp_c_proj: Linear | FrozenLinear
+    mlp_c_fc: Linear | FrozenLinear | QuantizedLinear
+    mlp_c_proj: Linear | FrozenLinear | QuantizedLinear
 
 
 class Weights(NamedTuple):
@@ -80,6 +92,7 @@ class Weights(NamedTuple):
     wpe: Any
     blocks: tuple[Block, ...]
     ln_f: LayerNorm
+    unembedding: Multiply | None = None  # the product by wte's transpose, if not float's
 
 
 def variables(
@@ -87,7 +100,7 @@ def variables(
     scope: str = "model",
     gpus: Sequence[str] = (),
     reuse: Any = False,
-    dtype: tf.DType = tf.float32,
+    dtype: tf.DType | None = tf.float32,
 ) -> Weights:
     """Makes (or, with reuse=True or tf.compat.v1.AUTO_REUSE, finds) the model's variables.
 
@@ -97,7 +110,7 @@ def variables(
         gpus: devices over which the blocks are spread; empty leaves placement to TensorFlow.
         reuse: as in tf.compat.v1.variable_scope.
         dtype: of the blocks' matrices, which are nearly all of a large model; the other variables
-            are float32.
+            are float32. Without one (None) there are no matrices.
 
     Returns:
         Weights of resource variables in the default graph.
@@ -149,7 +162,7 @@ def _normal(stddev: float) -> tf.compat.v1.Initializer:
     return tf.compat.v1.random_normal_initializer(stddev=stddev, seed=seed)
 
 
-def _block_variables(width: int, dtype: tf.DType) -> Block:
+def _block_variables(width: int, dtype: tf.DType | None) -> Block:
     ln_1 = _layer_norm_variables("ln_1", width)
     with tf.compat.v1.variable_scope("attn"):
         c_attn = _linear_variables("c_attn", width, 3 * width, dtype)
@@ -161,9 +174,9 @@ def _block_variables(width: int, dtype: tf.DType) -> Block:
     return Block(ln_1, c_attn, c_proj, ln_2, mlp_c_fc, mlp_c_proj)
 
 
-def _linear_variables(name: str, nx: int, nf: int, dtype: tf.DType) -> Linear:
+def _linear_variables(name: str, nx: int, nf: int, dtype: tf.DType | None) -> Linear:
     with tf.compat.v1.variable_scope(name):
-        w = _variable("w", [1, nx, nf], _normal(0.02), dtype)
+        w = None if dtype is None else _variable("w", [1, nx, nf], _normal(0.02), dtype)
         return Linear(w, _variable("b", [nf], tf.compat.v1.zeros_initializer()))
 
 
@@ -186,7 +199,8 @@ def read(weights: Weights) -> Weights:
         return value if variable.shape.rank == 1 else tf.reshape(value, variable.shape[-2:])
 
     def layer(variables_of_layer: Any) -> Any:
-        return type(variables_of_layer)(*map(tensor, variables_of_layer))
+        values = (v if v is None else tensor(v) for v in variables_of_layer)
+        return type(variables_of_layer)(*values)
 
     return Weights(
         wte=tensor(weights.wte),
@@ -202,8 +216,9 @@ def flatten(weights: Weights) -> list[Any]:
 
 
 def flatten_blocks(blocks: Sequence[Block]) -> list[Any]:
-    """Lists the parameters of `blocks`."""
-    return [parameter for block in blocks for layer in block for parameter in layer]
+    """Lists the parameters of `blocks` that there are."""
+    parameters = [parameter for block in blocks for layer in block for parameter in layer]
+    return [parameter for parameter in parameters if parameter is not None]
 
 
 def dimensions(x: tf.Tensor) -> list[Any]:
@@ -299,11 +314,13 @@ def with_gradient(name: str, value: tf.Tensor, *stored: tf.Tensor) -> tf.Tensor:
         return tf.identity_n([value, *stored])[0]
 
 
-def linear(x: tf.Tensor, layer: Linear | FrozenLinear) -> tf.Tensor:
+def linear(x: tf.Tensor, layer: Linear | FrozenLinear | QuantizedLinear) -> tf.Tensor:
     """Projects x [..., nx] to x @ w + b [..., nf], in x's type."""
     *start, nx = dimensions(x)
-    nf = layer.w.shape.as_list()[-1]
+    nf = layer.b.shape.as_list()[-1]
     rows = tf.reshape(x, [-1, nx])
+    if isinstance(layer, QuantizedLinear):
+        return tf.reshape(layer.multiply(rows) + cast_like(x, layer.b), [*start, nf])
     product = tf.matmul(rows, cast_like(x, layer.w))
     if isinstance(layer, FrozenLinear):
         product = with_gradient("Gpt2SimpleFrozenProduct", product, rows, layer.w)
@@ -530,7 +547,9 @@ def _each_mask_once() -> MakeMask:
 def unembed(weights: Weights, h: tf.Tensor) -> tf.Tensor:
     """Hidden states [..., embd] -> logits [..., n_vocab], by the token embedding."""
     *start, width = dimensions(h)
-    logits = tf.matmul(tf.reshape(h, [-1, width]), weights.wte, transpose_b=True)
+    rows = tf.reshape(h, [-1, width])
+    by_float = functools.partial(tf.matmul, b=weights.wte, transpose_b=True)
+    logits = (weights.unembedding or by_float)(rows)
     return tf.reshape(logits, [*start, weights.wte.shape.as_list()[0]])
 
 

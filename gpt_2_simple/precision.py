@@ -19,12 +19,17 @@ def fitting_precision(precision: str, capability: tuple[int, int]) -> str:
     return precision
 
 
+def has_gpu(sess: tf.compat.v1.Session) -> bool:
+    """Whether a session has a GPU."""
+    return any(device.device_type == "GPU" for device in sess.list_devices())
+
+
 def fit_precision(sess: tf.compat.v1.Session, precision: str) -> str:
     """The wanted precision, or the next best one that the session's GPUs have; then prints so.
 
     CPUs, and GPUs whose compute capability is not known, get the wanted precision.
     """
-    if not any(device.device_type == "GPU" for device in sess.list_devices()):
+    if not has_gpu(sess):
         return precision
     details = map(tf.config.experimental.get_device_details, tf.config.list_physical_devices("GPU"))
     capabilities = [d["compute_capability"] for d in details if "compute_capability" in d]

@@ -16,6 +16,7 @@ from . import model
 from .adapter import Adapter, read_adapted
 from .distributed import cluster as clusters
 from .encoder import Encoder
+from .quantized import QuantizedWeights, with_int8_matrices
 
 # A key that is no string is skipped when a graph is exported.
 _COLLECTION = ("gpt_2_simple",)
@@ -41,7 +42,7 @@ class BuiltModel(NamedTuple):
 
     hparams: model.HParams
     weights: model.Weights
-    precision: str  # the type that holds the blocks' matrices, such as 'float32'
+    precision: str  # the type that holds the blocks' matrices, such as 'float32' or 'int8'
     gpus: list[str]  # the devices that hold the blocks, such as '/device:GPU:0'; may be empty
 
 
@@ -61,6 +62,7 @@ class GraphState:
     loaded_folder: str | None = None  # the run or model whose weights the session holds
     base_model_folder: str | None = None  # the model that the run started from, if that is known
     loaded_base: LoadedBase | None = None  # None if the weights may have been trained since
+    quantized: QuantizedWeights | None = None  # the matrices of a model in int8; they stay
     adapter: Adapter | None = None  # what is added to the weights, if it is not merged into them
     encoder: Encoder = dataclasses.field(init=False)  # not set before anything was loaded
     training_folder: str | None = None  # the run that is being trained now
@@ -96,6 +98,11 @@ class GraphState:
     def weights(self) -> model.Weights:
         """The model's variables. Raises RuntimeError if there is no model."""
         return self._model().weights
+
+    @property
+    def precision(self) -> str:
+        """The type that holds the blocks' matrices. Raises RuntimeError if there is no model."""
+        return self._model().precision
 
     @property
     def gpus(self) -> list[str]:
@@ -178,7 +185,9 @@ def build_model(
             held = precision or "float32"
             # Ctrl-C may have ended an earlier call, which made some of them.
             reuse = tf.compat.v1.AUTO_REUSE
-            weights = model.variables(hparams, gpus=gpus, reuse=reuse, dtype=tf.as_dtype(held))
+            # Int8 matrices are no variables of the model: state.quantized has them.
+            dtype = None if held == "int8" else tf.as_dtype(held)
+            weights = model.variables(hparams, gpus=gpus, reuse=reuse, dtype=dtype)
             state.built_model = BuiltModel(dataclasses.replace(hparams), weights, held, gpus)
         check_model(sess, hparams, precision)
         return state
@@ -206,6 +215,8 @@ def read_weights(
 ) -> model.Weights:
     """The model's weights as tensors, with an adapter's updates; `dropout` is the adapter's."""
     weights = model.read(state.weights)
+    if state.quantized is not None:
+        weights = with_int8_matrices(weights, state.quantized)
     return weights if adapter is None else read_adapted(weights, adapter, dropout)
 
 

@@ -29,7 +29,7 @@ LAYERS = [
     ["distributed.cluster"],
     ["distributed.collectives"],
     ["encoder", "model", "precision", "memory_saving_gradients"],
-    ["adapter", "data"],
+    ["adapter", "data", "quantized"],
     ["session"],
     ["storage"],
     ["generation"],

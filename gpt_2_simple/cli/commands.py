@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
@@ -22,38 +21,37 @@ from ..common.hparams import HParams
 from ..common.published import MODEL_NAMES, published_hparams
 from ..common.report import complain, progress, say, verbosity
 from ..common.settings import Setting, Settings, fields_of
-from ..data.settings import EncodeCsvSettings, EncodeSettings
 from ..data.text_files import find_files
 from ..distributed import launcher
 from ..distributed.launcher import LaunchSettings
-from ..exchange.adapter_settings import MergeSettings
-from ..exchange.settings import ExportSettings, GgufSettings, ImportSettings, PushSettings
+from ..exchange.settings import ExportSettings, GgufSettings
 from ..generation.settings import FILES, TEXT, GenerationSettings
 from ..serving.settings import ServeSettings
-from ..storage.settings import AddTokensSettings, CreateSettings, DownloadSettings, LoadSettings
+from ..storage.settings import (
+    LoadSettings,
+    QuantizeSettings,
+)
 from ..training.settings import MEMORY as MEMORY_GROUP
 from ..training.settings import MemoryPlanSettings, PlotSettings, TrainingSettings
 from .parser import PROGRAM, Command, Options
+from .plain_commands import (
+    ADD_TOKENS,
+    CREATE,
+    DOWNLOAD,
+    ENCODE,
+    ENCODE_CSV,
+    IMPORT,
+    MERGE,
+    PUSH,
+    load_module,
+)
 
 EXIT_INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
-
-
-def _module(name: str) -> ModuleType:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its notes on CPU features help nobody here
-    return importlib.import_module(f"gpt_2_simple.{name}")
 
 
 def _take(options: Options, names: Iterable[str]) -> Options:
     """Removes the options of these names, as far as they were given, and returns them."""
     return {name: options.pop(name) for name in names if name in options}
-
-
-def _pass_to(module: str, function: str) -> Callable[[Options], int]:
-    def run(options: Options) -> int:
-        getattr(_module(module), function)(**options)
-        return 0
-
-    return run
 
 
 def _ensure_model(
@@ -95,7 +93,7 @@ def _finetune(options: Options) -> int:
     del options["workers"]
     workers = 1 if settings.workers == 1 else launcher.count_workers(settings.workers)
     check = functools.partial(_check_before_download, settings)
-    gpt2 = _module("gpt_2" if workers == 1 else "storage.download")
+    gpt2 = load_module("gpt_2" if workers == 1 else "storage.download")
     _ensure_model(gpt2, settings.model_name, settings.model_dir, check)
     if workers > 1:
         with verbosity(settings.verbose):
@@ -112,9 +110,9 @@ def _finetune_on_ray(options: Options, address: str) -> int:
     names = fields_of(TrainingSettings)
     settings = TrainingSettings(**{name: options[name] for name in options if name in names})
     check = functools.partial(_check_before_download, settings)
-    downloads = _module("storage.download")
+    downloads = load_module("storage.download")
     _ensure_model(downloads, settings.model_name, settings.model_dir, check)
-    train = _module("distributed.ray").finetune_on_ray
+    train = load_module("distributed.ray").finetune_on_ray
     result = train(**options, address=None if address == "local" else address)
     return EXIT_INTERRUPTED if result.interrupted else 0
 
@@ -195,7 +193,7 @@ def _generate(options: Options) -> int:
         _take_prefixes(own.prefix_file, options)
     output = _Output.of(own, options)
     load = _take(options, _NAMES_OF_WEIGHTS)
-    gpt2 = _module("gpt_2")
+    gpt2 = load_module("gpt_2")
     named = LoadSettings(**load)
     settings = GenerationSettings(**options)  # wrong ones are told before a model is downloaded
     check = functools.partial(check_writable, os.path.dirname(output.path or "") or output.folder)
@@ -271,9 +269,9 @@ class _Output:
                 gpt2.generate(sess, destination_path=path, **options)
                 return
             settings = GenerationSettings(**options)
-            output = _module("generation.output")
+            output = load_module("generation.output")
             with verbosity(settings.verbose), output.open_output(path) as append:
-                for generated in _module("generation.generate").iterate_texts(sess, settings):
+                for generated in load_module("generation.generate").iterate_texts(sess, settings):
                     append(output.json_line(*generated))
 
     @contextlib.contextmanager
@@ -342,7 +340,7 @@ GENERATE = Command(
 
 def _serve(options: Options) -> int:
     settings = ServeSettings(**options)  # wrong ones are told before a model is downloaded
-    gpt2 = _module("gpt_2")
+    gpt2 = load_module("gpt_2")
     for name in settings.model_name or ():
         _ensure_model(gpt2, name, settings.model_dir)
     gpt2.serve(**options)
@@ -358,6 +356,30 @@ SERVE = Command(
         "gpt_2_simple serve --model_name 124M --host 0.0.0.0 --api_key KEY",
     ),
     settings=[ServeSettings],
+    positional="run_name",
+)
+
+
+# --- quantize -------------------------------------------------------------------------------------
+
+
+def _quantize(options: Options) -> int:
+    settings = QuantizeSettings(**options)  # wrong ones are told before a model is downloaded
+    gpt2 = load_module("gpt_2")
+    _ensure_model(gpt2, settings.model_name, settings.model_dir)
+    gpt2.quantize(**options)
+    return 0
+
+
+QUANTIZE = Command(
+    run=_quantize,
+    summary="Make the 8-bit weights of a run or a model, so that generate --precision int8 starts "
+    "at once.",
+    examples=(
+        "gpt_2_simple quantize run1",
+        "gpt_2_simple quantize --model_name 1558M",
+    ),
+    settings=[QuantizeSettings],
     positional="run_name",
 )
 
@@ -380,7 +402,7 @@ class CardSettings(Settings):
 
 
 def _memory(options: Options) -> int:
-    plans = _module("training.memory_plan")
+    plans = load_module("training.memory_plan")
     own = CardSettings(**_take(options, fields_of(CardSettings)))
     name = options.pop("model_name", MemoryPlanSettings.model_name)
     hparams = _sizes(name, own.model_dir)
@@ -433,7 +455,7 @@ MEMORY = Command(
 
 
 def _plot(options: Options) -> int:
-    say(_module("training.history").plot_history(**options))
+    say(load_module("training.history").plot_history(**options))
     return 0
 
 
@@ -470,7 +492,7 @@ def _export(options: Options) -> int:
     foreign = [name for name in options if name not in fields_of(settings)]
     if foreign:
         raise ValueError(f"--format {form} has no {', '.join(f'--{name}' for name in foreign)}")
-    getattr(_module(f"exchange.{form}"), f"export_{form}")(**options)
+    getattr(load_module(f"exchange.{form}"), f"export_{form}")(**options)
     return 0
 
 
@@ -488,86 +510,6 @@ EXPORT = Command(
 )
 
 
-# --- commands that pass their options on ----------------------------------------------------------
-
-IMPORT = Command(
-    run=_pass_to("exchange.huggingface", "import_huggingface"),
-    summary="Make a model of one that Hugging Face transformers wrote, in a folder or on the hub.",
-    examples=(
-        "gpt_2_simple import distilgpt2",
-        "gpt_2_simple import path/to/folder --model_name mine",
-    ),
-    settings=[ImportSettings],
-    positional="source",
-)
-
-PUSH = Command(
-    run=_pass_to("exchange.push", "push_to_hub"),
-    summary="Export a run or a model, and upload it to the Hugging Face hub.",
-    examples=("gpt_2_simple push me/my-model --run_name run1",),
-    settings=[PushSettings],
-    positional="repo_id",
-)
-
-DOWNLOAD = Command(
-    run=_pass_to("storage.download", "download_gpt2"),
-    summary="Download a model, or what is missing of it.",
-    examples=(
-        "gpt_2_simple download 355M",
-        "gpt_2_simple download --model_name 124M --base_url https://example.org/gpt-2",
-    ),
-    settings=[DownloadSettings],
-    positional="model_name",
-)
-
-CREATE = Command(
-    run=_pass_to("storage.create", "create_gpt2"),
-    summary="Make a small model of your own that knows nothing yet, for finetune to start from.",
-    examples=(
-        "gpt_2_simple create shakespeare.txt --model_name nano",
-        "gpt_2_simple create shakespeare.txt --model_name mine --n_layer 6 --vocab_size 2000",
-    ),
-    settings=[CreateSettings],
-    positional="dataset",
-)
-
-ADD_TOKENS = Command(
-    run=_pass_to("storage.add_tokens", "add_tokens"),
-    summary="Make a copy of a model whose vocabulary has more tokens, for finetune to start from.",
-    examples=(
-        "gpt_2_simple add_tokens '<speaker>' '<scene>' --model_name 124M --new_model_name plays",
-    ),
-    settings=[AddTokensSettings],
-    positional="tokens",
-)
-
-MERGE = Command(
-    run=_pass_to("exchange.adapters", "merge_adapter"),
-    summary="Merge the adapter that a run trained (LoRA) into its model, as a new run.",
-    examples=(
-        "gpt_2_simple merge run1",
-        "gpt_2_simple merge --adapter adapters/poems --model_name 124M --merged_name poems",
-    ),
-    settings=[MergeSettings],
-    positional="run_name",
-)
-
-ENCODE = Command(
-    run=_pass_to("data.dataset", "encode_dataset"),
-    summary="Turn text into tokens once, so that each finetune starts sooner.",
-    examples=("gpt_2_simple encode shakespeare.txt --out_path shakespeare.npz",),
-    settings=[EncodeSettings],
-    positional="file_path",
-)
-
-ENCODE_CSV = Command(
-    run=_pass_to("data.dataset", "encode_csv"),
-    summary="Turn a table into a text file in which tokens mark where each row starts and ends.",
-    examples=("gpt_2_simple encode_csv tweets.csv --out_path tweets.txt --column text",),
-    settings=[EncodeCsvSettings],
-    positional="csv_path",
-)
-
 COMMANDS = {
     "finetune": FINETUNE,
     "generate": GENERATE,
@@ -578,6 +520,7 @@ COMMANDS = {
     "encode": ENCODE,
     "encode_csv": ENCODE_CSV,
     "merge": MERGE,
+    "quantize": QUANTIZE,
     "memory": MEMORY,
     "plot": PLOT,
     "export": EXPORT,

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 PRECISIONS = ("float32", "bfloat16", "float16")
 """The types that activations, or the blocks' matrices, can have."""
 
+GENERATING_PRECISIONS = (*PRECISIONS, "int8")
+"""The types that the blocks' matrices can have in a session that only generates."""
+
 
 @dataclasses.dataclass
 class HParams:

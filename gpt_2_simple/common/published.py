@@ -55,3 +55,7 @@ def published_hparams(model_name: str) -> HParams:
     if name not in PUBLISHED:
         raise ValueError(f"model_name={model_name!r} must be one of {list(PUBLISHED)}, or HParams")
     return dataclasses.replace(PUBLISHED[name])
+
+
+# After the name of a checkpoint: the file of its weights in 8 bits.
+INT8_SUFFIX = ".int8-"

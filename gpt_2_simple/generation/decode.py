@@ -73,7 +73,8 @@ class Decode(StepInputs):
 
     uniform: Any = placeholder(tf.float64, None, None)  # numbers in [0, 1) [steps, rows]
     ended: Any = placeholder(tf.bool, None)  # rows that need no more tokens [rows]
-    n_likeliest: Any = placeholder(tf.int32)
+    n_likeliest: Any = placeholder(tf.int32)  # -1 for none, if `fetches_likeliest`
+    fetches_likeliest: bool = False  # whether `likeliest` must be fetched in each run
     tokens: Any = fetched()  # [rows, steps], -1 after a row's end; fewer steps if all rows end
     status: Any = fetched()  # [rows]; see sampling.check_status; a fault ends its row
     likeliest: Any = fetched()  # Likeliest, before penalties; costs nothing unless fetched
@@ -100,7 +101,7 @@ def build_prefill(weights: model.Weights, hparams: model.HParams) -> Prefill:
     forward = _CachedForward(weights, hparams, cache, ops.first_row, n_rows, n_tokens, MANY_ROWS)
     columns = tf.broadcast_to(ops.first_column + tf.range(n_tokens), [n_rows, n_tokens])
     h, cache = forward(cache, ops.tokens, columns)
-    logits = MANY_ROWS.unembed(h, weights.wte)
+    logits = _unembed(h, weights, MANY_ROWS)
     found = _likeliest(logits, tf.reshape(ops.next_tokens, [-1]), ops.n_likeliest)
     ops.likeliest = Likeliest(
         *(tf.reshape(x, tf.concat([[n_rows, n_tokens], tf.shape(x)[1:]], 0)) for x in found)
@@ -112,6 +113,11 @@ def build_prefill(weights: model.Weights, hparams: model.HParams) -> Prefill:
 def build_decode(weights: model.Weights, hparams: model.HParams, one_row: bool) -> Decode:
     """Adds the operations of Decode, for one row or for several, to the graph."""
     ops, matmul = Decode(), ONE_ROW if one_row else FEW_ROWS
+    find_likeliest = _likeliest
+    if keeps_layouts(weights):
+        # Each executor of a session has kernels of its own, with copies of the weights of their
+        # own, so there is one graph for all calls, and one set of fetches.
+        ops, matmul, find_likeliest = Decode(fetches_likeliest=True), KEPT, _likeliest_if_wanted
     n_steps = tf.shape(ops.uniform)[0]
     cache = grow_cache(take_cache(ops.cache_key, hparams), ops.added_columns)
     # Not the number 1 for one row: TensorFlow would order sums in another way then.
@@ -123,13 +129,13 @@ def build_decode(weights: model.Weights, hparams: model.HParams, one_row: bool) 
         step: Any, cache: Any, last: Any, text: Any, ended: Any, status: Any, out: Any, likely: Any
     ) -> Any:
         h, cache = forward(cache, last[:, tf.newaxis], first_columns + step)  # [rows, embd]
-        logits = matmul.unembed(h, weights.wte)
+        logits = _unembed(h, weights, matmul)
         text_length = tf.shape(text)[1] - n_steps + step
         so_far = TextTokens(text, text_length, ops.n_generated + step)
         token, fault = next_token(logits, ops.uniform[step], so_far, ops.sampling)
         is_faulty = tf.not_equal(fault, HEALTHY)
         is_here = tf.equal(tf.range(tf.shape(text)[1]), text_length)
-        found = _likeliest(logits, token, ops.n_likeliest)
+        found = find_likeliest(logits, token, ops.n_likeliest)
         return (
             step + 1,
             cache,
@@ -175,6 +181,16 @@ def _likeliest(logits: tf.Tensor, tokens: tf.Tensor, count: tf.Tensor) -> Likeli
     return Likeliest(tf.gather(scores, tokens, batch_dims=1), *tf.math.top_k(scores, count))
 
 
+def _likeliest_if_wanted(logits: tf.Tensor, tokens: tf.Tensor, count: tf.Tensor) -> Likeliest:
+    """As _likeliest; without columns and computed from nothing if count is below 0."""
+
+    def empty() -> Likeliest:
+        none = tf.zeros([tf.size(tokens), 0])
+        return Likeliest(tf.zeros(tf.shape(tokens)), none, tf.cast(none, tf.int32))
+
+    return tf.cond(count < 0, empty, lambda: _likeliest(logits, tokens, count))
+
+
 def _swapped(x: tf.Tensor) -> tf.Tensor:
     """[steps, rows, n] -> [rows, steps, n]."""
     return tf.transpose(x, [1, 0, 2])
@@ -187,7 +203,7 @@ def build_beam_step(weights: model.Weights, hparams: model.HParams) -> BeamStep:
     cache = grow_cache([tf.gather(part, ops.parents) for part in taken], ops.added_columns)
     forward = _CachedForward(weights, hparams, cache, 0, tf.size(ops.last_tokens), 1, FEW_ROWS)
     h, cache = forward(cache, ops.last_tokens[:, tf.newaxis], ops.columns[:, tf.newaxis])
-    logits = FEW_ROWS.unembed(h, weights.wte)
+    logits = _unembed(h, weights, FEW_ROWS)
     text = TextTokens(ops.text_tokens, tf.shape(ops.text_tokens)[1], ops.n_generated)
     logits, is_broken = process_logits(logits, text, ops.sampling)
     ops.log_probabilities, ops.tokens = tf.math.top_k(tf.nn.log_softmax(logits), ops.count)
@@ -220,6 +236,7 @@ class Matmul(NamedTuple):
 
     linear: Callable[..., tf.Tensor]  # x [rows, nx], w [nx, nf], terms -> x w + terms, [rows, nf]
     unembed: Callable[..., tf.Tensor]  # h [rows, embd], wte [n_vocab, embd] -> [rows, n_vocab]
+    keeps_layout: bool = False  # of matrices that are int8; see model.Multiply
 
 
 def _linear_one_row(x: tf.Tensor, w: tf.Tensor, *terms: tf.Tensor) -> tf.Tensor:
@@ -260,6 +277,19 @@ def _linear_many_rows(x: tf.Tensor, w: tf.Tensor, *terms: tf.Tensor) -> tf.Tenso
 ONE_ROW = Matmul(_linear_one_row, _unembed_one_row)
 FEW_ROWS = Matmul(_linear_few_rows, _unembed_few_rows)
 MANY_ROWS = Matmul(_linear_many_rows, _unembed_few_rows)
+KEPT = Matmul(_linear_few_rows, _unembed_few_rows, keeps_layout=True)
+
+
+def keeps_layouts(weights: model.Weights) -> bool:
+    """Whether products that are run again and again do better with a copy of the weights."""
+    return isinstance(weights.blocks[0].c_attn, model.QuantizedLinear)
+
+
+def _unembed(h: tf.Tensor, weights: model.Weights, matmul: Matmul) -> tf.Tensor:
+    """Hidden states [rows, embd] -> logits [rows, n_vocab]."""
+    if weights.unembedding is not None:
+        return weights.unembedding(h, keep_layout=matmul.keeps_layout)
+    return matmul.unembed(h, weights.wte)
 
 
 # --- the model, with a cache ----------------------------------------------------------------------
@@ -362,6 +392,9 @@ def _transformer_block(
     def linear(x: tf.Tensor, layer: Any, *terms: tf.Tensor) -> tf.Tensor:
         if isinstance(layer, model.FrozenLinear) and layer.update is not None:
             terms = (*terms, model.low_rank(x, layer.update))
+        if isinstance(layer, model.QuantizedLinear):
+            product = layer.multiply(x, keep_layout=matmul.keeps_layout)
+            return sum(terms, product + layer.b)
         if layer.w.dtype != x.dtype:
             product = tf.matmul(tf.cast(x, layer.w.dtype), layer.w)
             return sum(terms, tf.cast(product, x.dtype) + layer.b)

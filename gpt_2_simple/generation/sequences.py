@@ -381,7 +381,8 @@ class Generation:
         The rows get the tokens, and a fault's status. With n_likeliest of 0 or above, the chunk
         holds the tokens' log-probabilities, and those of so many of the likeliest.
         """
-        ops = build_once(self.sess, build_decode, len(self.rows) == 1)
+        one_row = len(self.rows) == 1 and model_precision(self.sess) != "int8"
+        ops = build_once(self.sess, build_decode, one_row)
         feeds: dict[Any, Any] = {
             **self.step_feeds(ops, steps),
             ops.text_tokens: self.text_tokens(steps),
@@ -389,7 +390,7 @@ class Generation:
             ops.ended: [row.ended for row in self.rows],
         }
         fetches = [ops.tokens, ops.status, ops.run]
-        if n_likeliest >= 0:
+        if n_likeliest >= 0 or ops.fetches_likeliest:
             feeds[ops.n_likeliest] = n_likeliest
             fetches.append(ops.likeliest)
         tokens, status, _, *likeliest = run(self.sess, fetches, feeds)
@@ -398,7 +399,7 @@ class Generation:
             row.n_generated += new.size
             row.ended = row.ended or ends_with(row.tokens, row.sampling.stop_token)
             row.status = fault
-        return Chunk(tokens, Likeliest(*likeliest[0]) if likeliest else None)
+        return Chunk(tokens, Likeliest(*likeliest[0]) if n_likeliest >= 0 else None)
 
     def check(self) -> None:
         """Raises check_status()'s errors for the rows that have not ended."""

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-from ..common.hparams import PRECISIONS
+from ..common.hparams import GENERATING_PRECISIONS
 from ..common.settings import Setting, Settings
 from ..generation.settings import MAX_BIAS, MAX_INT32, MAX_PENALTY
 
@@ -36,7 +36,8 @@ class AppSettings(Settings):
         MODELS, "Checkpoint of the runs to load: 'latest', 'best', a name, or its step")] = "latest"
     precision: Annotated[str | None, Setting(
         MODELS, "Type that holds the blocks' matrices. 'bfloat16' and 'float16' take about half "
-        "the memory", choices=PRECISIONS, default_help="float32")] = None
+        "the memory, 'int8' a quarter", choices=GENERATING_PRECISIONS,
+        default_help="float32")] = None
     api_key: Annotated[str | None, Setting(
         NETWORK, "Key that requests must give. None for the environment variable "
         f"{API_KEY_VARIABLE}, or no key", default_help=f"${API_KEY_VARIABLE}, or none")] = None

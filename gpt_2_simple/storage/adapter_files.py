@@ -6,6 +6,7 @@ The folder holds `adapter_config.json` and `adapter_model.safetensors`
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -36,6 +37,15 @@ class AdapterFiles(NamedTuple):
     config: dict[str, Any]
     tensors: dict[str, np.ndarray]
     metadata: dict[str, str]
+
+
+def digest_of_adapter(folder: str) -> str:
+    """A digest of an adapter's files, in hexadecimal; FileNotFoundError if one is missing."""
+    digest = hashlib.sha256()
+    for name in (CONFIG_FILE, TENSORS_FILE):
+        with open(os.path.join(folder, name), "rb") as file:
+            digest.update(hashlib.sha256(file.read()).digest())
+    return digest.hexdigest()
 
 
 def is_adapter(path: str) -> bool:

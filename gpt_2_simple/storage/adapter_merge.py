@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
 
+import numpy as np
 import tensorflow as tf
 
 from .. import session
 from ..common.hparams import HParams
 from . import adapter_files
 from .adapter_updates import Update, check_tied, read_updates
-from .checkpoint_tensors import open_checkpoint
+from .checkpoint_tensors import ReadTensor, open_checkpoint
 
 _EMBEDDING = "model/wte"
 
@@ -47,20 +49,29 @@ class MergedAdapter:
         """The names of the variables that it changes."""
         return frozenset(self._updates)
 
+    @contextlib.contextmanager
+    def open_merged(self) -> Iterator[ReadTensor]:
+        """Opens the base to read its tensors by name, as float32, with what the adapter changes."""
+        with open_checkpoint(self.prefix) as read:
+
+            def read_merged(name: str) -> np.ndarray:
+                value = read(name)
+                return self._updates[name].apply(value) if name in self._updates else value
+
+            yield read_merged
+
     def merge(
         self, sess: tf.compat.v1.Session, state: session.GraphState, restored: Collection[str] = ()
     ) -> None:
         """Fills the variables that the adapter changes, one after the other.
 
-        Variables whose names are in `restored` get the base's values, if the adapter has none.
+        Variables whose names are in `restored` get the base's values, if the adapter has none. What
+        is no variable, as the matrices of a model in int8, is left out.
         """
         variables = session.named_variables(state)
-        with open_checkpoint(self.prefix) as read:
-            for name in sorted({*restored, *self._updates}):
+        with self.open_merged() as read:
+            for name in sorted({*restored, *self._updates} & set(variables)):
                 variable = variables[name]
-                value = read(name)
-                if name in self._updates:
-                    value = self._updates[name].apply(value)
-                value = value.astype(variable.dtype.as_numpy_dtype)
+                value = read(name).astype(variable.dtype.as_numpy_dtype)
                 initializer = variable.initializer
                 sess.run(initializer, {initializer.inputs[1]: value})

@@ -12,7 +12,7 @@ import numpy as np
 from ..common.files import write_folder_whole
 from ..common.folders import hparams_text
 from ..common.hparams import HParams
-from ..common.published import MODEL_FILES
+from ..common.published import INT8_SUFFIX, MODEL_FILES
 from ..common.report import say
 from ..common.settings import settings_function
 from ..data.dataset import read_documents
@@ -79,7 +79,9 @@ def _check_replaceable(folder: str) -> None:
     if not os.path.isdir(folder):
         return
     foreign = sorted(
-        name for name in os.listdir(folder) if name not in MODEL_FILES and not name.startswith(".")
+        name
+        for name in os.listdir(folder)
+        if name not in MODEL_FILES and not name.startswith((".", f"model.ckpt{INT8_SUFFIX}"))
     )
     if foreign:
         raise FileExistsError(

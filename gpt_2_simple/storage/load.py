@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 from collections.abc import Collection
 from typing import NamedTuple
@@ -10,13 +12,17 @@ import tensorflow as tf
 
 from .. import encoder, session
 from ..common.folders import model_folder, read_hparams, run_folder
+from ..common.hparams import HParams
 from ..common.report import is_silent, say, verbosity
 from ..common.settings import session_function
-from ..precision import fit_precision
+from ..precision import fit_precision, has_gpu
+from ..quantized import QuantizedFile, QuantizedWeights, choose_kernel, place_on_gpus
 from . import adapter_base, runs
 from . import checkpoint as checkpoints
-from .adapter_files import is_adapter, read_config
+from .adapter_files import digest_of_adapter, is_adapter, read_config
 from .adapter_merge import MergedAdapter
+from .checkpoint_tensors import open_checkpoint
+from .quantized_file import find_or_make
 from .settings import LOADED_RUN, LoadSettings
 
 
@@ -141,6 +147,9 @@ def load_checkpoint(
     checkpoints.check_shapes(prefix, session.named_variables(state), hparams)
     with state.load_lock:
         digest = adapter_base.digest_of(prefix)
+        if state.precision == "int8":
+            file = quantized_weights(prefix, hparams, adapter, changes)
+            _keep_quantized(sess, state, file)
         base = state.loaded_base
         session.forget_weights(state)  # they are about to go
         if changes is None:
@@ -157,6 +166,43 @@ def load_checkpoint(
         state.loaded_base = session.LoadedBase(digest, changes.names if changes else frozenset())
         state.loaded_folder, state.encoder = os.path.abspath(folder), vocabulary
     return state
+
+
+def quantized_weights(
+    prefix: str, hparams: HParams, adapter: str | None, changes: MergedAdapter | None
+) -> QuantizedFile:
+    """The int8 matrices of a checkpoint, with an adapter's `changes`; made if they are missing."""
+    digest = adapter_base.digest_of(prefix)
+    if adapter is None or changes is None:
+        opened = functools.partial(open_checkpoint, prefix)
+        return find_or_make(prefix, digest, hparams, opened)
+    merged = hashlib.sha256(f"{digest} {digest_of_adapter(adapter)}".encode()).hexdigest()
+    # A folder of another program, such as the hub's cache, is left as it is.
+    of_run = os.path.isfile(os.path.join(os.path.dirname(adapter), "hparams.json"))
+    return find_or_make(adapter, merged, hparams, changes.open_merged, beside=of_run)
+
+
+def _keep_quantized(
+    sess: tf.compat.v1.Session,
+    state: session.GraphState,
+    file: QuantizedFile,
+) -> None:
+    """Gives the session its int8 matrices. Kernels may keep copies of them, so they never change.
+
+    Raises:
+        ValueError: the session has others.
+    """
+    if state.quantized is not None:
+        if state.quantized.file.digest != file.digest:
+            raise ValueError(
+                "this session holds other weights in int8, which cannot be replaced; call "
+                "sess = gpt2.reset_session(sess) first, or use a second session"
+            )
+        return
+    if has_gpu(sess):
+        state.quantized = place_on_gpus(sess, file, state.hparams, state.gpus)
+    else:
+        state.quantized = QuantizedWeights(file, choose_kernel(), {})
 
 
 def restore_weights(

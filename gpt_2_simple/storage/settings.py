@@ -7,9 +7,9 @@ import os
 from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
-from ..common.hparams import PRECISIONS
+from ..common.hparams import GENERATING_PRECISIONS
 from ..common.published import BASE_URL_VARIABLE, MODEL_NAMES
-from ..common.settings import Setting, Settings
+from ..common.settings import Setting, Settings, fields_of
 
 MODEL, SIZE, MODEL_OR_RUN = "model", "size", "model or run"
 
@@ -47,13 +47,37 @@ class LoadSettings(Settings):
     _: dataclasses.KW_ONLY
     precision: Annotated[str | None, Setting(
         MODEL_OR_RUN, "Type that holds the blocks' matrices. 'bfloat16' and 'float16' take about "
-        "half the memory, and are for generating only. None for the type that the session has "
-        "already, or 'float32'", choices=PRECISIONS, default_help="float32")] = None
+        "half the memory, 'int8' a quarter, and is the quickest on most CPUs; they are for "
+        "generating only. None for the type that the session has already, or 'float32'",
+        choices=GENERATING_PRECISIONS, default_help="float32")] = None
     adapter: Annotated[str | None, Setting(
         MODEL_OR_RUN, "Adapter (LoRA) to merge into the model `model_name`: a folder in peft's "
         "format, or a name on the Hugging Face hub. One of a run of ours finds its model itself",
         default_help="none")] = None
     verbose: Annotated[int | bool, Setting(None, "0 prints nothing but errors")] = 1
+    # fmt: on
+
+
+def _of_loading(name: str) -> Setting:
+    """The setting of this name in LoadSettings."""
+    return fields_of(LoadSettings)[name].setting
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeSettings(Settings):
+    """What quantize() can be told."""
+
+    GROUPS: ClassVar = (MODEL_OR_RUN,)
+
+    # fmt: off
+    run_name: Annotated[str, _of_loading("run_name")] = LoadSettings.run_name
+    _: dataclasses.KW_ONLY
+    checkpoint: Annotated[str | int, _of_loading("checkpoint")] = LoadSettings.checkpoint
+    checkpoint_dir: Annotated[str, _of_loading("checkpoint_dir")] = LoadSettings.checkpoint_dir
+    model_name: Annotated[str | None, _of_loading("model_name")] = LoadSettings.model_name
+    model_dir: Annotated[str, _of_loading("model_dir")] = LoadSettings.model_dir
+    adapter: Annotated[str | None, _of_loading("adapter")] = LoadSettings.adapter
+    verbose: Annotated[int | bool, _of_loading("verbose")] = LoadSettings.verbose
     # fmt: on
 
 

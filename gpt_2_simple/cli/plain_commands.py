@@ -1,0 +1,109 @@
+"""Options in, calls of one public function each out: the commands that pass their options on."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from types import ModuleType
+
+from ..data.settings import EncodeCsvSettings, EncodeSettings
+from ..exchange.adapter_settings import MergeSettings
+from ..exchange.settings import ImportSettings, PushSettings
+from ..storage.settings import AddTokensSettings, CreateSettings, DownloadSettings
+from .parser import Command, Options
+
+
+def load_module(name: str) -> ModuleType:
+    """Imports a module of the package, and TensorFlow with it if the module needs it."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its notes on CPU features help nobody here
+    return importlib.import_module(f"gpt_2_simple.{name}")
+
+
+def pass_to(module: str, function: str) -> Callable[[Options], int]:
+    """What runs a command: it calls a function of a module, and returns the exit status 0."""
+
+    def run(options: Options) -> int:
+        getattr(load_module(module), function)(**options)
+        return 0
+
+    return run
+
+
+IMPORT = Command(
+    run=pass_to("exchange.huggingface", "import_huggingface"),
+    summary="Make a model of one that Hugging Face transformers wrote, in a folder or on the hub.",
+    examples=(
+        "gpt_2_simple import distilgpt2",
+        "gpt_2_simple import path/to/folder --model_name mine",
+    ),
+    settings=[ImportSettings],
+    positional="source",
+)
+
+PUSH = Command(
+    run=pass_to("exchange.push", "push_to_hub"),
+    summary="Export a run or a model, and upload it to the Hugging Face hub.",
+    examples=("gpt_2_simple push me/my-model --run_name run1",),
+    settings=[PushSettings],
+    positional="repo_id",
+)
+
+DOWNLOAD = Command(
+    run=pass_to("storage.download", "download_gpt2"),
+    summary="Download a model, or what is missing of it.",
+    examples=(
+        "gpt_2_simple download 355M",
+        "gpt_2_simple download --model_name 124M --base_url https://example.org/gpt-2",
+    ),
+    settings=[DownloadSettings],
+    positional="model_name",
+)
+
+CREATE = Command(
+    run=pass_to("storage.create", "create_gpt2"),
+    summary="Make a small model of your own that knows nothing yet, for finetune to start from.",
+    examples=(
+        "gpt_2_simple create shakespeare.txt --model_name nano",
+        "gpt_2_simple create shakespeare.txt --model_name mine --n_layer 6 --vocab_size 2000",
+    ),
+    settings=[CreateSettings],
+    positional="dataset",
+)
+
+ADD_TOKENS = Command(
+    run=pass_to("storage.add_tokens", "add_tokens"),
+    summary="Make a copy of a model whose vocabulary has more tokens, for finetune to start from.",
+    examples=(
+        "gpt_2_simple add_tokens '<speaker>' '<scene>' --model_name 124M --new_model_name plays",
+    ),
+    settings=[AddTokensSettings],
+    positional="tokens",
+)
+
+MERGE = Command(
+    run=pass_to("exchange.adapters", "merge_adapter"),
+    summary="Merge the adapter that a run trained (LoRA) into its model, as a new run.",
+    examples=(
+        "gpt_2_simple merge run1",
+        "gpt_2_simple merge --adapter adapters/poems --model_name 124M --merged_name poems",
+    ),
+    settings=[MergeSettings],
+    positional="run_name",
+)
+
+ENCODE = Command(
+    run=pass_to("data.dataset", "encode_dataset"),
+    summary="Turn text into tokens once, so that each finetune starts sooner.",
+    examples=("gpt_2_simple encode shakespeare.txt --out_path shakespeare.npz",),
+    settings=[EncodeSettings],
+    positional="file_path",
+)
+
+ENCODE_CSV = Command(
+    run=pass_to("data.dataset", "encode_csv"),
+    summary="Turn a table into a text file in which tokens mark where each row starts and ends.",
+    examples=("gpt_2_simple encode_csv tweets.csv --out_path tweets.txt --column text",),
+    settings=[EncodeCsvSettings],
+    positional="csv_path",
+)
