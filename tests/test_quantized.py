@@ -41,7 +41,7 @@ def generate(sess, prefix, **settings):
 
 def finetune(sess, steps=2, **settings):
     settings = {"model_name": "tiny", "sample_every": 0, "seed": 1, "verbose": 0, **settings}
-    return gpt2.finetune(sess, "text.txt", steps, learning_rate=0.01, **settings)
+    return gpt2.finetune(sess, "text.txt", steps, **{"learning_rate": 0.01, **settings})
 
 
 def log_probabilities(sess, text=TEXT):
@@ -94,6 +94,42 @@ def test_beams_and_log_probabilities_work_in_int8(loaded):
     (greedy,) = generate(loaded, "green")
     stream = "".join(gpt2.generate_stream(loaded, prefix="green", temperature=0, length=8))
     assert greedy.endswith(stream)
+
+
+def plant_outliers(sess, columns=(3, 11), factor=30):
+    """Makes some columns of the layer norms' outputs large, and undoes that in the next matrix."""
+    weights = session.graph_state(sess).weights
+    for block in weights.blocks:
+        for norm, layer in [(block.ln_1, block.c_attn), (block.ln_2, block.mlp_c_fc)]:
+            g, b, w = sess.run([norm.g, norm.b, layer.w])
+            for i in columns:
+                g[i] *= factor
+                b[i] *= factor
+                w[:, i] /= factor
+            for variable, value in zip([norm.g, norm.b, layer.w], [g, b, w], strict=True):
+                sess.run(variable.initializer, {variable.initializer.inputs[1]: value})
+
+
+@pytest.mark.parametrize("outliers", [False, True])
+def test_trained_model_keeps_its_perplexity_and_its_choices(workplace, sess, outliers):
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 128, "n_ctx": 32}
+    gpt2.create_gpt2(model_name="wide", seed=7, **sizes)
+    finetune(sess, steps=60, batch_size=4, model_name="wide", learning_rate=0.002)
+    if outliers:
+        plant_outliers(sess)
+        state = session.graph_state(sess)
+        save = state.build_once(checkpoint.build_save, *model.flatten(state.weights))
+        checkpoint.write_checkpoint(sess, save, "checkpoint/run1/model-60")
+    exact = gpt2.score(sess, TEXT * 4)[0]
+    tokens = exact.tokens[:31]
+    choices = [likeliest_next_tokens(sess, tokens[:n], 1)[0][0] for n in range(1, 31)]
+    with gpt2.start_tf_sess() as other:
+        load_int8(other, run_name="run1")
+        found = gpt2.score(other, TEXT * 4)[0]
+        same = [likeliest_next_tokens(other, tokens[:n], 1)[0][0] for n in range(1, 31)]
+    assert exact.perplexity < 60  # it has learned something: there are 257 tokens
+    assert found.perplexity == pytest.approx(exact.perplexity, rel=0.005)
+    assert np.mean(np.equal(choices, same)) > 0.97
 
 
 def random_matrix(rows, columns, seed=0):
