@@ -110,6 +110,7 @@ FUNCTIONS = {
     "memory": {memory: ["memory_plan"]},
     "plot": {history: ["plot_history"]},
     "merge": {adapters: ["merge_adapter"]},
+    "quantize": {gpt_2: ["quantize"]},
     "export": {huggingface: ["export_huggingface"], gguf: ["export_gguf"]},
     "import": {huggingface: ["import_huggingface"]},
     "push": {push: ["push_to_hub"]},

@@ -266,7 +266,7 @@ def test_failed_quantization_leaves_nothing_and_is_made_good(workplace, sess, mo
 
 
 def test_file_that_is_cut_short_is_made_again(workplace, sess):
-    path = gpt2.quantize(model_name="tiny", verbose=0)
+    path = gpt2.quantize(model_name="tiny")
     size = os.path.getsize(path)
     os.truncate(path, size - 1)
     load_int8(sess)
@@ -286,8 +286,8 @@ def test_int8_weights_of_a_read_only_folder_are_in_the_cache_folder(monkeypatch,
         if sys.platform in ("win32", "darwin"):
             monkeypatch.setattr(quantized_file, "cache_folder", lambda: cache)
         with somebody_else():
-            path = gpt2.quantize(model_name="tiny", model_dir=models, verbose=0)
-            assert path == gpt2.quantize(model_name="tiny", model_dir=models, verbose=0)
+            path = gpt2.quantize(model_name="tiny", model_dir=models)
+            assert path == gpt2.quantize(model_name="tiny", model_dir=models)
         assert path.startswith(cache)
         assert int8_files(models) == []
         for path, _, _ in os.walk(models):
@@ -302,7 +302,7 @@ def test_weights_that_are_not_finite_are_refused(workplace, sess):
     save = state.build_once(checkpoint.build_save, *model.flatten(state.weights))
     checkpoint.write_checkpoint(sess, save, "models/tiny/model.ckpt")
     with pytest.raises(ValueError, match="h1/attn/c_attn/w holds a number that is not finite"):
-        gpt2.quantize(model_name="tiny", verbose=0)
+        gpt2.quantize(model_name="tiny")
     assert int8_files() == []
 
 

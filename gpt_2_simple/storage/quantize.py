@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..common.folders import read_hparams, run_folder
-from ..common.report import say, verbosity
+from ..common.report import say
 from ..common.settings import settings_function
 from . import runs
 from .adapter_merge import MergedAdapter
@@ -31,17 +31,16 @@ def quantize(settings: QuantizeSettings) -> str:
         ValueError: a setting is out of range, or the files do not fit together, or a weight is not
             a finite number.
     """
-    with verbosity(settings.verbose):
-        load = LoadSettings(
-            settings.checkpoint, settings.run_name, settings.checkpoint_dir, settings.model_name,
-            settings.model_dir, adapter=settings.adapter,
-        )  # fmt: skip
-        run = None
-        if not load.model_name and load.adapter is None:
-            run = run_folder(load.checkpoint_dir, load.run_name)
-        path = runs.retry_while_trained(run, lambda: _quantize(load))
-        say(f"The int8 weights are in {path}")
-        return path
+    load = LoadSettings(
+        settings.checkpoint, settings.run_name, settings.checkpoint_dir, settings.model_name,
+        settings.model_dir, adapter=settings.adapter,
+    )  # fmt: skip
+    run = None
+    if not load.model_name and load.adapter is None:
+        run = run_folder(load.checkpoint_dir, load.run_name)
+    path = runs.retry_while_trained(run, lambda: _quantize(load))
+    say(f"The int8 weights are in {path}")
+    return path
 
 
 def _quantize(load: LoadSettings) -> str:

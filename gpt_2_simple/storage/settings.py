@@ -77,7 +77,6 @@ class QuantizeSettings(Settings):
     model_name: Annotated[str | None, _of_loading("model_name")] = LoadSettings.model_name
     model_dir: Annotated[str, _of_loading("model_dir")] = LoadSettings.model_dir
     adapter: Annotated[str | None, _of_loading("adapter")] = LoadSettings.adapter
-    verbose: Annotated[int | bool, _of_loading("verbose")] = LoadSettings.verbose
     # fmt: on
 
 
