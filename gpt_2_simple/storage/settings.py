@@ -47,7 +47,7 @@ class LoadSettings(Settings):
     _: dataclasses.KW_ONLY
     precision: Annotated[str | None, Setting(
         MODEL_OR_RUN, "Type that holds the blocks' matrices. 'bfloat16' and 'float16' take about "
-        "half the memory, 'int8' a quarter, and is the quickest on most CPUs; they are for "
+        "half the memory, 'int8' a quarter, and is quicker on CPUs with VNNI; they are for "
         "generating only. None for the type that the session has already, or 'float32'",
         choices=GENERATING_PRECISIONS, default_help="float32")] = None
     adapter: Annotated[str | None, Setting(
