@@ -65,7 +65,12 @@ class Calls(list):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Replaces each function that the command line calls; arguments must fit its signature."""
+    """Replaces each function that the command line calls; arguments must fit its signature.
+
+    Datasets and runs need not exist.
+    """
+    monkeypatch.setattr(commands, "_check_datasets", lambda settings: None)
+    monkeypatch.setattr(commands, "run_folder", os.path.join)
     calls = Calls()
     session = types.SimpleNamespace(close=lambda: calls.append(("close", {})))
     calls.results = {"start_tf_sess": session, "is_gpt2_downloaded": True}
@@ -510,16 +515,13 @@ def test_finetune_downloads_a_missing_model_first(calls, model, there, tmp_path,
     assert all(calls.one(name) == expected for name in fetch)
 
 
-@pytest.mark.parametrize("wrong", ["dataset", "file", "run of another model"])
-def test_finetune_checks_dataset_and_run_before_it_downloads(
-    calls, wrong, tmp_path, monkeypatch, capsys
-):
+@pytest.mark.parametrize("wrong", ["file", "run of another model"])
+def test_finetune_checks_the_run_before_it_downloads(calls, wrong, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     calls.results["is_gpt2_downloaded"] = False
     (tmp_path / "checkpoint").mkdir()
     run = tmp_path / "checkpoint" / "run1"
-    if wrong != "dataset":
-        (tmp_path / "a.txt").write_text("a text")
+    (tmp_path / "a.txt").write_text("a text")
     if wrong == "file":
         run.write_text("mine")
     if wrong == "run of another model":
@@ -528,8 +530,31 @@ def test_finetune_checks_dataset_and_run_before_it_downloads(
         (run / "hparams.json").write_text(json.dumps(sizes))
     assert cli.main(["finetune", "a.txt"]) != 0
     assert calls.names() == ["is_gpt2_downloaded"]
-    said = {"dataset": "a.txt", "file": "run1 is a file", "run of another model": "other sizes"}
+    said = {"file": "run1 is a file", "run of another model": "other sizes"}
     assert said[wrong] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("finetune missing.txt", "there is no dataset 'missing.txt'"),
+        ("finetune here.txt --val_dataset missing.txt", "there is no dataset 'missing.txt'"),
+        ("finetune missing.txt --model_name mine", "there is no dataset 'missing.txt'"),
+        ("finetune missing.txt --ray local --workers 2", "there is no dataset 'missing.txt'"),
+        ("generate --run_name missing", "no run in checkpoint/missing"),
+        ("generate --top_p 3", "top_p"),
+    ],
+)
+def test_mistakes_are_told_before_tensorflow_is_imported(workplace, line, told):
+    (workplace / "here.txt").write_text("a text")
+    code = (
+        "import sys; from gpt_2_simple.cli import main; status = main.main(sys.argv[1:]); "
+        "assert 'tensorflow' not in sys.modules; sys.exit(status)"
+    )
+    done = python("-c", code, *line.split(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (1, "")
+    (error,) = done.stderr.splitlines()
+    assert told in error.replace(os.sep, "/")
 
 
 @pytest.mark.parametrize(
@@ -1032,7 +1057,7 @@ for line in sys.argv[1:]:
 def test_tensorflow_is_imported_only_for_work():
     lines = [
         "--help", "finetune --help", "--version", "finetune", "download frobnicate",
-        "generate --prefix x",
+        "generate --model_name mine",
     ]  # fmt: skip
     done = python("-c", WITHOUT_TENSORFLOW, *lines, capture_output=True)
     assert re.findall(r"ended with (\d)", done.stdout) == list("000211")

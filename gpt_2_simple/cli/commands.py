@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Annotated, Any, ClassVar
 
 from ..common.files import check_writable
-from ..common.folders import model_folder, read_hparams
+from ..common.folders import model_folder, read_hparams, run_folder
 from ..common.hparams import HParams
 from ..common.published import MODEL_NAMES, published_hparams
 from ..common.report import complain, progress, say, verbosity
@@ -86,10 +86,10 @@ class ClusterSettings(Settings):
 
 def _finetune(options: Options) -> int:
     options = {**FINETUNE.own_defaults, **options}
-    address = options.pop("ray", None)
-    if address is not None:
+    if (address := options.pop("ray", None)) is not None:
         return _finetune_on_ray(options, address)
     settings = LaunchSettings(**options)  # wrong ones are told before a model is downloaded
+    _check_datasets(settings)
     del options["workers"]
     workers = 1 if settings.workers == 1 else launcher.count_workers(settings.workers)
     check = functools.partial(_check_before_download, settings)
@@ -107,8 +107,8 @@ def _finetune(options: Options) -> int:
 def _finetune_on_ray(options: Options, address: str) -> int:
     if options.get("workers") == launcher.AUTO:
         raise ValueError("workers='auto' is for this machine: give --ray a number of workers")
-    names = fields_of(TrainingSettings)
-    settings = TrainingSettings(**{name: options[name] for name in options if name in names})
+    settings = TrainingSettings(**_take(dict(options), fields_of(TrainingSettings)))
+    _check_datasets(settings)
     check = functools.partial(_check_before_download, settings)
     downloads = load_module("storage.download")
     _ensure_model(downloads, settings.model_name, settings.model_dir, check)
@@ -117,11 +117,15 @@ def _finetune_on_ray(options: Options, address: str) -> int:
     return EXIT_INTERRUPTED if result.interrupted else 0
 
 
-def _check_before_download(settings: TrainingSettings) -> None:
-    """Raises what finetune() would raise after the download, as far as that is known before."""
+def _check_datasets(settings: TrainingSettings) -> None:
+    """Raises what finetune() would raise for a missing dataset, before TensorFlow is imported."""
     for dataset in (settings.dataset, settings.val_dataset):
         if dataset is not None:
             find_files(dataset)
+
+
+def _check_before_download(settings: TrainingSettings) -> None:
+    """Raises what finetune() would raise after the download, as far as that is known before."""
     check_writable(settings.checkpoint_dir)
     run = os.path.join(settings.checkpoint_dir, settings.run_name)
     if os.path.lexists(run) and not os.path.isdir(run):
@@ -193,9 +197,11 @@ def _generate(options: Options) -> int:
         _take_prefixes(own.prefix_file, options)
     output = _Output.of(own, options)
     load = _take(options, _NAMES_OF_WEIGHTS)
-    gpt2 = load_module("gpt_2")
     named = LoadSettings(**load)
     settings = GenerationSettings(**options)  # wrong ones are told before a model is downloaded
+    if not named.model_name and named.adapter is None:
+        run_folder(named.checkpoint_dir, named.run_name)  # a missing run is told at once
+    gpt2 = load_module("gpt_2")
     check = functools.partial(check_writable, os.path.dirname(output.path or "") or output.folder)
     _ensure_model(gpt2, named.model_name, named.model_dir, check)
     with verbosity(settings.verbose), contextlib.closing(gpt2.start_tf_sess()) as sess:
