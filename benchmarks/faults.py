@@ -2,12 +2,16 @@
 
     python benchmarks/faults.py --kills 200
     python benchmarks/faults.py --kills 200 --lora    # a run that trains an adapter
+    python benchmarks/faults.py --kills 50 --workers 2    # one of two workers is killed
     python benchmarks/faults.py --kills 200 --defects no-locks no-rename    # a foreign file system
 
 Each time, a process of its own continues the run, saving after every step, until SIGKILL ends it at
 a random moment of training and saving. A run is lost if the next process fails, or goes on from an
 earlier step than had been saved. In the end the run is trained on in peace, and its weights are
 compared, bit by bit, with those of a run of as many steps that nobody disturbed.
+
+With several workers, one of them is killed. The run is lost, too, if another one does not end
+within a minute, or not with the error that names the lost worker.
 """
 
 from __future__ import annotations
@@ -32,18 +36,25 @@ from foreign_files import DEFECTS, simulate
 
 import gpt_2_simple as gpt2
 from gpt_2_simple.common import files
+from gpt_2_simple.distributed import channel, launcher, tf_config
 from gpt_2_simple.storage import adapter_files, checkpoint, runs
 
 SIZES = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_ctx": 16}
 TEXT = "".join(f"{n} green bottles, hanging on the wall.\n" for n in range(20))
 
 
-# What else finetune() is told: the settings of an adapter.
+# What else finetune() is told: the settings of an adapter, or of workers.
 MORE: dict[str, object] = {}
+
+# How long the workers that were not killed may take to end, in seconds.
+END_WITHIN = 60
+# The exit status of a worker that has lost another one.
+LOST_ANOTHER = 3
 
 
 def train(run_name: str, steps: int, save_every: int, tell: int | None = None) -> None:
     """Continues a run; writes each step's number to the pipe `tell`."""
+    settings = {"accumulate_gradients": 2, **MORE}
 
     def on_step(entry: gpt2.history.Entry) -> None:
         if tell is not None:
@@ -51,9 +62,9 @@ def train(run_name: str, steps: int, save_every: int, tell: int | None = None) -
 
     gpt2.finetune(
         gpt2.start_tf_sess(threads=1), "text.txt", steps, "faults", batch_size=2,
-        accumulate_gradients=2, learning_rate=0.01, run_name=run_name, sample_every=0,
+        learning_rate=0.01, run_name=run_name, sample_every=0,
         save_every=save_every, seed=1, sampling="epoch", val_split=0.2, val_every=3,
-        max_checkpoints=2, on_step=on_step, verbose=0, **MORE,
+        max_checkpoints=2, on_step=on_step, verbose=0, **settings,
     )  # fmt: skip
 
 
@@ -85,6 +96,10 @@ class Child:
                 self.steps += map(int, told.split())
         return True
 
+    def ends_within(self, seconds: float) -> bool:
+        """Waits for its end."""
+        return not self.listen(seconds)
+
     def await_step(self) -> bool:
         """Waits for the first step; False if the child ends before it."""
         while not self.steps:
@@ -109,34 +124,75 @@ def in_child(function: Callable[[], object]) -> None:
         sys.exit("failed, see above")
 
 
-def kill_often(kills: int, span: float, rng: random.Random) -> tuple[int, int, int]:
-    """Trains and kills; returns how often the run was lost, a save was hit, and the last step."""
+def start_workers(count: int, function: Callable[[int], object]) -> list[Child]:
+    """Starts processes that do something together; one process if `count` is 1."""
+    if count == 1:
+        return [Child(function)]
+    addresses = launcher.free_addresses(count)
+
+    def as_worker(index: int) -> Callable[[int], None]:
+        def work(tell: int) -> None:
+            os.environ[tf_config.VARIABLE] = tf_config.tf_config(addresses, index)
+            try:
+                function(tell)
+            except channel.WorkerLost:
+                os._exit(LOST_ANOTHER)
+
+        return work
+
+    return [Child(as_worker(index)) for index in range(count)]
+
+
+def train_in_peace(workers: int, run_name: str, steps: int, save_every: int) -> None:
+    """Trains in processes of their own, and stops if one fails."""
+    children = start_workers(workers, lambda _: train(run_name, steps, save_every))
+    if any([child.end() for child in children]):
+        sys.exit("failed, see above")
+
+
+def kill_one(children: list[Child], rng: random.Random, span: float) -> list[str]:
+    """Kills a process at a random moment, and waits for the others; returns what went wrong."""
+    victim = rng.choice(children)
+    # One in ten dies while it starts.
+    alive = victim.listen(rng.uniform(0, 3)) if rng.random() < 0.1 else children[0].await_step()
+    if not alive or not children[0].listen(rng.uniform(0, span)):
+        return [f"a process ended by itself: {[child.end(signal.SIGKILL) for child in children]}"]
+    faults = []
+    os.kill(victim.pid, signal.SIGKILL)
+    for index, child in enumerate(children):
+        if child is victim:
+            child.end()
+        elif not child.ends_within(END_WITHIN):
+            child.end(signal.SIGKILL)
+            faults.append(f"worker {index} did not end")
+        elif (status := child.end()) != LOST_ANOTHER:
+            faults.append(f"worker {index} ended with status {status}")
+    return faults
+
+
+def kill_often(kills: int, span: float, workers: int, rng: random.Random) -> tuple[int, int]:
+    """Trains and kills; returns how often the run was lost, and a save was hit."""
     lost = in_save = saved = 0
     folder = os.path.join("checkpoint", "killed")
     for count in range(1, kills + 1):
-        child = Child(lambda tell: train("killed", 10**6, 1, tell))
-        # One in ten dies while it starts.
-        alive = child.listen(rng.uniform(0, 3)) if rng.random() < 0.1 else child.await_step()
-        alive = alive and child.listen(rng.uniform(0, span))
-        if not alive:
-            print(f"kill {count}: the process ended by itself: {child.end()}")
-            lost += 1
-            continue
-        child.end(signal.SIGKILL)
-        left = os.listdir(folder)
+        children = start_workers(workers, lambda tell: train("killed", 10**6, 1, tell))
+        faults = kill_one(children, rng, span)
+        steps = children[0].steps
+        left = os.listdir(folder) if os.path.exists(folder) else []
         in_save += any(name.startswith((".saving-", ".saved-")) for name in left)
-        if child.steps and child.steps[0] <= saved:
-            print(f"kill {count}: step {saved} was saved, but {child.steps[0]} came next")
-            lost += 1
+        if steps and steps[0] <= saved:
+            faults.append(f"step {saved} was saved, but {steps[0]} came next")
         # When a step is told, the one before it has been saved.
-        saved = max([saved, *(step - 1 for step in child.steps)])
+        saved = max([saved, *(step - 1 for step in steps)])
         names = checkpoint.named_checkpoints(folder)
         if saved and not checkpoint.is_whole(os.path.join(folder, names[-1])):
-            print(f"kill {count}: the file checkpoint names {names[-1]}, which is not whole")
-            lost += 1
+            faults.append(f"the file checkpoint names {names[-1]}, which is not whole")
+        for fault in faults:
+            print(f"kill {count}: {fault}")
+        lost += bool(faults)
         if count % 10 == 0:
             print(f"{count} kills, {in_save} of them in a save, {lost} lost, step {saved}")
-    return lost, in_save, saved
+    return lost, in_save
 
 
 def differing(run_name: str, other: str) -> list[str]:
@@ -165,12 +221,15 @@ def main() -> int:
     parser.add_argument("--span", type=float, default=1.0, help="seconds from a first step to kill")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--lora", action="store_true", help="train an adapter")
+    parser.add_argument("--workers", type=int, default=1, help="that train together")
     parser.add_argument(
         "--defects", nargs="+", choices=DEFECTS, default=[], help="of a simulated file system"
     )
     options = parser.parse_args()
     if options.lora:
         MORE.update(lora_rank=2, lora_targets="all")
+    if options.workers > 1:
+        MORE.update(accumulate_gradients=options.workers)
     sys.stdout.reconfigure(line_buffering=True)
     started = time.monotonic()
     simulate(options.defects)
@@ -179,10 +238,11 @@ def main() -> int:
         with open("text.txt", "w", encoding="utf-8") as file:
             file.write(TEXT)
         in_child(lambda: gpt2.create_gpt2(model_name="faults", seed=1, **SIZES))
-        lost, in_save, _ = kill_often(options.kills, options.span, random.Random(options.seed))
-        in_child(lambda: train("killed", 3, 1))
+        rng = random.Random(options.seed)
+        lost, in_save = kill_often(options.kills, options.span, options.workers, rng)
+        train_in_peace(options.workers, "killed", 3, 1)
         last = runs.step_of(checkpoint.latest_checkpoint(os.path.join("checkpoint", "killed")))
-        in_child(lambda: train("peaceful", last, 10**6))
+        train_in_peace(options.workers, "peaceful", last, 10**6)
         differ = differing("killed", "peaceful")
         left = sorted(os.listdir(os.path.join("checkpoint", "killed")))
         os.chdir("/")

@@ -1,13 +1,14 @@
 """Processes that are the workers of a cluster on this machine; for the tests of distributed/."""
 
 import contextlib
-import json
 import os
-import socket
 import subprocess
 import sys
 import threading
 from typing import NamedTuple
+
+from gpt_2_simple.distributed.launcher import free_addresses
+from gpt_2_simple.distributed.tf_config import tf_config
 
 # No test asserts a time. This only bounds a test that hangs.
 LIMIT_SECONDS = 270
@@ -19,19 +20,6 @@ class Ended(NamedTuple):
     status: int
     out: str
     err: str
-
-
-def free_addresses(count):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    addresses = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
-    for s in sockets:
-        s.close()
-    return addresses
-
-
-def tf_config(addresses, index):
-    task = {"type": "worker", "index": index}
-    return json.dumps({"cluster": {"worker": addresses}, "task": task})
 
 
 class Workers:

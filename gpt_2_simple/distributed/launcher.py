@@ -322,7 +322,7 @@ class _Workers:
         calls_back = arguments.pop("on_step") is not None
         gpus = _visible_gpus()
         threads = -1 if gpus else max(1, _n_cores() // self.count)
-        addresses = _free_addresses(self.count)
+        addresses = free_addresses(self.count)
         for index in range(self.count):
             environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ, "PYTHONUNBUFFERED": "1"}
             if self.count > 1:
@@ -443,7 +443,7 @@ def _is_real_output() -> bool:
         return False
 
 
-def _free_addresses(count: int) -> tuple[str, ...]:
+def free_addresses(count: int) -> tuple[str, ...]:
     """Addresses on this machine with ports that nobody has now."""
     sockets = []
     try:
