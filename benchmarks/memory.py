@@ -4,13 +4,15 @@
     python benchmarks/memory.py --bisect              # the smallest limit that does
     python benchmarks/memory.py --rows 124M --bisect
     python benchmarks/memory.py --lora                # only the rows that train an adapter
+    python benchmarks/memory.py --workers             # only the rows with several workers
 
 A row: random weights of the real size are restored, two steps of 1 x 1,024 tokens are taken, and a
 checkpoint is saved, in a process whose CPU allocator is TensorFlow's BFC allocator, a GPU's, with a
 hard limit. 1558M takes one step where it accumulates, of two micro-batches; the bisection takes two
 micro-batches a step where a row has more: all after the second find the accumulators as it did. The
 limit that it finds is then tried with the whole row. The folder of random models is kept between
-calls (124M takes 0.5 GB, 1558M 6.2 GB).
+calls (124M takes 0.5 GB, 1558M 6.2 GB). A row with several workers needs the memory of all of them,
+each under the limit; they share the optimizer's state.
 """
 
 from __future__ import annotations
@@ -25,6 +27,10 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpt_2_simple.distributed import launcher, tf_config
+
 ROOT = Path(__file__).resolve().parents[1]
 MEGABYTE = 2**20
 
@@ -32,14 +38,14 @@ TRIAL = """
 import json, sys, time, resource
 import numpy as np
 import gpt_2_simple as gpt2
-size, optimizer, accumulate, steps, precision, lora = sys.argv[1:7]
+size, optimizer, accumulate, steps, precision, more = sys.argv[1:7]
 sess = gpt2.start_tf_sess()
 began = time.time()
 result = gpt2.finetune(
     sess, "tokens.npz", model_name=size, steps=int(steps), optimizer=optimizer,
     accumulate_gradients=int(accumulate), use_memory_saving_gradients=True, sample_every=0,
     restore_from="fresh", run_name=f"{size}-{optimizer}-{accumulate}", seed=0, precision=precision,
-    **json.loads(lora),
+    **json.loads(more),
 )
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 print(f"TRAINED seconds={time.time() - began:.0f} rss={peak} loss={result.loss:.3f}")
@@ -57,10 +63,13 @@ class Row(NamedTuple):
     steps: int = 2
     precision: str = "float32"
     lora: str | None = None  # the type that holds the base of an adapter of rank 8 in all layers
+    workers: int = 1
 
     @property
-    def lora_settings(self) -> dict[str, str | int]:
-        """The settings of finetune() that make the adapter."""
+    def more_settings(self) -> dict[str, str | int]:
+        """The settings of finetune() for an adapter, or for several workers."""
+        if self.workers > 1:
+            return {"shard_optimizer": True}
         if self.lora is None:
             return {}
         return {"lora_rank": 8, "lora_targets": "all", "base_precision": self.lora}
@@ -69,7 +78,8 @@ class Row(NamedTuple):
     def name(self) -> str:
         """The configuration in a few words."""
         lora = f"LoRA 8, {self.lora} base, " if self.lora else ""
-        return f"{self.size}, {lora}{self.optimizer}, {self.accumulate}"
+        workers = f", {self.workers} workers" if self.workers > 1 else ""
+        return f"{self.size}, {lora}{self.optimizer}, {self.accumulate}{workers}"
 
 
 ROWS = [
@@ -82,12 +92,13 @@ ROWS = [
     Row("124M", "adam", 1, 1100, "2 GB", lora="float32"),
     Row("774M", "adam", 1, 2500, "4 GB", lora="bfloat16"),
     Row("1558M", "adam", 1, 4400, "6 GB", lora="bfloat16"),
+    Row("124M", "adam", 2, 2100, "4 GB", workers=2),
+    Row("774M", "adam", 2, 10700, "16 GB", workers=2),
 ]
 
 
 def prepare(folder: Path, size: str) -> None:
     """A model of random weights in `folder`/models, and tokens to train it on."""
-    sys.path.insert(0, str(ROOT))
     import numpy as np
     from generate import write_vocabulary
 
@@ -111,25 +122,36 @@ def trains(folder: Path, row: Row, limit: int, log: Path) -> tuple[bool, str]:
         "PYTHONPATH": str(ROOT),
     }
     arguments = [row.size, row.optimizer, str(row.accumulate), str(row.steps), row.precision]
-    arguments.append(json.dumps(row.lora_settings))
+    arguments.append(json.dumps(row.more_settings))
     with open(log, "a", encoding="utf-8") as output:
         output.write(f"== {row} limit={limit}\n")
         output.flush()
         start = output.tell()
-        process = subprocess.run(
-            [sys.executable, "-c", TRIAL, *arguments],
-            cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        addresses = launcher.free_addresses(row.workers)
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", TRIAL, *arguments],
+                cwd=folder, stdout=output, stderr=subprocess.STDOUT,
+                env=environment | as_worker(addresses, index),
+            )
+            for index in range(row.workers)
+        ]  # fmt: skip
+        status = max([abs(process.wait()) for process in processes])
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
     with open(log, encoding="utf-8", errors="replace") as written:
         written.seek(start)
         said = written.read()
     lines = [line for line in said.splitlines() if line.startswith("TRAINED")]
-    if process.returncode == 0 and lines:
+    if status == 0 and len(lines) == row.workers:
         return True, lines[-1].removeprefix("TRAINED ")
     if "ResourceExhausted" not in said and "OOM" not in said and "memory" not in said:
         raise RuntimeError(f"{row} failed for another reason than memory; see {log}")
     return False, ""
+
+
+def as_worker(addresses: tuple[str, ...], index: int) -> dict[str, str]:
+    """The variables of the environment of one of several workers."""
+    return {tf_config.VARIABLE: tf_config.tf_config(addresses, index)} if addresses[1:] else {}
 
 
 def bisect(folder: Path, row: Row, plan: float, log: Path, share: float) -> tuple[int, str]:
@@ -195,18 +217,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="*", help="sizes to run, such as 124M 355M")
     parser.add_argument("--lora", action="store_true", help="only the rows that train an adapter")
+    parser.add_argument("--workers", action="store_true", help="only the rows of several workers")
     parser.add_argument("--bisect", action="store_true")
     parser.add_argument("--table", action="store_true", help="print the README's table and end")
     parser.add_argument("--share", type=float, default=0.02, help="precision of the bisection")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gpt2-sizes")
     arguments = parser.parse_args()
     if arguments.table:
-        sys.path.insert(0, str(ROOT))
         print(fits_table())
         return
     arguments.folder.mkdir(parents=True, exist_ok=True)
     log = arguments.folder / "memory.log"
-    sys.path.insert(0, str(ROOT))
     from gpt_2_simple.training import memory_plan as memory
 
     print(
@@ -215,12 +236,13 @@ def main() -> None:
     for row in ROWS:
         if arguments.rows and row.size not in arguments.rows:
             continue
-        if arguments.lora and row.lora is None:
+        if (arguments.lora and row.lora is None) or (arguments.workers and row.workers == 1):
             continue
         prepare(arguments.folder, row.size)
         plan = memory.memory_plan(
             row.size, optimizer=row.optimizer, accumulate_gradients=row.accumulate,
-            use_memory_saving_gradients=True, precision=row.precision, **row.lora_settings,
+            use_memory_saving_gradients=True, precision=row.precision, workers=row.workers,
+            **row.more_settings,
         )  # fmt: skip
         limit, few, fits, said = row.limit, None, True, ""
         if arguments.bisect:

@@ -58,6 +58,7 @@ __all__ = [
     "mount_gdrive",
     "next_token_probs",
     "os",
+    "play",
     "plot_history",
     "push_to_hub",
     "quantize",

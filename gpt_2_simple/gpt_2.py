@@ -16,6 +16,7 @@ from .exchange.push import push_to_hub
 from .generation.generate import generate, generate_stream, generate_to_file
 from .generation.scoring import next_token_probs, score
 from .serving.launch import serve
+from .serving.play import play
 from .session import get_available_gpus, reset_session, start_tf_sess
 from .storage.add_tokens import add_tokens
 from .storage.create import create_gpt2
@@ -70,6 +71,7 @@ __all__ = [
     "mount_gdrive",
     "next_token_probs",
     "os",
+    "play",
     "plot_history",
     "push_to_hub",
     "quantize",

@@ -13,6 +13,7 @@ from gpt_2_simple.common.errors import first_line
         (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
         (ValueError("\n  one\ntwo"), "two"),
         (ValueError(), ""),
+        (RuntimeError("From /job:worker/replica:0/task:0:\nOOM in Add\n\t [[x]]"), "OOM in Add"),
     ],
 )
 def test_first_line_of_python_errors(error, line):

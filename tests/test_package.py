@@ -54,6 +54,8 @@ FUNCTION_IMPORTS = {
     ("training.history", "matplotlib.figure"),  # an extra
     ("training.history", "IPython.display"),  # there only in notebooks
     ("storage.drive", "google.colab"),  # there only in Colab
+    ("serving.play", "google.colab"),  # the same
+    ("serving.play", "IPython.display"),  # there only in notebooks
     ("distributed.launcher", "training.trainer"),  # TensorFlow, for the result alone
     ("serving.server", "resource"),  # Windows has none
 }
@@ -358,7 +360,7 @@ def dist(tmp_path_factory):
 
 
 def package_files():
-    files = [*MODULES.values(), PACKAGE / "py.typed"]
+    files = [*MODULES.values(), PACKAGE / "py.typed", PACKAGE / "serving" / "page.html"]
     return {path.relative_to(ROOT).as_posix() for path in files}
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 # What TensorFlow puts around its messages: places in the graph, and in the code that built it.
-_PLACES = re.compile(r"\s|$|Graph execution error|Detected at|Node:|Hint:|Original stack trace")
+_PLACES = re.compile(
+    r"\s|$|From /job:|Graph execution error|Detected at|Node:|Hint:|Original stack trace"
+)
 
 
 def first_line(error: BaseException) -> str:

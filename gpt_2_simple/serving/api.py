@@ -26,6 +26,7 @@ from .engine import ClosedError, Delta, Engine, Event, Failure, Job, PromptScore
 from .guard import Guard
 from .metrics import Metrics
 from .openapi import describe
+from .page import page_response
 from .settings import MAX_CHOICES
 
 MAX_BODY_BYTES = 2**20
@@ -45,6 +46,7 @@ class Limits(NamedTuple):
     hosts: tuple[str, ...] = ()  # the names by which it may be called; empty for all
     timeout: float = 120.0  # seconds for a request
     log_prompts: bool = False
+    in_frames: bool = False  # whether other pages may show the page to write with
 
 
 def make_app(
@@ -62,6 +64,7 @@ def make_app(
 
     app = Starlette(
         routes=[
+            Route("/", api.page, methods=["GET"]),
             Route("/v1/completions", api.complete, methods=["POST"]),
             Route("/v1/chat/completions", api.chat, methods=["POST"]),
             Route("/v1/models", api.models, methods=["GET"]),
@@ -203,6 +206,9 @@ class _Api:
         return error_response(BadRequestError("the server failed", status=500, kind="server_error"))
 
     # --- small answers ----------------------------------------------------------------------------
+
+    async def page(self, _: Request) -> Response:
+        return page_response(self.limits.in_frames)
 
     async def chat(self, _: Request) -> Response:
         raise BadRequestError(

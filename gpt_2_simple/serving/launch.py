@@ -38,7 +38,7 @@ def serve(settings: ServeSettings) -> None:
         RuntimeError: the weights are not finite numbers.
         ValueError: a setting is out of range.
     """
-    server_module = _extra("server")
+    server_module = import_extra("server")
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(server_module.bound_socket(settings.host, settings.port))
         if settings.host not in LOCAL_HOSTS and _key_of(settings) is None:
@@ -76,7 +76,7 @@ def app(settings: AppSettings) -> Any:
     Raises:
         FileNotFoundError, ImportError, RuntimeError, ValueError: as serve().
     """
-    _extra("api")  # before minutes of loading
+    import_extra("api")  # before minutes of loading
     stack = contextlib.ExitStack()
     with stack:
         served = _load(settings, stack)
@@ -131,7 +131,7 @@ def _key_of(settings: AppSettings) -> str | None:
 def _make_app(
     settings: AppSettings, served: Served, is_local: bool, on_shutdown: Any = None
 ) -> Any:
-    api, key = _extra("api"), _key_of(settings)
+    api, key = import_extra("api"), _key_of(settings)
     limits = api.Limits(
         api_key=key,
         allow_origin=tuple(settings.allow_origin or ()),
@@ -142,7 +142,7 @@ def _make_app(
     return api.make_app(served.engines, limits, on_shutdown or (lambda: None))
 
 
-def _extra(module: str) -> ModuleType:
+def import_extra(module: str) -> ModuleType:
     """A module of this room that needs extra packages."""
     try:
         return importlib.import_module(f".{module}", __package__)
