@@ -123,8 +123,8 @@ def test_weights_in_16_bits_cannot_be_trained(loaded):
             gpt2.finetune(sess, "text.txt", model_name="tiny", steps=1, verbose=0)
         with pytest.raises(ValueError, match="holds a model in bfloat16"):
             gpt2.load_gpt2(sess, precision="float16")
-    with gpt2.start_tf_sess() as sess, pytest.raises(ValueError, match="'int8' must be one of"):
-        gpt2.load_gpt2(sess, precision="int8")
+    with gpt2.start_tf_sess() as sess, pytest.raises(ValueError, match="'int4' must be one of"):
+        gpt2.load_gpt2(sess, precision="int4")
 
 
 def test_iterate_texts_gives_what_generate_returns(loaded):
