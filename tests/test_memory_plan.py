@@ -206,6 +206,21 @@ def test_advice_after_out_of_memory():
     assert all(part in said for part, said in zip(expected, seen, strict=True)), seen
 
 
+def test_workers_need_room_for_their_sums_and_less_with_a_share_of_the_optimizer():
+    settings = {"accumulate_gradients": 2, "use_memory_saving_gradients": True}
+    alone = gpt2.memory_plan("124M", **settings)
+    two = gpt2.memory_plan("124M", workers=2, **settings)
+    assert alone.exchange == 0
+    assert two.exchange == 2 * 4 * 50257 * 768  # the largest gradient, as it travels and summed
+    assert two.total > alone.total
+    assert "sum with other workers" in str(two)
+    assert "sum with other workers" not in str(alone)
+    shared = gpt2.memory_plan("124M", workers=2, shard_optimizer=True, **settings)
+    assert two.optimizer_state / 2 < shared.optimizer_state < 0.55 * two.optimizer_state
+    assert memory.advice(two).startswith("try shard_optimizer=True, which saves")
+    assert "shard_optimizer" not in memory.advice(shared)
+
+
 def test_readme_table_equals_the_plan():
     root = Path(__file__).parent.parent
     source = importlib.util.spec_from_file_location("bench", root / "benchmarks" / "memory.py")

@@ -21,6 +21,7 @@ from ..common.lora import ALL, LINEAR_LAYERS, adapter_shapes, adapter_size
 from ..common.published import published_hparams
 from ..common.report import say
 from ..common.settings import settings_function
+from ..distributed.collectives import PIECE_BYTES
 from .settings import MemoryPlanSettings, StepSettings, step_settings
 from .sharded_optimizer import assign_owners
 from .step import LOSS_ROWS
@@ -67,6 +68,7 @@ class MemoryPlan:
         block: bytes of one block's activations and their gradients in the backward pass.
         loss: bytes of a chunk of logits with its gradient, and of the output projection's gradient.
         workers: how many processes train together; the plan is of the one that needs most.
+        exchange: bytes of a sum with other workers, while it travels and when it is there.
     """
 
     hparams: model.HParams
@@ -79,6 +81,7 @@ class MemoryPlan:
     block: int
     loss: int
     workers: int = 1
+    exchange: int = 0
 
     @property
     def resident(self) -> int:
@@ -88,7 +91,7 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         """The allocator limit under which this should train: all terms, and the fragmentation."""
-        in_step = self.stored_activations + max(self.block, self.loss)
+        in_step = self.stored_activations + max(self.block, self.loss) + self.exchange
         return int((self.resident + in_step) * (1 + FRAGMENTATION))
 
     @property
@@ -104,6 +107,7 @@ class MemoryPlan:
             ("stored activations", self.stored_activations),
             ("one block, backward", self.block),
             ("loss", self.loss),
+            *([("sum with other workers", self.exchange)] if self.workers > 1 else []),
             ("total, at the fullest moment", self.total),
         ]
         return "\n".join(f"{name:30}{size / MEGABYTE:10,.0f} MB" for name, size in rows)
@@ -152,6 +156,7 @@ def plan(hparams: model.HParams, settings: StepSettings, workers: int = 1) -> Me
         block=MADE_IN_BACKWARD * block_output + (0 if keeps_all else stored),
         loss=_loss_size(hparams, settings, time, width),
         workers=workers,
+        exchange=2 * _largest_piece(trained) if workers > 1 else 0,
     )
 
 
@@ -219,6 +224,12 @@ def _largest_share(settings: StepSettings, trained: Sequence[Shape], workers: in
     for owner, shape in zip(owners, trained, strict=True):
         shares[owner] += _state_size(settings.optimizer, shape)
     return max(shares)
+
+
+def _largest_piece(trained: Sequence[Shape]) -> int:
+    """Bytes of the most that is summed at a time."""
+    sizes = [FLOAT * math.prod(shape) for shape in trained]
+    return max(*sizes, min(2 * PIECE_BYTES, sum(sizes)))
 
 
 def _state_size(optimizer: str, shape: Sequence[int]) -> int:
