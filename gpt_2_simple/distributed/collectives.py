@@ -101,15 +101,20 @@ class Collectives:
             The operations that write the sums.
         """
         done: list[tf.Operation] = []
+        sums: list[tf.Operation] = []
         for piece in _pieces(variables):
             values = []
-            for variable in piece:
-                with tf.control_dependencies(written(variable)), tf.device(variable.device):
-                    values.append(tf.reshape(variable.read_value(), [-1]))
+            # A piece is joined while the one before it travels, and not earlier: if sums are slower
+            # than the backward pass, all gradients would come to be there twice.
+            with tf.control_dependencies(sums[-2:-1]):
+                for variable in piece:
+                    with tf.control_dependencies(written(variable)), tf.device(variable.device):
+                        values.append(tf.reshape(variable.read_value(), [-1]))
             device = piece[0].device
             with tf.device(device):
                 joined = values[0] if len(values) == 1 else tf.concat(values, axis=0)
             summed = self.sum(joined, device)
+            sums.append(summed.op)
             start = 0
             for variable in piece:
                 size = variable.shape.num_elements()
