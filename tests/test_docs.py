@@ -11,6 +11,7 @@ import inspect
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -125,6 +126,8 @@ def reader(workplace, tiny_source, monkeypatch, replace_everywhere):
         path.write_text(text, encoding="utf-8")
     rows = "".join(f"ann,{line}\n" for line in text.replace(",", "").splitlines())
     (workplace / "tweets.csv").write_text(f"user,text\n{rows}", encoding="utf-8")
+    (workplace / "examples").mkdir()
+    shutil.copy(ROOT / "examples/jokes.csv", workplace / "examples")
     (workplace / "titles.txt").write_text("One\nTwo\n", encoding="utf-8")
     return workplace
 
@@ -134,7 +137,7 @@ def run_python(text, namespace):
 
 
 def run_shell(text):
-    """Runs the library's commands; checks the targets of make and the flags of benchmarks."""
+    """Runs the library's commands and searches; checks make's targets and benchmarks' flags."""
     for line in text.replace("\\\n", "").splitlines():
         words = shlex.split(line, comments=True)
         if not words:
@@ -145,6 +148,8 @@ def run_shell(text):
         elif program == "make":
             targets = MAKE_TARGET.findall((ROOT / "Makefile").read_text(encoding="utf-8"))
             assert {word for word in arguments if "=" not in word} <= set(targets), line
+        elif program in ("grep", "tr"):
+            assert subprocess.run(["bash", "-c", f"set -o pipefail; {line}"]).returncode in (0, 1)
         elif words[:1] == ["python"] and arguments[0].startswith("benchmarks/"):
             check_benchmark(arguments)
         else:

@@ -1,11 +1,13 @@
 """Each example runs, with fewer steps. The notebook for Colab uses only names that exist."""
 
 import ast
+import csv
 import inspect
 import json
 import os
 import re
 import runpy
+import shutil
 import signal
 from pathlib import Path
 
@@ -103,8 +105,41 @@ def test_exchange_trains_an_imported_model_and_writes_it(run, tmp_path):
     assert f"llama-cli -m {Path('export/zen-merged-f16/zen-merged-f16.gguf')}" in out
 
 
-@pytest.mark.parametrize("name", ["demo.py", "finetune_csv.py", "resume_and_best.py"])
-def test_ctrl_c_in_an_example_ends_it_without_a_traceback(run, monkeypatch, name):
+@pytest.fixture
+def jokes(tmp_path):
+    """The jokes of the table, which stands beside the script."""
+    shutil.copy(EXAMPLES / "jokes.csv", tmp_path)
+    with open(EXAMPLES / "jokes.csv", newline="", encoding="utf-8") as file:
+        return [row["joke"] for row in csv.DictReader(file)]
+
+
+def test_the_table_of_jokes_has_enough_of_them_and_none_twice(jokes):
+    assert len(jokes) >= 150
+    assert len(set(jokes)) == len(jokes)
+
+
+def test_jokes_tells_ten_from_the_best_checkpoint(run, jokes):
+    out = run("jokes.py", EPOCHS=0.5)
+    best, last = map(int, re.search(r"Best after step (\d+) of (\d+):", out).groups())
+    assert 1 <= best <= last
+    assert "Loading checkpoint checkpoint/jokes/best\n" in out
+    told = out.partition("The first ten others:\n")[2]
+    assert len(re.findall("(?m)^- ", told)) == 10
+    assert "<|endoftext|>" not in told
+
+
+def test_jokes_leaves_out_copies_of_the_table_and_near_copies(run, jokes, monkeypatch):
+    near = jokes[1].replace("and", "but")[:-1] + " today!"
+    made = [f"\n{jokes[0]}\n", near, *(f"Number {i} is the new joke here." for i in range(10))]
+    monkeypatch.setattr(gpt2, "generate", lambda *args, **kwargs: made, raising=False)
+    out = run("jokes.py", EPOCHS=0.05)
+    assert "2 of 12 texts copy a joke." in out
+    told = out.partition("The first ten others:\n")[2].splitlines()
+    assert told == [f"- {text}" for text in made[2:]]
+
+
+@pytest.mark.parametrize("name", ["demo.py", "finetune_csv.py", "resume_and_best.py", "jokes.py"])
+def test_ctrl_c_in_an_example_ends_it_without_a_traceback(run, jokes, monkeypatch, name):
     def draw_and_send(self):
         os.kill(os.getpid(), signal.SIGINT)
         return next_batches(self)
