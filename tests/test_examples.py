@@ -166,19 +166,50 @@ def code_cells(path):
     return [re.sub(r"(?m)^[%!].*$", "", source) for source in sources]
 
 
-def test_notebook_runs_in_a_kernel(tmp_path, monkeypatch):
+@pytest.fixture
+def execute(tmp_path, monkeypatch):
+    """Runs a notebook in a kernel, in an empty folder, with other constants in its first cell."""
     for module in ("ipykernel", "ipywidgets", "matplotlib"):
         pytest.importorskip(module)
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    notebook = nbformat.read(EXAMPLES / "finetune.ipynb", as_version=4)
-    nbformat.validate(notebook)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    code[0].source = replace_constants(code[0].source, STEPS=7)
-    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
-    monkeypatch.setenv("PYTHONPATH", path.rstrip(os.pathsep))
-    place = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=300, resources=place).execute()
 
+    def run_notebook(name, **constants):
+        notebook = nbformat.read(EXAMPLES / name, as_version=4)
+        nbformat.validate(notebook)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        code[0].source = replace_constants(code[0].source, **constants)
+        path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+        monkeypatch.setenv("PYTHONPATH", path.rstrip(os.pathsep))
+        place = {"metadata": {"path": str(tmp_path)}}
+        nbclient.NotebookClient(notebook, timeout=300, resources=place).execute()
+        return notebook, code
+
+    return run_notebook
+
+
+def printed(cell):
+    """What a cell wrote to stdout."""
+    return "".join(
+        output.text
+        for output in cell.outputs
+        if output.output_type == "stream" and output.name == "stdout"
+    )
+
+
+def test_explore_finetuning_compares_models_texts_and_settings(execute):
+    _, code = execute("explore_finetuning.ipynb", STEPS=4)
+    trained = re.findall(r"(\w+), (\w+) text: best after step (\d) of 4", printed(code[2]))
+    pairs = [(model, text) for model in ("small", "larger") for text in ("short", "long")]
+    assert [(model, text) for model, text, _ in trained] == pairs
+    assert any("image/png" in output.get("data", {}) for output in code[3].outputs)
+    found = re.findall(r"(?m)^(\w+) +(\w+) +perplexity +([\d.]+)$", printed(code[4]))
+    assert [(model, text) for model, text, _ in found] == pairs
+    assert all(float(perplexity) > 1 for *_, perplexity in found)
+    assert printed(code[5]).count("-> The ") == 5
+
+
+def test_notebook_runs_in_a_kernel(execute, tmp_path):
+    notebook, code = execute("finetune.ipynb", STEPS=7)
     assert (tmp_path / "checkpoint/notebook/model-7.index").is_file()
     displayed = [
         output.data for cell in code for output in cell.outputs if output.output_type != "stream"
@@ -216,8 +247,9 @@ def misuses(source):
             continue
         if getattr(node.func.value, "id", "") == "gpt2" and node.func.attr in gpt2.__all__:
             signature = inspect.signature(getattr(gpt2, node.func.attr))
+            named = {word.arg: None for word in node.keywords if word.arg is not None}  # not `**`
             try:
-                signature.bind(*node.args, **{word.arg: None for word in node.keywords})
+                signature.bind(*node.args, **named)
             except TypeError as error:
                 found.append(f"{node.func.attr}: {error}")
     return found
