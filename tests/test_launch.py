@@ -1,5 +1,6 @@
 """The command `serve`, and serving.app(): loading, the address, the end, and what is refused."""
 
+import asyncio
 import json
 import os
 import signal
@@ -110,8 +111,6 @@ def test_a_missing_extra_is_named_with_its_pip_line(monkeypatch):
 
 
 def test_the_application_of_several_runs_mounts_anywhere(workplace):
-    import asyncio
-
     gpt2.create_gpt2(model_name="other", model_dir="models", seed=1, n_layer=1, n_embd=8, n_ctx=16)
     app = serving.app(model_name=["tiny", "other"], max_batch=2, api_key="sesam")
 
@@ -132,6 +131,20 @@ def test_the_application_of_several_runs_mounts_anywhere(workplace):
     names, tokens = asyncio.run(use())
     assert names == ["tiny", "other"]
     assert all(0 < count <= 5 for count in tokens)
+    asyncio.run(shut_down(app))
+
+
+def test_a_mounted_application_asks_for_its_key_and_has_its_page(workplace):
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+    from starlette.testclient import TestClient
+
+    app = serving.app(model_name="tiny", api_key="sesam")
+    client = TestClient(Starlette(routes=[Mount("/ai", app)]))
+    assert client.get("/ai/v1/models").status_code == 401
+    headers = {"authorization": "Bearer sesam"}
+    assert client.get("/ai/v1/models", headers=headers).status_code == 200
+    assert "<textarea" in client.get("/ai/").text
     asyncio.run(shut_down(app))
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import types
@@ -131,6 +132,26 @@ def test_play_needs_a_model_and_a_height(sess):
         gpt2.play(sess, height=0)
     with gpt2.start_tf_sess() as empty, pytest.raises(RuntimeError, match="no model"):
         gpt2.play(empty)
+
+
+def test_a_script_that_plays_ends_without_an_error(tmp_path):
+    code = """
+import json, urllib.request
+import gpt_2_simple as gpt2
+
+gpt2.create_gpt2(model_name="tiny", n_layer=1, n_embd=8, n_ctx=16)
+sess = gpt2.start_tf_sess()
+gpt2.load_gpt2(sess, model_name="tiny")
+page = gpt2.play(sess)
+body = json.dumps({"model": "tiny", "max_tokens": 3}).encode()
+urllib.request.urlopen(page.address + "/v1/completions", body).read()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert "The page is at http://127.0.0.1:" in done.stdout
+    assert "Traceback" not in done.stderr
 
 
 # --- in a browser ---------------------------------------------------------------------------------
@@ -367,13 +388,13 @@ class TestRealModel:
         assert page["write"].is_enabled()
 
     def test_key_is_asked_for(self, chromium, engine):
-        with serving(api.make_app({NAME: engine}, api.Limits(api_key="sesam"))) as address:
+        with serving(api.make_app({NAME: engine}, api.Limits(api_key="sésam漢"))) as address:
             page = Page(chromium, address)
             page.wait(lambda: page["key"].is_displayed())
             assert page["error"].text == "This server asks for a key."
             page["api-key"].send_keys("wrong" + ENTER)
             page.wait(lambda: page["error"].text == "The key is wrong.")
-            page.set("api-key", "sesam" + ENTER)
+            page.set("api-key", "sésam漢" + ENTER)
             page.ready()
             assert not page["key"].is_displayed()
             page.set("length", "3")

@@ -52,7 +52,7 @@ class Limits(NamedTuple):
 def make_app(
     engines: Mapping[str, Engine],
     limits: Limits,
-    on_shutdown: Callable[[], None] = lambda: None,
+    on_shutdown: Callable[[], None] | None = None,
 ) -> Guard:
     """The ASGI application for engines that have started, by the models' names."""
     api = _Api(engines, limits)
@@ -60,7 +60,8 @@ def make_app(
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(on_shutdown)
+        if on_shutdown is not None:
+            await asyncio.to_thread(on_shutdown)
 
     app = Starlette(
         routes=[

@@ -61,7 +61,7 @@ class Guard:
             self._check_origin(headers, origin)
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
                 app = Response(status_code=204)
-            elif scope["path"].startswith("/v1/"):
+            elif _path_of(scope).startswith("/v1/"):
                 self._check_key(headers)
         except BadRequestError as error:
             app = self._respond(error)
@@ -105,8 +105,9 @@ class Guard:
         if self._key is None:
             return
         kind, _, given = headers.get("authorization", "").partition(" ")
-        # In constant time, so that the time tells nothing of the key.
-        is_right = hmac.compare_digest(given.strip().encode("utf-8", "replace"), self._key)
+        # In constant time, so that the time tells nothing of the key. Starlette reads a header's
+        # bytes as Latin-1; those of curl and of the page are UTF-8.
+        is_right = hmac.compare_digest(given.strip().encode("latin-1", "replace"), self._key)
         if kind.lower() != "bearer" or not is_right:
             raise BadRequestError(
                 "the key is missing or wrong; send the header 'Authorization: Bearer KEY'",
@@ -126,6 +127,12 @@ class Guard:
             headers["access-control-allow-origin"] = origin
             headers["access-control-allow-methods"] = "GET, POST"
             headers["access-control-allow-headers"] = "authorization, content-type"
+
+
+def _path_of(scope: Message) -> str:
+    """The path below the place where the application is mounted."""
+    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    return path[len(root) :] if path.startswith(f"{root}/") else path
 
 
 def _netloc_of(origin: str) -> str:

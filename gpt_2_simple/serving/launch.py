@@ -139,7 +139,7 @@ def _make_app(
         timeout=settings.timeout,
         log_prompts=settings.log_prompts,
     )
-    return api.make_app(served.engines, limits, on_shutdown or (lambda: None))
+    return api.make_app(served.engines, limits, on_shutdown)
 
 
 def import_extra(module: str) -> ModuleType:

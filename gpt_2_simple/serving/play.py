@@ -69,6 +69,10 @@ class Page:
             try:
                 with servers.bound_socket(_HOST, 0) as listener:
                     self._server.serve_until_stopped(listener, on_start)
+            except RuntimeError:
+                # At Python's end asyncio cannot start the thread that ends its helpers.
+                if threading.main_thread().is_alive():
+                    raise
             finally:
                 started.set()
 
