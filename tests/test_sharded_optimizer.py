@@ -30,7 +30,9 @@ SCRIPT = f"""
 import json, os
 import tensorflow as tf
 import gpt_2_simple as gpt2
+from gpt_2_simple.distributed import collectives
 
+collectives.PIECE_BYTES = 1000  # so that variables are cut
 task = json.loads(os.environ["TF_CONFIG"])
 index, count = task["task"]["index"], len(task["cluster"]["worker"])
 place = "." if index == 0 else "elsewhere"  # a worker that is not to write has no run

@@ -6,6 +6,7 @@ after the other, as NCCL needs it; a piece starts as soon as its gradients are c
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,8 +16,11 @@ import tensorflow as tf
 from .channel import WorkerLost
 from .cluster import Cluster
 
-# Variables are joined into pieces of at least this size, so that few messages are sent.
+# Variables are joined into pieces of this size, so that few messages are sent, and large ones are
+# cut, so that little memory is needed.
 PIECE_BYTES = 32 * 2**20
+# So many pieces exist at once: one that travels, what has come of it, its sum, and the next one.
+PIECES_AT_ONCE = 4
 
 # A run that another worker's failure ended is told here; see Collectives.guarded.
 _GOES_ON, _ABORTED = 0, 1
@@ -102,26 +106,26 @@ class Collectives:
         """
         done: list[tf.Operation] = []
         sums: list[tf.Operation] = []
+        last_writes: dict[str, list[tf.Operation]] = {}
         for piece in _pieces(variables):
-            values = []
+            device = piece[0].variable.device
             # A piece is joined while the one before it travels, and not earlier: if sums are slower
             # than the backward pass, all gradients would come to be there twice.
-            with tf.control_dependencies(sums[-2:-1]):
-                for variable in piece:
-                    with tf.control_dependencies(written(variable)), tf.device(variable.device):
-                        values.append(tf.reshape(variable.read_value(), [-1]))
-            device = piece[0].device
-            with tf.device(device):
+            with tf.control_dependencies(sums[-2:-1]), tf.device(device):
+                values = [
+                    part.read([*written(part.variable), *last_writes.get(part.variable.name, [])])
+                    for part in piece
+                ]
                 joined = values[0] if len(values) == 1 else tf.concat(values, axis=0)
             summed = self.sum(joined, device)
             sums.append(summed.op)
             start = 0
-            for variable in piece:
-                size = variable.shape.num_elements()
+            for part in piece:
                 with tf.device(device):
-                    part = tf.reshape(summed[start : start + size], variable.shape)
-                    done.append(variable.assign(part, read_value=False))
-                start += size
+                    written_now = part.write(summed[start : start + part.size])
+                last_writes[part.variable.name] = [written_now]
+                done.append(written_now)
+                start += part.size
         return done
 
     def broadcast(
@@ -240,18 +244,49 @@ def _number(text: str) -> int:
     return zlib.crc32(text.encode()) & 0x7FFFFFFF
 
 
-def _pieces(variables: Sequence[tf.Variable]) -> list[list[tf.Variable]]:
-    """Variables of one device in a row, joined until they have PIECE_BYTES."""
-    pieces: list[list[tf.Variable]] = []
-    size = 0
+class _Rows(NamedTuple):
+    """Some of a variable's rows: of its first axis."""
+
+    variable: tf.Variable
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """How many numbers they are."""
+        return (self.end - self.start) * math.prod(self.variable.shape.as_list()[1:])
+
+    def read(self, after: Sequence[tf.Operation]) -> tf.Tensor:
+        """Their numbers, flat, as they are after some operations."""
+        with tf.control_dependencies(after):
+            value = self.variable.read_value()
+        if self.end - self.start < self.variable.shape.as_list()[0]:
+            value = value[self.start : self.end]
+        return tf.reshape(value, [-1])
+
+    def write(self, values: tf.Tensor) -> tf.Operation:
+        """Writes their numbers into the variable's memory, so that it needs no other."""
+        shape = [self.end - self.start, *self.variable.shape.as_list()[1:]]
+        return tf.raw_ops.ResourceStridedSliceAssign(
+            ref=self.variable.handle, begin=[self.start], end=[self.end], strides=[1],
+            value=tf.reshape(values, shape),
+        )  # fmt: skip
+
+
+def _pieces(variables: Sequence[tf.Variable]) -> list[list[_Rows]]:
+    """Rows of variables of one device, joined and cut so that a piece has PIECE_BYTES at most."""
+    pieces: list[list[_Rows]] = []
+    room = 0
     for variable in variables:
-        n_bytes = variable.shape.num_elements() * variable.dtype.size
-        if not pieces or size >= PIECE_BYTES or pieces[-1][0].device != variable.device:
-            pieces.append([])
-            size = 0
-        elif size + n_bytes > 2 * PIECE_BYTES:
-            pieces.append([])  # a large one travels alone, which saves copying it
-            size = 0
-        pieces[-1].append(variable)
-        size += n_bytes
+        n_rows, *row = variable.shape.as_list()
+        row_bytes = math.prod(row) * variable.dtype.size
+        start = 0
+        while start < n_rows:
+            if not pieces or room < row_bytes or pieces[-1][0].variable.device != variable.device:
+                pieces.append([])
+                room = max(PIECE_BYTES, row_bytes)
+            end = min(n_rows, start + room // row_bytes)
+            pieces[-1].append(_Rows(variable, start, end))
+            room -= (end - start) * row_bytes
+            start = end
     return pieces

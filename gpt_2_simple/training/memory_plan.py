@@ -21,7 +21,7 @@ from ..common.lora import ALL, LINEAR_LAYERS, adapter_shapes, adapter_size
 from ..common.published import published_hparams
 from ..common.report import say
 from ..common.settings import settings_function
-from ..distributed.collectives import PIECE_BYTES
+from ..distributed.collectives import PIECE_BYTES, PIECES_AT_ONCE
 from .settings import MemoryPlanSettings, StepSettings, step_settings
 from .sharded_optimizer import assign_owners
 from .step import LOSS_ROWS
@@ -156,7 +156,7 @@ def plan(hparams: model.HParams, settings: StepSettings, workers: int = 1) -> Me
         block=MADE_IN_BACKWARD * block_output + (0 if keeps_all else stored),
         loss=_loss_size(hparams, settings, time, width),
         workers=workers,
-        exchange=2 * _largest_piece(trained) if workers > 1 else 0,
+        exchange=PIECES_AT_ONCE * min(PIECE_BYTES, trained_size) if workers > 1 else 0,
     )
 
 
@@ -224,12 +224,6 @@ def _largest_share(settings: StepSettings, trained: Sequence[Shape], workers: in
     for owner, shape in zip(owners, trained, strict=True):
         shares[owner] += _state_size(settings.optimizer, shape)
     return max(shares)
-
-
-def _largest_piece(trained: Sequence[Shape]) -> int:
-    """Bytes of the most that is summed at a time."""
-    sizes = [FLOAT * math.prod(shape) for shape in trained]
-    return max(*sizes, min(2 * PIECE_BYTES, sum(sizes)))
 
 
 def _state_size(optimizer: str, shape: Sequence[int]) -> int:
