@@ -1,4 +1,4 @@
-"""Tokens and a cache in, new tokens out: the graph's prefill, decode loop and beam step."""
+"""Tokens and a cache in, new tokens out: the graph's prefill, decode loop, checks, beam step."""
 
 from __future__ import annotations
 
@@ -78,6 +78,22 @@ class Decode(StepInputs):
     tokens: Any = fetched()  # [rows, steps], -1 after a row's end; fewer steps if all rows end
     status: Any = fetched()  # [rows]; see sampling.check_status; a fault ends its row
     likeliest: Any = fetched()  # Likeliest, before penalties; costs nothing unless fetched
+    run: Any = fetched()  # keeps the cache in the session
+
+
+@dataclasses.dataclass
+class Verify(StepInputs):
+    """Chooses the tokens after proposed ones, all in one pass: proposals + 1 a text.
+
+    They are those of plain decoding up to the first that its proposal differs from, and that one.
+    `text_tokens` have as many further -1 on the left as there are proposals; the settings of
+    sampling stand for each place of a text, row after row.
+    """
+
+    proposals: Any = placeholder(tf.int32, None, None)  # [rows, proposals]
+    uniform: Any = placeholder(tf.float64, None, None)  # numbers in [0, 1) [rows, proposals + 1]
+    tokens: Any = fetched()  # [rows, proposals + 1]
+    status: Any = fetched()  # [rows, proposals + 1]; see sampling.check_status
     run: Any = fetched()  # keeps the cache in the session
 
 
@@ -171,6 +187,31 @@ def build_decode(weights: model.Weights, hparams: model.HParams, one_row: bool) 
     ops.tokens = tf.transpose(out.gather(tf.range(n_done)))
     found = [array.gather(tf.range(n_done)) for array in likely]  # [steps, rows, ...]
     ops.likeliest = Likeliest(tf.transpose(found[0]), *(_swapped(x) for x in found[1:]))
+    ops.run = store_cache(ops.cache_key, cache)
+    return ops
+
+
+def build_verify(weights: model.Weights, hparams: model.HParams) -> Verify:
+    """Adds the operations of Verify to the graph."""
+    ops = Verify()
+    cache = grow_cache(take_cache(ops.cache_key, hparams), ops.added_columns)
+    n_rows, n_proposals = tf.unstack(tf.shape(ops.proposals))
+    places = tf.range(n_proposals + 1)
+    forward = _CachedForward(weights, hparams, cache, 0, n_rows, n_proposals + 1, FEW_ROWS)
+    tokens = tf.concat([ops.last_tokens[:, tf.newaxis], ops.proposals], axis=1)
+    h, cache = forward(cache, tokens, ops.columns[:, tf.newaxis] + places)
+    logits = _unembed(h, weights, FEW_ROWS)  # [rows * places, n_vocab]
+    text_length = tf.shape(ops.text_tokens)[1]
+    texts = tf.gather(
+        tf.concat([ops.text_tokens, ops.proposals], axis=1),
+        places[:, tf.newaxis] + tf.range(text_length),
+        axis=1,
+    )  # [rows, places, time]: each place's text ends with the proposals before it
+    n_generated = tf.reshape(ops.n_generated[:, tf.newaxis] + places, [-1])
+    texts = tf.reshape(texts, tf.stack([tf.size(n_generated), text_length]))
+    text = TextTokens(texts, text_length, n_generated)
+    chosen, status = next_token(logits, tf.reshape(ops.uniform, [-1]), text, ops.sampling)
+    ops.tokens, ops.status = (tf.reshape(x, tf.shape(tokens)) for x in (chosen, status))
     ops.run = store_cache(ops.cache_key, cache)
     return ops
 

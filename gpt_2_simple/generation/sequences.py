@@ -11,7 +11,7 @@ import dataclasses
 import random
 import time
 from collections import abc
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import tensorflow as tf
@@ -19,7 +19,7 @@ import tensorflow as tf
 from .. import session
 from ..common.checks import check_whole
 from ..common.report import warn
-from .decode import Likeliest, StepInputs, build_decode, build_prefill
+from .decode import Likeliest, StepInputs, build_decode, build_prefill, build_verify
 from .kv_cache import (
     SessionGenerator,
     build_copy_rows,
@@ -48,6 +48,15 @@ CHUNK_SECONDS = 0.4
 FIRST_CHUNK, MAX_CHUNK = 4, 64
 
 
+class Strategy(Protocol):
+    """Another way to find the tokens of plain decoding; see speculative."""
+
+    def generate(
+        self, generation: Generation, rows: list[Sequence], length: int, chunk: int | None
+    ) -> abc.Generator[np.ndarray, Any, None]:
+        """As generate_tokens, for a generation without rows yet."""
+
+
 def generate_tokens(
     sess: tf.compat.v1.Session,
     prefixes: abc.Sequence[abc.Sequence[int]],
@@ -56,6 +65,7 @@ def generate_tokens(
     seed: int | None = None,
     row_ids: abc.Sequence[int] | None = None,
     chunk: int | None = None,
+    strategy: Strategy | None = None,
 ) -> abc.Generator[np.ndarray, Any, None]:
     """Continues token sequences.
 
@@ -71,6 +81,7 @@ def generate_tokens(
         seed: a whole number; None draws one.
         row_ids: whole numbers that distinguish rows with the same seed; None counts from 0.
         chunk: tokens in a chunk, at most; None for chunks of about half a second.
+        strategy: how to find the tokens; None for one after the other.
 
     Returns:
         A generator of chunks, int32 [rows, time]: `length` columns in all, or fewer when all rows
@@ -94,7 +105,8 @@ def generate_tokens(
         Sequence(list(prefix), params, length, random_stream(seed, row_id))
         for prefix, params, row_id in zip(prefixes, of_rows, ids, strict=True)
     ]
-    return SessionGenerator(sess, _generate(Generation(sess), rows, length, chunk))
+    generate = strategy.generate if strategy else _generate
+    return SessionGenerator(sess, generate(Generation(sess), rows, length, chunk))
 
 
 def _each_row(name: str, values: Any, n_rows: int) -> abc.Sequence[Any]:
@@ -167,11 +179,20 @@ class Sequence:
     n_generated: int = 0  # new tokens that it has
     ended: bool = False  # whether it needs no more tokens
     status: int = HEALTHY  # see sampling.check_status
+    unused: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))  # random numbers
 
     def draw(self, count: int) -> np.ndarray:
         """The next random numbers in [0, 1)."""
         assert self.stream is not None
-        return (self.stream.random_raw(count) >> np.uint64(11)) * 2.0**-53
+        n_new = max(0, count - len(self.unused))
+        new = (self.stream.random_raw(n_new) >> np.uint64(11)) * 2.0**-53
+        drawn = np.concatenate([self.unused, new])
+        self.unused = drawn[count:]
+        return drawn[:count]
+
+    def put_back(self, numbers: np.ndarray) -> None:
+        """Lets random numbers be drawn again, before all others."""
+        self.unused = np.concatenate([numbers, self.unused])
 
     @property
     def cached_tokens(self) -> tuple[int, ...]:
@@ -401,13 +422,50 @@ class Generation:
             row.status = fault
         return Chunk(tokens, Likeliest(*likeliest[0]) if n_likeliest >= 0 else None)
 
+    def verify(self, proposals: abc.Sequence[abc.Sequence[int]]) -> None:
+        """Generates tokens for each row in one pass, where the next ones are guessed.
+
+        Args:
+            proposals: for each row its guessed tokens, any number of them, at least one over all.
+                A row gets those that are right, and the token after them. Room and length of a row
+                must hold one token more than its proposal has.
+        """
+        ops, longest = build_once(self.sess, build_verify), max(map(len, proposals))
+        uniform = np.array([row.draw(longest + 1) for row in self.rows])
+        feeds = {
+            **self.step_feeds(ops, longest + 1, longest + 1),
+            ops.proposals: [[*p] + [0] * (longest - len(p)) for p in proposals],
+            ops.text_tokens: self.text_tokens(0, longest),
+            ops.uniform: uniform,
+        }
+        found = run(self.sess, [ops.tokens, ops.status, ops.run], feeds)[:2]
+        for row, proposal, tokens, status, numbers in zip(
+            self.rows, proposals, *found, uniform, strict=True
+        ):
+            if row.ended or row.status != HEALTHY:
+                continue
+            same = (*(tokens[: len(proposal)] == proposal), False)
+            new = tokens[: same.index(False) + 1].tolist()
+            faults = np.flatnonzero(status[: len(new)])
+            if faults.size:
+                new, row.status = new[: faults[0]], int(status[faults[0]])
+            if row.sampling.stop_token in new:
+                new = new[: new.index(row.sampling.stop_token) + 1]
+                row.ended, row.status = True, HEALTHY
+            row.tokens.extend(new)
+            row.n_generated += len(new)
+            row.put_back(numbers[len(new) :])
+
     def check(self) -> None:
         """Raises check_status()'s errors for the rows that have not ended."""
         status = [row.status for row in self.rows if not row.ended]
         check_status(np.array(status), model_precision(self.sess))
 
-    def step_feeds(self, inputs: StepInputs, steps: int) -> dict[Any, Any]:
-        """Feeds for the next `steps` tokens, except text_tokens; the cache grows by what is fed."""
+    def step_feeds(self, inputs: StepInputs, steps: int, n_places: int = 1) -> dict[Any, Any]:
+        """Feeds for the next `steps` tokens, except text_tokens; the cache grows by what is fed.
+
+        The settings of sampling are fed `n_places` times for each row.
+        """
         columns = [0 if row.ended else row.n_cached for row in self.rows]
         missing = max(columns) + steps - self.capacity
         remaining = max(row.n_missing for row in self.rows)
@@ -416,7 +474,7 @@ class Generation:
             remaining = max(ends) - self.capacity
         added = min(max(missing, MIN_CACHE_GROWTH), max(missing, remaining)) if missing > 0 else 0
         self.capacity += added
-        sampling = [row.sampling for row in self.rows]
+        sampling = [row.sampling for row in self.rows for _ in range(n_places)]
         return {
             inputs.cache_key: self.key,
             inputs.last_tokens: [row.tokens[-1] for row in self.rows],
@@ -426,12 +484,15 @@ class Generation:
             **sampling_feeds(inputs.sampling, sampling, self.hparams.n_vocab),
         }
 
-    def text_tokens(self, steps: int) -> np.ndarray:
-        """The texts [rows, time] for StepInputs.text_tokens, with room for `steps` tokens."""
+    def text_tokens(self, steps: int, n_pads: int = 0) -> np.ndarray:
+        """The texts [rows, time] for StepInputs.text_tokens, with room for `steps` tokens.
+
+        `n_pads` further -1 stand on the left.
+        """
         if not any(row.sampling.changes_logits for row in self.rows):
             return np.zeros([len(self.rows), 0], np.int32)
         words = [len(word) for row in self.rows for word in row.sampling.bad_words]
-        width = max(*words, *(len(row.tokens) for row in self.rows), 1)
+        width = max(*words, *(len(row.tokens) for row in self.rows), 1) + n_pads
         tokens = np.full([len(self.rows), width + steps], -1, np.int32)
         for row, line in zip(self.rows, tokens, strict=True):
             line[width - len(row.tokens) : width] = row.tokens

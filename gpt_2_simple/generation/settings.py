@@ -16,6 +16,10 @@ MAX_INT32 = 2**31 - 1
 # OpenAI's API has these limits for a bias and for the two penalties that add to logits.
 MAX_BIAS, MAX_PENALTY = 100, 2
 
+# Ways to guess tokens; see the module speculative.
+PROMPT_LOOKUP = "prompt_lookup"
+SPECULATIONS = (PROMPT_LOOKUP,)
+
 # The headings of `generate --help`, in its order.
 MODEL, TEXT, END = "model or run", "text", "end of the text"
 RULES, FILES = "rules", "files"
@@ -123,6 +127,11 @@ class GenerationSettings(Settings):
     stream: Annotated[bool, Setting(
         FILES, "Print each text while it is generated. In Python, generate_stream() gives the "
         "pieces instead. On the command line, no file is written then")] = False
+    speculative: Annotated[str | None, Setting(
+        TEXT, "'prompt_lookup' guesses the next tokens where the text repeats itself, as code, "
+        "tables and quotations do, and checks several in one pass. The texts are the same (except "
+        "for rounding); where guesses seldom come true, it generates as without them",
+        choices=SPECULATIONS, default_help="none")] = None
     verbose: Annotated[int | bool, Setting(FILES, "0 prints nothing but errors")] = 1
     # fmt: on
 
@@ -152,6 +161,11 @@ class GenerationSettings(Settings):
             raise ValueError(
                 f"num_beams={self.num_beams} cannot stream: a search may still replace its best "
                 "text; leave out stream or num_beams"
+            )
+        if self.num_beams > 1 and self.speculative:
+            raise ValueError(
+                f"num_beams={self.num_beams} cannot be combined with speculative="
+                f"{self.speculative!r}: a beam search draws no text; leave out one of them"
             )
         if self.min_length and self.stop_token is None:
             raise ValueError(f"min_length={self.min_length} needs a stop_token to hold back")

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from ..common.report import progress
 from ..encoder import Encoder, IncrementalDecoder
-from . import beam_search, sequences
+from . import beam_search, sequences, speculative
 from .kv_cache import SessionGenerator
 from .request import GenerationRequest, Prompt
 from .stopping import StopCriteria, ends_with
@@ -153,6 +153,7 @@ def _sample_batch(
         request.sampling,
         request.seed,
         list(indices),
+        strategy=speculative.Speculation() if request.settings.speculative else None,
     )
     ended = None
     try:
