@@ -5,8 +5,11 @@
     python benchmarks/generate.py --old-python PATH        # has gpt-2-simple 0.8.1
     python benchmarks/generate.py --size 774M --cases 1x100 --precision bfloat16
     python benchmarks/generate.py --reference-python PATH --llama-python PATH --int8
+    python benchmarks/generate.py --speculative --cases ""
 
 --int8 adds what has 8 bits: ours, CTranslate2's, and llama.cpp's q8_0, whose Python has xllamacpp.
+--speculative compares plain decoding with prompt lookup, in one process: greedy text, which random
+weights soon repeat, and drawn text, which they do not.
 
 Each library runs in a process of its own; the runs take turns, one at a time, so that all meet the
 same weather. Medians, after one run each to warm up. Ours and 0.8.1's are whole calls of
@@ -94,6 +97,13 @@ class Ours:
         texts = self.gpt2.generate(
             self.sess, length=length, batch_size=batch, nsamples=batch, return_as_list=True,
             **SETTINGS,
+        )  # fmt: skip
+        assert len(texts) == batch
+
+    def write(self, length: int, batch: int, temperature: float, speculative: str | None) -> None:
+        texts = self.gpt2.generate(
+            self.sess, length=length, batch_size=batch, nsamples=batch, return_as_list=True, seed=1,
+            temperature=temperature, speculative=speculative,
         )  # fmt: skip
         assert len(texts) == batch
 
@@ -248,7 +258,7 @@ class Worker:
             raise SystemExit(self.log.read()[-3000:])
         return json.loads(line)
 
-    def __call__(self, method: str, *arguments: int) -> dict:
+    def __call__(self, method: str, *arguments: float | str | None) -> dict:
         self.process.stdin.write(json.dumps([method, *arguments]) + "\n")
         self.process.stdin.flush()
         return self.answer()
@@ -295,6 +305,21 @@ def compare(workers: dict[str, Worker], batch: int, length: int, runs: int) -> N
     sys.stdout.flush()
 
 
+def compare_speculation(ours: Worker, runs: int) -> None:
+    """Seconds of plain decoding over those of prompt lookup, in turns."""
+    print(f"\nprompt lookup, 100 tokens: tokens/s (medians of {runs} runs), over plain decoding")
+    for kind, temperature in (("repeats", 0.0), ("does not", 1.0)):
+        for batch in (1, 4):
+            seconds: dict[str | None, list[float]] = {None: [], "prompt_lookup": []}
+            for run in range(runs + 1):
+                for way, values in seconds.items():
+                    answer = ours("write", 100, batch, temperature, way)
+                    values += [answer["seconds"]] if run else []
+            plain, lookup = (batch * 100 / statistics.median(v) for v in seconds.values())
+            print(f"{kind:9s} batch {batch} {plain:8.1f} {lookup:8.1f} {lookup / plain:6.2f}")
+            sys.stdout.flush()
+
+
 def _pythons(options: argparse.Namespace) -> dict[str, str]:
     """The Python of each library that is wanted."""
     found = {"ours": sys.executable}
@@ -318,6 +343,7 @@ def main() -> None:
     parser.add_argument("--old-python", help="has gpt-2-simple 0.8.1")
     parser.add_argument("--llama-python", help="has xllamacpp")
     parser.add_argument("--int8", action="store_true", help="add what has 8 bits")
+    parser.add_argument("--speculative", action="store_true", help="add prompt lookup")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--size", choices=PUBLISHED, default="124M")
     parser.add_argument("--precision", default="float32")
@@ -342,6 +368,8 @@ def main() -> None:
                 tell_start(workers[name])
         for case in options.cases.split():
             compare(workers, *map(int, case.split("x")), options.runs)
+        if options.speculative:
+            compare_speculation(workers["ours"], options.runs)
         for worker in workers.values():
             worker.stop()
 

@@ -64,6 +64,7 @@ class GraphState:
     loaded_base: LoadedBase | None = None  # None if the weights may have been trained since
     quantized: QuantizedWeights | None = None  # the matrices of a model in int8; they stay
     adapter: Adapter | None = None  # what is added to the weights, if it is not merged into them
+    draft_session: tf.compat.v1.Session | None = None  # of a model that proposes tokens to this one
     encoder: Encoder = dataclasses.field(init=False)  # not set before anything was loaded
     training_folder: str | None = None  # the run that is being trained now
     on_save: Callable[[Any], object] | None = None  # called with the Trainer after each save
@@ -287,7 +288,11 @@ def reset_session(
         A new session, ready for another model.
     """
     sess.close()
-    sess.graph.get_collection_ref(_COLLECTION).clear()
+    states = sess.graph.get_collection_ref(_COLLECTION)
+    for state in states:
+        if state.draft_session is not None:
+            state.draft_session.close()
+    states.clear()
     return start_tf_sess(threads, server)
 
 

@@ -3,12 +3,21 @@
 import random
 
 import numpy as np
+import oracle
 import pytest
-from small_model import GREEDY, PREFIXES, started, write
+from small_model import GREEDY, HPARAMS, PREFIXES, WEIGHTS, log_softmax, started, write
+from test_sampling import nucleus, top
 
 import gpt_2_simple as gpt2
-from gpt_2_simple.generation import speculative
-from gpt_2_simple.generation.speculative import PromptLookup, Speculation, choose_length
+from gpt_2_simple import model, session
+from gpt_2_simple.generation import kv_cache, speculative
+from gpt_2_simple.generation.speculative import (
+    DraftSpeculation,
+    LookupSpeculation,
+    PromptLookup,
+    Speculation,
+    choose_length,
+)
 from gpt_2_simple.sample import SamplingParams, generate_tokens
 
 
@@ -25,7 +34,16 @@ class Guesses(Speculation):
         self.prefixes = prefixes
         self.lengths = []
 
-    def _propose(self, generation, rows, lookups):
+    def _begin(self, rows):
+        pass
+
+    def _observe(self, row, new, proposal):
+        pass
+
+    def _end(self):
+        pass
+
+    def _propose(self, generation, rows):
         proposals = {}
         for row in rows:
             text = next(t for t in self.texts if t[: len(row.tokens)] == row.tokens)
@@ -156,9 +174,6 @@ def test_fault_is_an_error_only_for_a_text_that_has_not_ended(small_sess, chunk)
 
 
 def test_nan_weights_are_an_error():
-    import oracle
-    from small_model import HPARAMS, WEIGHTS
-
     weights = {name: value.copy() for name, value in WEIGHTS.items()}
     weights["model/ln_f/b"][:] = np.nan
     assert np.isnan(oracle.logits(weights, HPARAMS, [1])).all()
@@ -206,12 +221,12 @@ def test_no_proposal_where_it_does_not_pay():
 def test_text_that_repeats_takes_few_passes(small_sess):
     # A bias makes the model repeat a token; drawn at random, the same model repeats nothing.
     repeats = SamplingParams(temperature=0, logit_bias=((7, 100.0),))
-    strategy = Speculation()
+    strategy = LookupSpeculation()
     assert write(small_sess, [[7]], 100, repeats, strategy=strategy).tolist() == [[7] * 100]
     assert strategy.n_passes < 25
     assert strategy.n_accepted == strategy.n_proposed > 50
     random_text = SamplingParams(temperature=3.0)
-    strategy = Speculation()
+    strategy = LookupSpeculation()
     write(small_sess, [[7]], 100, random_text, seed=1, strategy=strategy)
     assert strategy.n_passes == 0
 
@@ -221,7 +236,7 @@ def test_lookup_finds_the_tokens_of_plain_decoding(small_sess, monkeypatch, rows
     monkeypatch.setattr(speculative, "MIN_GAIN", 0.0)
     monkeypatch.setattr(speculative, "NGRAM_SIZES", (2, 1))
     for sampling in (GREEDY, SamplingParams(temperature=0.5, top_k=4)):
-        strategy = Speculation()
+        strategy = LookupSpeculation()
         plain = write(small_sess, PREFIXES[rows], 150, sampling, seed=2)
         found = write(small_sess, PREFIXES[rows], 150, sampling, seed=2, strategy=strategy)
         assert found.tolist() == plain.tolist()
@@ -234,12 +249,80 @@ def test_later_calls_add_no_operations(small_sess):
             sampling = SamplingParams(
                 temperature=0, logit_bias=((7, 100.0),), repetition_penalty=1 + i % 2
             )
-            write(small_sess, PREFIXES[: 1 + i % 4], 20 + i, sampling, strategy=Speculation())
+            write(small_sess, PREFIXES[: 1 + i % 4], 20 + i, sampling, strategy=LookupSpeculation())
 
     calls(2)
     before = len(small_sess.graph.get_operations())
     calls(9)
     assert len(small_sess.graph.get_operations()) == before
+
+
+# --- a draft model --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drafts():
+    """Sessions: the same model, one that is nearly the same, one with other weights."""
+    other = oracle.random_weights(HPARAMS, seed=2, scale=0.2)
+    near = {name: 0.97 * WEIGHTS[name] + 0.03 * other[name] for name in WEIGHTS}
+    sessions = {"same": started(), "near": started(near), "other": started(other)}
+    yield sessions
+    for sess in sessions.values():
+        sess.close()
+
+
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(0, 4)])
+@pytest.mark.parametrize("draft", ["same", "near", "other"])
+@pytest.mark.parametrize("name", ["greedy", "drawn", "n-grams", "min_length", "cold"])
+def test_tokens_with_a_draft_model_are_those_without(small_sess, drafts, name, draft, rows):
+    sampling = SamplingParams(**{"temperature": 0, **SETTINGS[name]})
+    prefixes = PREFIXES[rows]
+    plain = write(small_sess, prefixes, 70, sampling, seed=3)
+    for chunk in (None, 3):
+        guesses = DraftSpeculation(drafts[draft], 0.1)
+        found = write(small_sess, prefixes, 70, sampling, seed=3, chunk=chunk, strategy=guesses)
+        assert found.shape[1] >= plain.shape[1]
+        assert found[:, : plain.shape[1]].tolist() == plain.tolist()
+        assert guesses.n_passes > 0
+        if draft == "same":
+            assert guesses.n_accepted > 0.9 * guesses.n_proposed > 20
+        if draft == "other":
+            assert guesses.n_accepted < 0.5 * guesses.n_proposed
+
+
+def test_draft_model_with_a_shorter_context(small_sess):
+    short = model.HParams(n_vocab=61, n_ctx=11, n_embd=16, n_head=2, n_layer=1)
+    plain = write(small_sess, PREFIXES, 70)
+    with started(oracle.random_weights(short, seed=3, scale=0.2), short) as draft:
+        guesses = DraftSpeculation(draft, 0.0)
+        assert write(small_sess, PREFIXES, 70, strategy=guesses).tolist() == plain.tolist()
+        assert guesses.n_passes > 0
+
+
+def test_draft_model_with_broken_weights_changes_nothing(small_sess):
+    weights = {name: value * np.nan for name, value in WEIGHTS.items()}
+    with started(weights) as draft:
+        found = write(small_sess, PREFIXES, 40, strategy=DraftSpeculation(draft, 0.1))
+    assert found.tolist() == write(small_sess, PREFIXES, 40).tolist()
+
+
+def test_draft_model_that_is_wrong_is_seldom_asked(small_sess, drafts):
+    guesses = DraftSpeculation(drafts["other"], 0.1)
+    write(small_sess, [[7]], 300, SamplingParams(temperature=1.0), seed=1, strategy=guesses)
+    assert 0 < guesses.n_passes < 12
+
+
+def test_caches_of_both_models_are_freed(small_sess, drafts):
+    def n_caches(sess):
+        return sess.run(kv_cache.build_once(sess, kv_cache._build_cache_ops).n_caches)
+
+    write(small_sess, PREFIXES, 30, strategy=DraftSpeculation(drafts["same"], 0.1))
+    tokens = generate_tokens(
+        small_sess, PREFIXES, 30, GREEDY, strategy=DraftSpeculation(drafts["same"], 0.1)
+    )
+    next(tokens)
+    tokens.close()
+    assert n_caches(small_sess) == n_caches(drafts["same"]) == 0
 
 
 # --- the distribution -----------------------------------------------------------------------------
@@ -251,10 +334,6 @@ def test_first_and_second_tokens_follow_the_distribution(small_sess, settings):
 
     The pairs are drawn in one pass each, from proposals that are the likeliest tokens.
     """
-    import oracle
-    from small_model import HPARAMS, WEIGHTS, log_softmax
-    from test_sampling import nucleus, top
-
     sampling = SamplingParams(**{"temperature": 1.0, **settings})
     prefix, n_texts, n_rows = [1, 2, 3], 20000, 2000
 
@@ -267,8 +346,8 @@ def test_first_and_second_tokens_follow_the_distribution(small_sess, settings):
     first = distribution(prefix)
     proposed = int(first.argmax())
 
-    class Likeliest(Speculation):
-        def _propose(self, _generation, rows, _lookups):
+    class Likeliest(LookupSpeculation):
+        def _propose(self, _generation, rows):
             is_new = all(row.n_generated == 0 for row in rows)
             return {row: [proposed] for row in rows} if is_new else {}
 
@@ -343,8 +422,41 @@ def test_stream_gives_the_same_text(loaded):
     [
         ({"speculative": "magic"}, "speculative='magic'"),
         ({"speculative": "prompt_lookup", "num_beams": 2}, "num_beams=2 cannot be combined"),
+        ({"draft_model": "tiny", "num_beams": 2}, "num_beams=2 cannot be combined"),
+        ({"draft_model": "tiny", "speculative": "prompt_lookup"}, "are two ways"),
     ],
 )
 def test_settings_out_of_range(loaded, settings, message):
     with pytest.raises(ValueError, match=message):
         gpt2.generate(loaded, length=3, **settings)
+
+
+def test_generate_with_a_draft_model_by_name_and_by_path(loaded):
+    settings = {"prefix": "10 green", "length": 60, "seed": 4, "return_as_list": True, "top_k": 3}
+    plain = gpt2.generate(loaded, **settings)
+    state = session.graph_state(loaded)
+    assert gpt2.generate(loaded, draft_model="tiny", **settings) == plain
+    first = state.draft_session
+    assert gpt2.generate(loaded, draft_model="tiny", **settings) == plain
+    assert state.draft_session is first
+    assert gpt2.generate(loaded, draft_model="checkpoint/run1", **settings) == plain
+    second = state.draft_session
+    assert second is not first
+    assert session.graph_state(second).loaded_folder.endswith("run1")
+    stream = gpt2.generate_stream(
+        loaded, "10 green", length=60, seed=4, top_k=3, draft_model="checkpoint/run1"
+    )
+    assert "".join(stream) == plain[0]
+    assert state.draft_session is second
+    gpt2.reset_session(loaded).close()
+    with pytest.raises(RuntimeError, match="closed"):
+        session.graph_state(second)
+
+
+def test_draft_model_that_is_missing_or_has_another_vocabulary(loaded):
+    with pytest.raises(FileNotFoundError, match="no model in models/none"):
+        gpt2.generate(loaded, length=3, draft_model="none")
+    gpt2.create_gpt2("text.txt", model_name="words", vocab_size=270, n_layer=1, n_embd=16, n_head=2)
+    with pytest.raises(ValueError, match="draft_model='words' has another vocabulary"):
+        gpt2.generate(loaded, length=3, draft_model="words")
+    assert session.graph_state(loaded).draft_session is None

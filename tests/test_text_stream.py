@@ -27,7 +27,8 @@ class Engine:
         self.rows, self.piece, self.interrupt_after = rows, piece, interrupt_after
         self.calls, self.given, self.closed = [], 0, 0
 
-    def __call__(self, sess, prefixes, length, sampling, seed, row_ids):
+    def __call__(self, sess, prefixes, length, sampling, seed, row_ids, strategy):
+        assert strategy is None
         self.calls.append((list(map(tuple, prefixes)), length, seed, row_ids))
         return self.write(row_ids, length)
 

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from ..common.report import verbosity
 from ..common.settings import session_function
-from ..storage.load import ensure_loaded
+from ..storage.load import ensure_draft, ensure_loaded
 from . import output, text_stream
 from .request import GenerationRequest, build_request
 from .settings import GenerationSettings
@@ -141,4 +141,7 @@ def _request(sess: tf.compat.v1.Session, settings: GenerationSettings) -> Genera
     """The request, for the session's model or the one that the settings name."""
     named = (settings.run_name, settings.checkpoint_dir, settings.model_name, settings.model_dir)
     state = ensure_loaded(sess, *named)
-    return build_request(settings, state.encoder, state.hparams)
+    request = build_request(settings, state.encoder, state.hparams)
+    if settings.draft_model is None:
+        return request
+    return request._replace(draft=ensure_draft(state, settings.draft_model, settings.model_dir))

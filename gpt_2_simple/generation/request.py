@@ -6,6 +6,8 @@ import secrets
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import tensorflow as tf
+
 from ..common.hparams import HParams
 from ..encoder import Encoder
 from .settings import Beams, GenerationSettings, SamplingParams
@@ -37,6 +39,7 @@ class GenerationRequest(NamedTuple):
     beams: Beams  # if there is only one, the texts are drawn
     seed: int
     stop: StopCriteria
+    draft: tf.compat.v1.Session | None = None  # holds the draft model
 
 
 def build_request(

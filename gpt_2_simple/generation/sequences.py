@@ -51,6 +51,8 @@ FIRST_CHUNK, MAX_CHUNK = 4, 64
 class Strategy(Protocol):
     """Another way to find the tokens of plain decoding; see speculative."""
 
+    sessions: abc.Sequence[tf.compat.v1.Session]  # further ones that it generates in
+
     def generate(
         self, generation: Generation, rows: list[Sequence], length: int, chunk: int | None
     ) -> abc.Generator[np.ndarray, Any, None]:
@@ -105,8 +107,12 @@ def generate_tokens(
         Sequence(list(prefix), params, length, random_stream(seed, row_id))
         for prefix, params, row_id in zip(prefixes, of_rows, ids, strict=True)
     ]
-    generate = strategy.generate if strategy else _generate
-    return SessionGenerator(sess, generate(Generation(sess), rows, length, chunk))
+    if strategy is None:
+        return SessionGenerator(sess, _generate(Generation(sess), rows, length, chunk))
+    chunks = SessionGenerator(sess, strategy.generate(Generation(sess), rows, length, chunk))
+    for further in strategy.sessions:
+        chunks = SessionGenerator(further, chunks)
+    return chunks
 
 
 def _each_row(name: str, values: Any, n_rows: int) -> abc.Sequence[Any]:
@@ -455,6 +461,16 @@ class Generation:
             row.tokens.extend(new)
             row.n_generated += len(new)
             row.put_back(numbers[len(new) :])
+
+    def extend(self, given: abc.Sequence[abc.Sequence[int]]) -> None:
+        """Adds given tokens to each row, some or none, which fit in its window."""
+        ops, longest = build_once(self.sess, build_verify), max(1, *map(len, given))
+        proposals = np.zeros([len(self.rows), longest - 1], np.int32)
+        for line, tokens in zip(proposals, given, strict=True):
+            line[: max(0, len(tokens) - 1)] = tokens[:-1]
+        run(self.sess, ops.run, {**self.step_feeds(ops, longest), ops.proposals: proposals})
+        for row, tokens in zip(self.rows, given, strict=True):
+            row.tokens.extend(tokens)
 
     def check(self) -> None:
         """Raises check_status()'s errors for the rows that have not ended."""

@@ -132,6 +132,11 @@ class GenerationSettings(Settings):
         "tables and quotations do, and checks several in one pass. The texts are the same (except "
         "for rounding); where guesses seldom come true, it generates as without them",
         choices=SPECULATIONS, default_help="none")] = None
+    draft_model: Annotated[str | None, Setting(
+        TEXT, "Smaller model with the same vocabulary that guesses the next tokens: a folder in "
+        "`model_dir`, or the path of a model's or a run's folder. Texts are the same (except for "
+        "rounding); where its guesses seldom come true, it is not asked",
+        default_help="none")] = None
     verbose: Annotated[int | bool, Setting(FILES, "0 prints nothing but errors")] = 1
     # fmt: on
 
@@ -162,13 +167,24 @@ class GenerationSettings(Settings):
                 f"num_beams={self.num_beams} cannot stream: a search may still replace its best "
                 "text; leave out stream or num_beams"
             )
-        if self.num_beams > 1 and self.speculative:
-            raise ValueError(
-                f"num_beams={self.num_beams} cannot be combined with speculative="
-                f"{self.speculative!r}: a beam search draws no text; leave out one of them"
-            )
+        self._check_guesses()
         if self.min_length and self.stop_token is None:
             raise ValueError(f"min_length={self.min_length} needs a stop_token to hold back")
+
+    def _check_guesses(self) -> None:
+        """Raises ValueError if speculative decoding is wanted twice, or with beam search."""
+        for name in ("speculative", "draft_model"):
+            if self.num_beams > 1 and getattr(self, name):
+                raise ValueError(
+                    f"num_beams={self.num_beams} cannot be combined with {name}="
+                    f"{getattr(self, name)!r}: a beam search has no next token to guess; leave "
+                    "out one of them"
+                )
+        if self.speculative and self.draft_model:
+            raise ValueError(
+                f"speculative={self.speculative!r} and draft_model={self.draft_model!r} are two "
+                "ways to guess tokens; leave out one of them"
+            )
 
     def _check_strings(self) -> None:
         """Makes tuples of several strings; empty ones may only be prefixes."""

@@ -9,15 +9,19 @@ sampling of Leviathan et al. (2022, arXiv:2211.17192) and Chen et al. (2023, arX
 
 from __future__ import annotations
 
+import abc
 import time
 from collections.abc import Generator, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
+from .. import session
 from . import sequences
 from .kv_cache import model_precision
 from .sampling import HEALTHY, check_status
+from .settings import PROMPT_LOOKUP
 
 # Prompt lookup finds earlier places of the last so many tokens, the longest first.
 NGRAM_SIZES = (3, 2)
@@ -40,8 +44,27 @@ PASS_COST, TOKEN_COST = 1.5, 0.09
 # Speculation must promise so many times the tokens of plain decoding in the same time.
 MIN_GAIN = 1.25
 
-# Tokens between two looks at whether speculation pays: at the start, and at most.
-FIRST_BLOCK, MAX_BLOCK = 4, 32
+# Tokens before the second look at whether speculation pays.
+FIRST_BLOCK = 4
+
+# A draft model starts as if so many of so many tokens had been accepted. Where it is not asked, its
+# counts return to that by this factor a token: in about 200 tokens it gets another chance.
+DRAFT_PRIOR, RECOVERY = (3.6, 4.0), 0.995
+
+
+def strategy(
+    sess: tf.compat.v1.Session, speculative: str | None, draft: tf.compat.v1.Session | None
+) -> Speculation | None:
+    """What a request's settings mean; None for plain decoding."""
+    if draft is not None:
+        return DraftSpeculation(draft, _n_weights(draft) / _n_weights(sess))
+    return LookupSpeculation() if speculative == PROMPT_LOOKUP else None
+
+
+def _n_weights(sess: tf.compat.v1.Session) -> int:
+    """Weights that a token reads, about: its time is the time to read them."""
+    sizes = session.graph_state(sess).hparams
+    return 12 * sizes.n_layer * sizes.n_embd**2 + sizes.n_vocab * sizes.n_embd
 
 
 class PromptLookup:
@@ -88,7 +111,9 @@ class PromptLookup:
                     self._ends[ngram] = end
 
 
-def choose_length(acceptances: Sequence[float], n_rows: int, limit: int) -> int:
+def choose_length(
+    acceptances: Sequence[float], n_rows: int, limit: int, draft_cost: float = 0.0
+) -> int:
     """How many tokens to propose, 0 if plain decoding is quicker.
 
     Of k proposed tokens, each right with a probability a, so many come with the token after them:
@@ -98,20 +123,24 @@ def choose_length(acceptances: Sequence[float], n_rows: int, limit: int) -> int:
         acceptances: the probability for each row that has a proposal.
         n_rows: all rows; those without a proposal get one token.
         limit: tokens to propose, at most.
+        draft_cost: what it takes to propose a token, as a share of decoding one.
     """
     best, gain = 0, MIN_GAIN
     plain = 1.0 if n_rows == 1 else PASS_COST + TOKEN_COST * n_rows
     expected = float(n_rows)
     for count in range(1, limit + 1):
         expected += sum(a**count for a in acceptances)
-        cost = (PASS_COST + TOKEN_COST * n_rows * (count + 1)) / plain
+        cost = (PASS_COST + TOKEN_COST * n_rows * (count + 1)) / plain + draft_cost * count
         if expected / n_rows / cost > gain:
             best, gain = count, expected / n_rows / cost
     return best
 
 
-class Speculation:
-    """Generates by prompt lookup where that pays, and plainly where it does not."""
+class Speculation(abc.ABC):
+    """Generates by proposals where that pays, and plainly where it does not."""
+
+    max_block = 32  # tokens between two looks at whether speculation pays, at most
+    sessions: Sequence[tf.compat.v1.Session] = ()  # see sequences.Strategy
 
     def __init__(self) -> None:
         """Starts without counts."""
@@ -125,22 +154,23 @@ class Speculation:
         chunk: int | None,
     ) -> Generator[np.ndarray, Any, None]:
         """As sequences.generate_tokens, for a generation without rows yet."""
-        lookups = {row: PromptLookup(row.tokens) for row in rows}
         emitter = _Emitter(rows, chunk)
         block, pace = FIRST_BLOCK, 0.0
         n_plain = 0  # tokens until the next look
         try:
             generation.add(rows)
+            self._begin(rows)
             while emitter.is_open(length):
                 generation.slide_windows()
                 growing = [row for row in generation.rows if _grows(row)]
-                proposals = {} if n_plain else self._propose(generation, growing, lookups)
+                before = {row: len(row.tokens) for row in growing}
+                proposals = {} if n_plain else self._propose(generation, growing)
                 if proposals:
-                    self._verify(generation, proposals)
-                    block = 1
+                    generation.verify([proposals.get(row, []) for row in generation.rows])
+                    self.n_passes, block = self.n_passes + 1, 1
                 elif growing:
                     if not n_plain:
-                        n_plain, block = block, min(MAX_BLOCK, 2 * block)
+                        n_plain, block = block, min(self.max_block, 2 * block)
                     started = time.monotonic()
                     limits = (min(row.n_missing, generation.room(row)) for row in growing)
                     # The pace decides when tokens are given, not how they are found.
@@ -150,39 +180,155 @@ class Speculation:
                     n_plain -= steps
                     pace = (time.monotonic() - started) / n_new
                 for row in growing:
-                    lookups[row].observe(row.tokens[len(lookups[row].tokens) :])
+                    self._count(row, row.tokens[before[row] :], proposals.get(row, []))
                     row.ended = row.ended or row.n_generated >= length
                 yield from emitter.emit()
                 emitter.check(generation)
         finally:
             generation.release()
+            self._end()
+
+    def _count(self, row: sequences.Sequence, new: list[int], proposal: list[int]) -> None:
+        same = [a == b for a, b in zip(new, proposal, strict=False)]
+        self.n_proposed += len(proposal)
+        self.n_accepted += (*same, False).index(False)
+        self._observe(row, new, proposal)
+
+    @abc.abstractmethod
+    def _begin(self, rows: list[sequences.Sequence]) -> None:
+        """Meets the rows before they grow."""
+
+    @abc.abstractmethod
+    def _propose(
+        self, generation: sequences.Generation, rows: list[sequences.Sequence]
+    ) -> dict[sequences.Sequence, list[int]]:
+        """Proposals for some of the growing rows; none at all if plain decoding is quicker."""
+
+    @abc.abstractmethod
+    def _observe(self, row: sequences.Sequence, new: list[int], proposal: list[int]) -> None:
+        """Is told which tokens came, and what was proposed for them, if anything."""
+
+    @abc.abstractmethod
+    def _end(self) -> None:
+        """Frees what it holds; runs nothing, as the garbage collector may have ended the rows."""
+
+
+def _longest_proposals(
+    generation: sequences.Generation, rows: Iterable[sequences.Sequence]
+) -> dict[sequences.Sequence, int]:
+    """Each row may have so many proposed tokens: one more is generated."""
+    return {row: min(row.n_missing, generation.room(row)) - 1 for row in rows}
+
+
+class LookupSpeculation(Speculation):
+    """Proposes by prompt lookup."""
+
+    def _begin(self, rows: list[sequences.Sequence]) -> None:
+        self.lookups = {row: PromptLookup(row.tokens) for row in rows}
 
     def _propose(
-        self,
-        generation: sequences.Generation,
-        rows: list[sequences.Sequence],
-        lookups: dict[sequences.Sequence, PromptLookup],
+        self, generation: sequences.Generation, rows: list[sequences.Sequence]
     ) -> dict[sequences.Sequence, list[int]]:
-        """A proposal for each row that has one; none at all if plain decoding is quicker."""
-        found = [row for row in rows if lookups[row].propose(1)]
-        most = {row: min(row.n_missing, generation.room(row)) - 1 for row in found}
+        found = [row for row in rows if self.lookups[row].propose(1)]
+        most = _longest_proposals(generation, found)
         limit = min(MAX_PROPOSAL, max(most.values(), default=0))
-        count = choose_length([lookups[row].acceptance for row in found], len(rows), limit)
-        return {row: lookups[row].propose(min(count, most[row])) for row in found if count}
+        count = choose_length([self.lookups[row].acceptance for row in found], len(rows), limit)
+        return {row: self.lookups[row].propose(min(count, most[row])) for row in found if count}
 
-    def _verify(
-        self,
-        generation: sequences.Generation,
-        proposals: dict[sequences.Sequence, list[int]],
-    ) -> None:
-        before = {row: len(row.tokens) for row in proposals}
-        generation.verify([proposals.get(row, []) for row in generation.rows])
-        self.n_passes += 1
-        for row, proposal in proposals.items():
-            new = row.tokens[before[row] :]
-            same = [a == b for a, b in zip(new, proposal, strict=False)]
-            self.n_proposed += len(proposal)
-            self.n_accepted += (*same, False).index(False)
+    def _observe(self, row: sequences.Sequence, new: list[int], _proposal: list[int]) -> None:
+        self.lookups[row].observe(new)
+
+    def _end(self) -> None:
+        self.lookups = {}
+
+
+class _Draft(NamedTuple):
+    """A row of the draft model."""
+
+    sequence: sequences.Sequence
+    counts: list[float]  # of accepted and of all proposed tokens, decayed
+
+
+class DraftSpeculation(Speculation):
+    """Proposes what a smaller model with the same vocabulary generates.
+
+    It draws with the random numbers that the larger model will draw with.
+    """
+
+    max_block = 256
+
+    def __init__(self, sess: tf.compat.v1.Session, cost: float) -> None:
+        """The session holds the draft model; see choose_length for its cost."""
+        super().__init__()
+        self.sessions, self.cost = [sess], cost
+
+    def _begin(self, rows: list[sequences.Sequence]) -> None:
+        self.generation = sequences.Generation(self.sessions[0])
+        n_ctx = self.generation.hparams.n_ctx
+        self.drafts = {}
+        for row in rows:
+            draft = sequences.Sequence(list(row.tokens), row.sampling, row.length, row.stream)
+            draft.window_start = 0 if draft.n_cached < n_ctx else len(row.tokens) - n_ctx // 2
+            self.drafts[row] = _Draft(draft, list(DRAFT_PRIOR))
+        self.generation.add([draft.sequence for draft in self.drafts.values()])
+
+    def _end(self) -> None:
+        if hasattr(self, "generation"):
+            self.generation.release()
+
+    def _propose(
+        self, generation: sequences.Generation, rows: list[sequences.Sequence]
+    ) -> dict[sequences.Sequence, list[int]]:
+        most = _longest_proposals(generation, rows)
+        limit = min(MAX_PROPOSAL, max(most.values(), default=0))
+        shares = [self.drafts[row].counts[0] / self.drafts[row].counts[1] for row in rows]
+        count = choose_length(shares, len(rows), limit, self.cost)
+        if not count:
+            return {}
+        self._catch_up()
+        sequences_ = [self.drafts[row].sequence for row in rows]
+        count = min(count, *map(self.generation.room, sequences_))
+        for row, draft in zip(rows, sequences_, strict=True):
+            draft.unused = row.draw(count)
+            row.put_back(draft.unused)
+        self.generation.decode(count)
+        found = {
+            row: draft.tokens[len(row.tokens) :][: most[row]]
+            for row, draft in zip(rows, sequences_, strict=True)
+        }
+        return {row: proposal for row, proposal in found.items() if proposal}
+
+    def _catch_up(self) -> None:
+        """Gives the draft model's rows the texts as they are now."""
+        n_cached: dict[sequences.Sequence, int] = {}
+        for row, (draft, _) in self.drafts.items():
+            pairs = zip(draft.tokens, row.tokens, strict=False)
+            n_same = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+            if n_same is None:
+                n_same = min(len(draft.tokens), len(row.tokens))
+            n_cached[draft] = min(n_same, len(draft.tokens) - 1)
+            draft.tokens, draft.n_generated = list(row.tokens), row.n_generated
+            draft.ended, draft.status = not _grows(row), HEALTHY
+        starts = {draft: draft.window_start for draft in n_cached}
+        self.generation.slide_windows()
+        missing = []
+        for draft in self.generation.rows:
+            is_new = draft.ended or draft.window_start != starts[draft]
+            first = len(draft.tokens) if is_new else n_cached[draft] + 1
+            missing.append(draft.tokens[first:])
+        if any(missing):
+            for draft, tokens in zip(self.generation.rows, missing, strict=True):
+                del draft.tokens[len(draft.tokens) - len(tokens) :]
+            self.generation.extend(missing)
+
+    def _observe(self, row: sequences.Sequence, new: list[int], proposal: list[int]) -> None:
+        counts = self.drafts[row].counts
+        for token, guess in zip(new, proposal, strict=False):
+            counts[:] = DECAY * counts[0] + (token == guess), DECAY * counts[1] + 1
+        if not proposal:  # in another place of the text, the draft model may do better
+            kept = RECOVERY ** len(new)
+            for i, prior in enumerate(DRAFT_PRIOR):
+                counts[i] = kept * counts[i] + (1 - kept) * prior
 
 
 def _grows(row: sequences.Sequence) -> bool:

@@ -153,7 +153,7 @@ def _sample_batch(
         request.sampling,
         request.seed,
         list(indices),
-        strategy=speculative.Speculation() if request.settings.speculative else None,
+        strategy=speculative.strategy(sess, request.settings.speculative, request.draft),
     )
     ended = None
     try:

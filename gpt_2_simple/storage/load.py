@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -263,6 +263,55 @@ def ensure_loaded(
                 verbose=0 if is_silent() else 1,
             )  # fmt: skip
     return state
+
+
+def ensure_draft(
+    state: session.GraphState, draft_model: str, model_dir: str
+) -> tf.compat.v1.Session:
+    """A session that holds a draft model for the model of `state`; kept until another is named.
+
+    Args:
+        state: of a session that holds a model.
+        draft_model: a model in `model_dir` or beside the model of `state`, or the path of a model's
+            or a run's folder.
+        model_dir: the folder that holds the models.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: it has another vocabulary.
+    """
+    folder = os.path.abspath(_draft_folder(state, draft_model, model_dir))
+    with state.load_lock:
+        draft = state.draft_session
+        if draft is not None and session.graph_state(draft).loaded_folder == folder:
+            return draft
+        draft = tf.compat.v1.Session(graph=tf.Graph(), config=session.session_config())
+        parent, name = os.path.split(folder)
+        is_run = os.path.isfile(os.path.join(folder, checkpoints.COUNTER))
+        names = ("run_name", "checkpoint_dir") if is_run else ("model_name", "model_dir")
+        named: dict[str, Any] = dict(zip(names, (name, parent), strict=True))
+        try:
+            verbose = 0 if is_silent() else 1
+            load_gpt2(draft, **named, precision=state.precision, verbose=verbose)
+            if session.graph_state(draft).encoder.encoder != state.encoder.encoder:
+                raise ValueError(
+                    f"draft_model={draft_model!r} has another vocabulary than the session's model: "
+                    "its tokens mean something else; give one with the same vocabulary"
+                )
+        except BaseException:
+            draft.close()
+            raise
+        state.draft_session = draft  # another thread may still generate with the one before
+        return draft
+
+
+def _draft_folder(state: session.GraphState, draft_model: str, model_dir: str) -> str:
+    if os.path.dirname(draft_model):
+        return model_folder(*os.path.split(os.path.abspath(draft_model)))
+    beside = os.path.dirname(state.base_model_folder or state.loaded_folder or "")
+    if os.path.isfile(os.path.join(beside, draft_model, "hparams.json")):
+        return os.path.join(beside, draft_model)
+    return model_folder(model_dir, draft_model)
 
 
 def _is_run_of_unknown_model(state: session.GraphState) -> bool:
