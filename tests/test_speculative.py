@@ -1,5 +1,6 @@
 """Speculative decoding: the same tokens as plain decoding, whatever is proposed."""
 
+import contextlib
 import random
 
 import numpy as np
@@ -460,3 +461,17 @@ def test_draft_model_that_is_missing_or_has_another_vocabulary(loaded):
     with pytest.raises(ValueError, match="draft_model='words' has another vocabulary"):
         gpt2.generate(loaded, length=3, draft_model="words")
     assert session.graph_state(loaded).draft_session is None
+
+
+@pytest.mark.parametrize("precision", ["int8", "bfloat16"])
+def test_guesses_with_smaller_weights_give_the_same_texts(loaded, precision):
+    settings = {"prefix": "10 green", "length": 60, "temperature": 0, "return_as_list": True}
+    sess = gpt2.reset_session(loaded)
+    with contextlib.closing(sess):
+        gpt2.load_gpt2(sess, precision=precision)
+        plain = gpt2.generate(sess, **settings)
+        assert gpt2.generate(sess, speculative="prompt_lookup", **settings) == plain
+        assert gpt2.generate(sess, draft_model="checkpoint/run1", **settings) == plain
+        draft = session.graph_state(sess).draft_session
+        assert session.graph_state(draft).precision == precision
+        gpt2.reset_session(sess).close()
