@@ -32,8 +32,9 @@ $(BIN)/.ready: pyproject.toml setup.py
 demo: $(BIN)/.ready
 	$(BIN)/python examples/demo.py
 
+# Two processes, as most tests keep one core busy. A file's tests stay together.
 test: $(BIN)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 	@$(BIN)/python -c "import importlib.metadata as m, platform as p; \
 	print('The tests pass on Python', p.python_version(), 'and TensorFlow', m.version('tensorflow'))"
 

@@ -1,5 +1,6 @@
 """A tiny model whose texts are varied, in a session, and requests to an engine for it."""
 
+import contextlib
 import dataclasses
 import math
 import threading
@@ -14,6 +15,7 @@ from gpt_2_simple.generation.request import build_prompt
 from gpt_2_simple.generation.settings import SamplingParams
 from gpt_2_simple.generation.stopping import StopCriteria
 from gpt_2_simple.serving.engine import Delta, EngineRequest, Failure
+from gpt_2_simple.serving.server import Server, address_of, bound_socket
 
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_ctx": 96}
 NAME = "varied"
@@ -104,3 +106,20 @@ def wait_until(condition, seconds=60):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def serving(app):
+    """The address of a server for an ASGI application, and the server."""
+    server = Server(app, grace_seconds=20)
+    with bound_socket("127.0.0.1", 0) as listener:
+        thread = threading.Thread(
+            target=server.serve_until_stopped, args=[listener, lambda address: None]
+        )
+        thread.start()
+        wait_until(lambda: server.started)
+        try:
+            yield address_of(listener), server
+        finally:
+            server.stop()
+            thread.join()

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from served_model import NAME, load, wait_until, write_model
+from served_model import NAME, load, serving, wait_until, write_model
 
 import gpt_2_simple as gpt2
 from gpt_2_simple import session
@@ -21,7 +21,6 @@ from gpt_2_simple.serving import api
 from gpt_2_simple.serving import engine as engines
 from gpt_2_simple.serving import server as servers
 from gpt_2_simple.serving.engine import Engine
-from gpt_2_simple.serving.server import Server, address_of, bound_socket
 
 
 @pytest.fixture(scope="module")
@@ -41,21 +40,9 @@ def engine(sess):
     engine.close()
 
 
-@contextlib.contextmanager
 def served(engines, **limits):
     """The address of a server for these engines, and the server."""
-    server = Server(api.make_app(engines, api.Limits(**limits)), grace_seconds=20)
-    with bound_socket("127.0.0.1", 0) as listener:
-        thread = threading.Thread(
-            target=server.serve_until_stopped, args=[listener, lambda address: None]
-        )
-        thread.start()
-        wait_until(lambda: server.started)
-        try:
-            yield address_of(listener), server
-        finally:
-            server.stop()
-            thread.join()
+    return serving(api.make_app(engines, api.Limits(**limits)))
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,10 @@ import shutil
 
 import numpy as np
 import pytest
-import tensorflow as tf
 import workers
 
 import gpt_2_simple as gpt2
-from gpt_2_simple.storage import checkpoint, safetensors_file
+from gpt_2_simple.storage import checkpoint
 from gpt_2_simple.training.history import read_history
 
 RUN = {"model_name": "tiny", "learning_rate": 0.001, "batch_size": 2, "accumulate_gradients": 5,
@@ -76,32 +75,13 @@ print("called", len(called))
 """
 
 
-def tensors(prefix):
-    if os.path.isdir(prefix):
-        path = os.path.join(prefix, "adapter_model.safetensors")
-        found = safetensors_file.read_header(path).items()
-        return {name: np.concatenate(list(safetensors_file.read_chunks(t))) for name, t in found}
-    reader = tf.train.load_checkpoint(prefix)
-    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
-
-
 def latest(run):
     return checkpoint.latest_checkpoint(f"checkpoint/{run}")
 
 
 def distance(run, other):
-    """The largest difference between two runs' weights, as a share of the largest weight.
-
-    The keys' bias is left out: it adds the same to all scores of a query, so its gradient is
-    rounding noise, which Adafactor makes as large as any other.
-    """
-    ours, theirs = tensors(latest(run)), tensors(latest(other))
-    assert ours.keys() == theirs.keys()
-    for found in (ours, theirs):
-        for name in [name for name in found if name.endswith("c_attn/b")]:
-            found[name] = np.delete(found[name].reshape(3, -1), 1, axis=0)
-    most = max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours)
-    return most / max(float(np.abs(value).max()) for value in ours.values())
+    """How far the weights of two runs are from each other."""
+    return workers.distance(workers.weights(run), workers.weights(other))
 
 
 def state(run):
@@ -119,12 +99,7 @@ def state(run):
 def place(tmp_path_factory):
     """A current folder in which one, two and four workers have trained the same."""
     folder = tmp_path_factory.mktemp("cluster")
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        gpt2.create_gpt2(model_name="tiny", n_layer=1, n_head=2, n_embd=16, n_ctx=16, seed=3)
-        text = "".join(f"{n} green bottles on the wall\n" for n in range(40))
-        (folder / "text.txt").write_text(text)
+    with workers.training_place(folder):
         with gpt2.start_tf_sess(threads=1) as sess:
             for name, changes in SCENARIOS.items():
                 gpt2.finetune(
@@ -134,8 +109,6 @@ def place(tmp_path_factory):
         with gpt2.start_tf_sess(threads=1) as sess:
             gpt2.finetune(sess, "text.txt", 6, run_name="lora-1", verbose=0, **{**RUN, **LORA})
         yield folder
-    finally:
-        os.chdir(before)
 
 
 # Runs that two workers have begun, or gpt-2-simple 0.8.1, and one or four go on with.

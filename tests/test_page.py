@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from served_model import NAME, load, wait_until, write_model
+from served_model import NAME, load, serving, wait_until, write_model
 from starlette.applications import Starlette
 from starlette.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.routing import Route
@@ -21,26 +21,8 @@ import gpt_2_simple as gpt2
 from gpt_2_simple.serving import api
 from gpt_2_simple.serving.engine import Engine
 from gpt_2_simple.serving.page import page_response
-from gpt_2_simple.serving.server import Server, address_of, bound_socket
 
 PAGE = Path(gpt2.__file__).parent / "serving" / "page.html"
-
-
-@contextlib.contextmanager
-def serving(app):
-    """The address of a server for an ASGI application."""
-    server = Server(app, grace_seconds=20)
-    with bound_socket("127.0.0.1", 0) as listener:
-        thread = threading.Thread(
-            target=server.serve_until_stopped, args=[listener, lambda address: None]
-        )
-        thread.start()
-        wait_until(lambda: server.started)
-        try:
-            yield address_of(listener)
-        finally:
-            server.stop()
-            thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +54,7 @@ def test_page_is_one_small_file_without_outside_resources():
 
 
 def test_policy_allows_the_pages_own_script_alone(engine):
-    with serving(api.make_app({NAME: engine}, api.Limits(api_key="sesam"))) as address:
+    with serving(api.make_app({NAME: engine}, api.Limits(api_key="sesam"))) as (address, _):
         answer = httpx.get(address)
         assert httpx.get(f"{address}/v1/models").status_code == 401
     assert (answer.status_code, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
@@ -248,7 +230,7 @@ class Page:
 
 @pytest.fixture
 def page(chromium, engine):
-    with serving(api.make_app({NAME: engine}, api.Limits(hosts=("127.0.0.1",)))) as address:
+    with serving(api.make_app({NAME: engine}, api.Limits(hosts=("127.0.0.1",)))) as (address, _):
         yield Page(chromium, address).ready()
 
 
@@ -283,9 +265,11 @@ class TestRealModel:
     def test_undo_redo_and_run_again(self, page):
         page["text"].send_keys("A")
         page.set("length", "8")
+        page.set("seed", "1")
         page["write"].click()
         page.wait_until_written()
         first = page.text
+        page.set("seed", "2")
         page["again"].click()
         page.wait_until_written()
         second = page.text
@@ -300,20 +284,17 @@ class TestRealModel:
         page["redo"].click()
         assert page.text == second
         page.check_marks()
-        page.set("seed", "7")
         page["undo"].click()
         page["undo"].click()
         page["write"].click()
         page.wait_until_written()
-        seeded = page.text
-        page["again"].click()
-        page.wait_until_written()
-        assert page.text == seeded
+        assert page.text == second
 
     def test_alternatives_to_pick_from(self, page):
         page["text"].send_keys("B")
         page.set("length", "6")
         page.set("n", "3")
+        page.set("seed", "1")
         page["write"].click()
         page.wait_until_written()
         assert page.text == "B"
@@ -351,6 +332,7 @@ class TestRealModel:
     def test_editing_keeps_the_marks_of_what_stays(self, page):
         page["text"].send_keys("D")
         page.set("length", "8")
+        page.set("seed", "1")
         page["write"].click()
         page.wait_until_written()
         count = page.script("marks.length")
@@ -380,7 +362,7 @@ class TestRealModel:
         assert page["error"].text.endswith(".")
 
     def test_server_that_is_gone(self, chromium, engine):
-        with serving(api.make_app({NAME: engine}, api.Limits())) as address:
+        with serving(api.make_app({NAME: engine}, api.Limits())) as (address, _):
             page = Page(chromium, address).ready()
         page["write"].click()
         page.wait(lambda: page["error"].text)
@@ -388,7 +370,7 @@ class TestRealModel:
         assert page["write"].is_enabled()
 
     def test_key_is_asked_for(self, chromium, engine):
-        with serving(api.make_app({NAME: engine}, api.Limits(api_key="sésam漢"))) as address:
+        with serving(api.make_app({NAME: engine}, api.Limits(api_key="sésam漢"))) as (address, _):
             page = Page(chromium, address)
             page.wait(lambda: page["key"].is_displayed())
             assert page["error"].text == "This server asks for a key."
@@ -397,16 +379,15 @@ class TestRealModel:
             page.set("api-key", "sésam漢" + ENTER)
             page.ready()
             assert not page["key"].is_displayed()
-            page.set("length", "3")
             page["write"].click()
-            page.wait(lambda: page["status"].text == "3 tokens written.")
+            page.wait(lambda: "tokens written" in page["status"].text)
 
     def test_play_works_in_a_frame_and_serve_refuses_to_be_in_one(self, chromium, sess, engine):
         played = gpt2.play(sess)
         try:
             with (
-                serving(api.make_app({NAME: engine}, api.Limits())) as served,
-                serving(notebook_with(played.address, served)) as notebook,
+                serving(api.make_app({NAME: engine}, api.Limits())) as (served, _),
+                serving(notebook_with(played.address, served)) as (notebook, _),
             ):
                 chromium.get(notebook)
                 chromium.switch_to.frame("ours")
@@ -463,7 +444,7 @@ def scripted(stream):
             ),
         ]
     )
-    with serving(app) as address:
+    with serving(app) as (address, _):
         yield address
 
 

@@ -4,10 +4,9 @@ import json
 import os
 import shutil
 
-import numpy as np
 import pytest
-import tensorflow as tf
 import workers
+from workers import distance, tensors, weights
 
 import gpt_2_simple as gpt2
 from gpt_2_simple.storage import checkpoint
@@ -55,52 +54,17 @@ else:
 """
 
 
-def tensors(prefix):
-    reader = tf.train.load_checkpoint(prefix)
-    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
-
-
 def optimizer_state(run):
     latest = checkpoint.latest_checkpoint(f"checkpoint/{run}")
     folder, base = os.path.split(latest)
     return tensors(os.path.join(folder, f"optimizer-{base.partition('-')[2]}"))
 
 
-def weights(run):
-    latest = checkpoint.latest_checkpoint(f"checkpoint/{run}")
-    if os.path.isdir(latest):
-        from gpt_2_simple.storage import adapter_files
-
-        return adapter_files.read_adapter(latest).tensors
-    return tensors(latest)
-
-
-def distance(found, expected):
-    """The largest difference, as a share of the largest number, without the keys' bias.
-
-    That adds the same to all scores of a query, so its gradient is rounding noise.
-    """
-    assert found.keys() == expected.keys()
-    pairs = []
-    for name in found:
-        a, b = np.float64(found[name]), np.float64(expected[name])
-        if name.endswith("c_attn/b"):
-            a, b = (np.delete(x.reshape(3, -1), 1, axis=0) for x in (a, b))
-        pairs.append((a, b))
-    most = max(float(np.abs(a - b).max()) for a, b in pairs)
-    return most / max(float(np.abs(b).max()) for _, b in pairs)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A current folder in which one process has trained, and then three and two workers."""
     folder = tmp_path_factory.mktemp("shards")
-    before = os.getcwd()
-    os.chdir(folder)
-    try:
-        gpt2.create_gpt2(model_name="tiny", n_layer=1, n_head=2, n_embd=16, n_ctx=16, seed=3)
-        text = "".join(f"{n} green bottles on the wall\n" for n in range(40))
-        (folder / "text.txt").write_text(text)
+    with workers.training_place(folder):
         for name, changes in SCENARIOS.items():
             with gpt2.start_tf_sess(threads=1) as sess:
                 gpt2.finetune(sess, "text.txt", 6, run_name=f"{name}-1", **{**RUN, **changes})
@@ -109,8 +73,6 @@ def place(tmp_path_factory):
                     shutil.copytree("checkpoint/adam-1", "checkpoint/adam-1-of-10")
                     gpt2.finetune(sess, "text.txt", 4, run_name="adam-1-of-10", **RUN)
         yield folder
-    finally:
-        os.chdir(before)
 
 
 @pytest.fixture(scope="module")

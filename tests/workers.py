@@ -7,8 +7,13 @@ import sys
 import threading
 from typing import NamedTuple
 
+import numpy as np
+import tensorflow as tf
+
+import gpt_2_simple as gpt2
 from gpt_2_simple.distributed.launcher import free_addresses
 from gpt_2_simple.distributed.tf_config import tf_config
+from gpt_2_simple.storage import adapter_files, checkpoint
 
 # No test asserts a time. This only bounds a test that hangs.
 LIMIT_SECONDS = 270
@@ -88,3 +93,48 @@ def run_workers(folder, code, count, **options):
         assert worker is not None, f"worker {index} did not end within {LIMIT_SECONDS} s"
         assert worker.status == 0, f"worker {index}: {worker.out}\n{worker.err}"
     return [worker.out for worker in ended]
+
+
+@contextlib.contextmanager
+def training_place(folder):
+    """A folder with a model and a text, which is the current one meanwhile."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        gpt2.create_gpt2(model_name="tiny", n_layer=1, n_head=2, n_embd=16, n_ctx=16, seed=3)
+        text = "".join(f"{n} green bottles on the wall\n" for n in range(40))
+        (folder / "text.txt").write_text(text)
+        yield
+    finally:
+        os.chdir(before)
+
+
+def tensors(prefix):
+    """A checkpoint's tensors by name."""
+    reader = tf.train.load_checkpoint(prefix)
+    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+
+
+def weights(run):
+    """The weights of a run's last checkpoint, or its adapter's."""
+    latest = checkpoint.latest_checkpoint(f"checkpoint/{run}")
+    if adapter_files.is_adapter(latest):
+        return adapter_files.read_adapter(latest).tensors
+    return tensors(latest)
+
+
+def distance(found, expected):
+    """The largest difference, as a share of the largest number.
+
+    The keys' bias is left out: it adds the same to all scores of a query, so its gradient is
+    rounding noise, which Adafactor makes as large as any other.
+    """
+    assert found.keys() == expected.keys()
+    pairs = []
+    for name in found:
+        a, b = np.float64(found[name]), np.float64(expected[name])
+        if name.endswith("c_attn/b"):
+            a, b = (np.delete(x.reshape(3, -1), 1, axis=0) for x in (a, b))
+        pairs.append((a, b))
+    most = max(float(np.abs(a - b).max()) for a, b in pairs)
+    return most / max(float(np.abs(b).max()) for _, b in pairs)
