@@ -1,8 +1,10 @@
 """Training on Ray's local cluster: the run comes back, and goes on after a worker is killed."""
 
+import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,6 +66,8 @@ def test_run_comes_back_and_survives_a_killed_worker(cluster, sess, capsys):
     assert [entry.step for entry in result.history] == list(range(1, 11))
     assert [entry.step for entry in read_history("checkpoint/two")] == list(range(1, 11))
     assert "[10 | " in out
+    known = json.loads(Path("checkpoint/two/settings.json").read_text())
+    assert (known["dataset"], known["model_dir"]) == ("text.txt", "models")
     assert "Saving" in out
     gpt2.load_gpt2(sess, run_name="two", verbose=0)
     assert gpt2.generate(sess, length=3, return_as_list=True)
@@ -85,15 +89,15 @@ def kill_a_worker():
 
 
 @pytest.mark.ray
-def test_error_of_a_worker_is_raised_and_a_run_is_continued_by_one_worker(cluster, sess):
+def test_error_of_a_worker_is_raised_and_a_run_is_continued_by_one_worker(cluster, sess, capsys):
     with pytest.raises(ValueError, match="train_last_blocks=9, but the model has 2 blocks"):
         gpt2.distributed.finetune_on_ray("text.txt", 2, train_last_blocks=9, **SETTINGS)
     assert not os.path.exists("checkpoint/run1/hparams.json")
     gpt2.finetune(sess, "text.txt", 3, run_name="here", **{**SETTINGS, "verbose": 0})
     result = gpt2.distributed.finetune_on_ray(
-        ["text.txt"], -1, run_name="here", on_step=lambda entry: entry.step < 6, verbose=0,
-        **SETTINGS,
-    )  # fmt: skip
+        "text.txt", -1, run_name="here", on_step=lambda entry: entry.step < 6, **SETTINGS
+    )
+    assert "other settings" not in capsys.readouterr().out  # the workers' folders are none
     assert result.step >= 6  # the answer travels
     assert result.history[0].step == 4
     assert checkpoint.latest_checkpoint("checkpoint/here").endswith(f"model-{result.step}")
@@ -142,6 +146,23 @@ def test_files_land_in_the_run_alone(tmp_path, name):
     training.run = str(tmp_path)
     with pytest.raises(ValueError, match="is no file of a run"):
         training._receive(name, b"")
+
+
+def test_settings_that_came_back_name_the_callers_folders(tmp_path):
+    """An adapter finds its model by them."""
+    training = on_ray._Training.__new__(on_ray._Training)
+    training.run = str(tmp_path)
+    training.settings = on_ray.RaySettings(dataset=["a.txt", Path("b.txt")], model_dir="mine")
+    theirs = {"dataset": "/tmp/x/data", "model_dir": "/tmp/x/models", "steps": 5, "cache_dir": None}
+    training._receive("settings.json", json.dumps(theirs).encode())
+    training._put_in_place({})
+    ours = json.loads((tmp_path / "settings.json").read_text())
+    assert ours == {
+        "dataset": ["a.txt", "b.txt"],
+        "model_dir": "mine",
+        "steps": 5,
+        "cache_dir": None,
+    }
 
 
 def test_save_that_came_back_replaces_older_checkpoints(tmp_path):

@@ -190,7 +190,7 @@ class _Training:
 
     def _arguments(self) -> dict[str, Any]:
         """finetune()'s arguments for the workers, whose folders are their own."""
-        here = {"on_step", "dataset", "val_dataset", "model_dir", "checkpoint_dir", "cache_dir"}
+        here = {"on_step", "checkpoint_dir", *ray_job.PLACES}
         return {n: getattr(self.settings, n) for n in fields_of(TrainingSettings) if n not in here}
 
     def _files(self, model: str) -> dict[str, Any]:
@@ -288,6 +288,9 @@ class _Training:
         """Writes a file of a save that is not complete yet."""
         if os.path.isabs(name) or ".." in name.split("/"):
             raise ValueError(f"{name!r} is no file of a run")
+        if name == runs.SETTINGS:
+            places = {place: getattr(self.settings, place) for place in ray_job.PLACES}
+            content = ray_job.with_places(content, places)
         path = os.path.join(self.run, _INCOMING, name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with write_whole(path) as file:

@@ -6,8 +6,13 @@ No TensorFlow: Ray loads this in processes that do not train.
 from __future__ import annotations
 
 import importlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+# finetune()'s arguments that are other files and folders on a worker than in the caller's process.
+PLACES = ("dataset", "val_dataset", "model_dir", "cache_dir")
 
 
 class RayJob(NamedTuple):
@@ -58,6 +63,13 @@ def files_of_run(folder: str) -> list[str]:
     """A run's files, also those in the folders of adapters, with '/'; without hidden ones."""
     found = (path.relative_to(folder) for path in sorted(Path(folder).rglob("*")) if path.is_file())
     return [path.as_posix() for path in found if not any(p.startswith(".") for p in path.parts)]
+
+
+def with_places(content: bytes, places: Mapping[str, Any]) -> bytes:
+    """A run's settings.json with a side's own files and folders, by the names in PLACES."""
+    known = json.loads(content)
+    known |= {name: value for name, value in places.items() if name in known}
+    return (json.dumps(known, indent=2, default=str) + "\n").encode()
 
 
 def work(config: dict[str, Any]) -> None:

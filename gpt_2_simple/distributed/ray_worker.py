@@ -16,12 +16,12 @@ from typing import Any
 from ..common.files import remove_folder, temporary_folder, write_text
 from ..session import graph_state, start_tf_sess
 from ..storage import checkpoint
-from ..storage.runs import step_of
+from ..storage.runs import SETTINGS, step_of
 from ..training.finetune import finetune
 from ..training.history import Entry
 from ..training.trainer import Diverged, Trainer
 from .channel import WorkerLost
-from .ray_job import RayJob, files_of_run
+from .ray_job import PLACES, RayJob, files_of_run, with_places
 from .worker import as_failure
 
 # Beside a run's files in Ray's storage: the step after which the training ends.
@@ -91,10 +91,12 @@ class _Worker:
             "dataset": self._dataset("data"),
             "val_dataset": self._dataset("validation"),
             "model_dir": os.path.join(root, "models"),
+            "cache_dir": None,
             "checkpoint_dir": os.path.join(root, "checkpoint"),
         }
         saved = self.train.get_checkpoint()
         if saved is None:
+            self._take_over(settings)
             return settings
         with saved.as_directory() as folder:
             remove_folder(self.run_folder)
@@ -108,6 +110,13 @@ class _Worker:
                 return None
             settings |= {"steps": left, "epochs": None}
         return settings
+
+    def _take_over(self, settings: dict[str, Any]) -> None:
+        """The caller's run has the caller's folders: they are no change of settings."""
+        path = Path(self.run_folder, SETTINGS)
+        if path.is_file():
+            places = {place: settings[place] for place in PLACES}
+            path.write_bytes(with_places(path.read_bytes(), places))
 
     def _dataset(self, kind: str) -> str | list[str] | None:
         files = sorted(map(str, Path(self.folder, kind).glob("*/*")))
