@@ -18,7 +18,14 @@ import tensorflow as tf
 
 import gpt_2_simple as gpt2
 from gpt_2_simple import model, session
-from gpt_2_simple.storage import adapter_base, adapter_files, adapter_merge, checkpoint, create
+from gpt_2_simple.storage import (
+    adapter_base,
+    adapter_files,
+    adapter_merge,
+    checkpoint,
+    checkpoint_ops,
+    create,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures" / "peft"
 HPARAMS = model.HParams(**vars(peft_reference.HPARAMS))
@@ -46,13 +53,13 @@ def write_base(folder, weights):
     )  # fmt: skip
     with tf.Graph().as_default() as graph, tf.compat.v1.Session(graph=graph) as sess:
         variables = model.flatten(model.variables(HPARAMS))
-        save = checkpoint.build_save(*variables)
+        save = checkpoint_ops.build_save(*variables)
         for variable in variables:
             initializer = variable.initializer
             sess.run(initializer, {initializer.inputs[1]: weights[variable.op.name]})
         base = checkpoint.MODEL_CHECKPOINT
-        write = functools.partial(checkpoint.write_checkpoint, sess, save)
-        checkpoint.save_model(str(folder), base, HPARAMS, {base: write}, {})
+        write = functools.partial(checkpoint_ops.write_checkpoint, sess, save)
+        checkpoint_ops.save_model(str(folder), base, HPARAMS, {base: write}, {})
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +136,7 @@ def test_another_adapter_takes_the_place_of_one_without_a_load_of_the_base(
         return Reader()
 
     monkeypatch.setattr(adapter_merge, "open_checkpoint", watched)
-    monkeypatch.setattr(checkpoint, "restore", lambda *_: pytest.fail("the base is read again"))
+    monkeypatch.setattr(checkpoint_ops, "restore", lambda *_: pytest.fail("the base is read again"))
     for name in ("patterns", "plain", "rslora_projections", "plain", "module", "patterns"):
         read.clear()
         load(sess, FIXTURES / name, verbose=1)
@@ -401,7 +408,7 @@ def test_failed_merge_leaves_nothing(place, sess, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_model", fail)
+    monkeypatch.setattr(checkpoint_ops, "save_model", fail)
     with pytest.raises(OSError, match="run1-merged: No space left on device. Nothing was written"):
         gpt2.merge_adapter("run1")
     assert sorted(os.listdir("checkpoint")) == ["run1"]

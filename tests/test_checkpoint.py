@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 from saved_run import OF_STEP_2, SavedRun, files
 
-from gpt_2_simple.storage import checkpoint, runs
+from gpt_2_simple.storage import checkpoint, checkpoint_ops, runs
 
 
 @pytest.fixture
@@ -207,8 +207,8 @@ def test_save_where_rename_refuses_an_existing_target(saved_run, monkeypatch):
 def test_restore_where_inode_numbers_change(saved_run, monkeypatch):
     first_save(saved_run)
     monkeypatch.setattr(os.path, "samestat", lambda a, b: False)
-    ops = saved_run.state.build_once(checkpoint.build_restore, *saved_run.variables.values())
-    checkpoint.restore(saved_run.sess, ops, os.path.join(saved_run.folder, "model-1"))
+    ops = saved_run.state.build_once(checkpoint_ops.build_restore, *saved_run.variables.values())
+    checkpoint_ops.restore(saved_run.sess, ops, os.path.join(saved_run.folder, "model-1"))
 
 
 def test_save_without_locks_is_left_to_the_process_that_trains(saved_run, monkeypatch):

@@ -46,7 +46,7 @@ FUNCTION_IMPORTS = {
     ("gpt_2", "cli.main"),  # points to a later layer: scripts call gpt_2.cmd()
     ("storage.create", "tensorflow"),  # wrong sizes are reported before TensorFlow is loaded
     ("storage.create", "model"),  # the same
-    ("storage.create", "storage.checkpoint"),  # the same
+    ("storage.create", "storage.checkpoint_ops"),  # the same
     ("data.vocabulary", "tokenizers"),  # an extra
     ("storage.hub_library", "huggingface_hub"),  # an extra
     ("storage.hub_library", "huggingface_hub.errors"),  # the same
@@ -65,6 +65,7 @@ WITHOUT_TENSORFLOW = [
     "common", "encoder", "data", "cli", "__main__",
     "training.settings", "training.history", "training.schedule", "training.interruption",
     "generation.settings", "storage.settings", "storage.create", "storage.download",
+    "storage.listing", "storage.runs",    "storage.checkpoint", "storage.checkpoint_index",
     "storage.drive", "storage.safetensors_file", "storage.adapter_files", "storage.hub_library",
     "exchange.settings", "exchange.adapter_settings", "exchange.tensor_names",
     "exchange.config_file", "exchange.tokenizer_files", "exchange.hub",

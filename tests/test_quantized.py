@@ -20,7 +20,7 @@ from gpt_2_simple.generation import kv_cache
 from gpt_2_simple.generation.decode import build_beam_step, build_decode, build_prefill
 from gpt_2_simple.generation.scoring import likeliest_next_tokens
 from gpt_2_simple.quantized import Kernel
-from gpt_2_simple.storage import checkpoint, load, quantized_file
+from gpt_2_simple.storage import checkpoint_ops, load, quantized_file
 
 PROMPTS = ["green", "1", "bottles, hanging on the", "a wall and"]
 TEXT = "7 green bottles, hanging on the wall.\n"
@@ -118,8 +118,8 @@ def test_trained_model_keeps_its_perplexity_and_its_choices(workplace, sess, out
     if outliers:
         plant_outliers(sess)
         state = session.graph_state(sess)
-        save = state.build_once(checkpoint.build_save, *model.flatten(state.weights))
-        checkpoint.write_checkpoint(sess, save, "checkpoint/run1/model-60")
+        save = state.build_once(checkpoint_ops.build_save, *model.flatten(state.weights))
+        checkpoint_ops.write_checkpoint(sess, save, "checkpoint/run1/model-60")
     exact = gpt2.score(sess, TEXT * 4)[0]
     tokens = exact.tokens[:31]
     choices = [likeliest_next_tokens(sess, tokens[:n], 1)[0][0] for n in range(1, 31)]
@@ -299,8 +299,8 @@ def test_weights_that_are_not_finite_are_refused(workplace, sess):
     state = session.graph_state(sess)
     variable = state.weights.blocks[1].c_attn.w
     sess.run(variable.initializer, {variable.initializer.inputs[1]: np.full([1, 16, 48], np.nan)})
-    save = state.build_once(checkpoint.build_save, *model.flatten(state.weights))
-    checkpoint.write_checkpoint(sess, save, "models/tiny/model.ckpt")
+    save = state.build_once(checkpoint_ops.build_save, *model.flatten(state.weights))
+    checkpoint_ops.write_checkpoint(sess, save, "models/tiny/model.ckpt")
     with pytest.raises(ValueError, match="h1/attn/c_attn/w holds a number that is not finite"):
         gpt2.quantize(model_name="tiny")
     assert int8_files() == []

@@ -23,7 +23,7 @@ import gpt_2_simple as gpt2
 from gpt_2_simple import session
 from gpt_2_simple.common import report
 from gpt_2_simple.generation import scoring, text_stream
-from gpt_2_simple.storage import checkpoint, runs
+from gpt_2_simple.storage import checkpoint, checkpoint_ops, runs
 from gpt_2_simple.training import loss_scale
 from gpt_2_simple.training import trainer as train
 from gpt_2_simple.training import validation as evaluate
@@ -449,7 +449,7 @@ def test_out_of_memory_within_an_update_is_not_saved(small, sess, monkeypatch, f
 
 
 def test_passing_error_in_save_best_does_not_stop_later_saves(small, sess, monkeypatch):
-    save_model = checkpoint.save_model
+    save_model = checkpoint_ops.save_model
     failures = [OSError(errno.ESTALE, "Stale file handle")]
 
     def fail_once(folder, base, *args):
@@ -457,7 +457,7 @@ def test_passing_error_in_save_best_does_not_stop_later_saves(small, sess, monke
             raise failures.pop()
         save_model(folder, base, *args)
 
-    monkeypatch.setattr(checkpoint, "save_model", fail_once)
+    monkeypatch.setattr(checkpoint_ops, "save_model", fail_once)
     script_losses(monkeypatch, [2.0, 2.5])
     with pytest.warns(UserWarning, match="the best weights so far are not kept: .*Stale file"):
         result = finetune(sess, 4, val_split=0.3, val_every=2)
@@ -467,7 +467,7 @@ def test_passing_error_in_save_best_does_not_stop_later_saves(small, sess, monke
 
 
 def test_passing_error_in_a_save_is_tried_again(small, sess, monkeypatch):
-    save_model = checkpoint.save_model
+    save_model = checkpoint_ops.save_model
     failures = [OSError(errno.ESTALE, "Stale file handle")]
 
     def fail_once(*args):
@@ -475,7 +475,7 @@ def test_passing_error_in_a_save_is_tried_again(small, sess, monkeypatch):
             raise failures.pop()
         save_model(*args)
 
-    monkeypatch.setattr(checkpoint, "save_model", fail_once)
+    monkeypatch.setattr(checkpoint_ops, "save_model", fail_once)
     with pytest.raises(OSError, match="Stale file handle"):
         finetune(sess, 9, save_every=3)
     assert checkpoint.latest_checkpoint("checkpoint/run1") == "checkpoint/run1/model-3"
@@ -668,7 +668,7 @@ def test_diverged_says_when_the_last_checkpoint_is_nan_too(small, sess):
     finetune(sess, 1)
     poison(sess)()
     state = session.graph_state(sess)
-    saves = state.build_once(checkpoint.build_save, *session.named_variables(state).values())
+    saves = state.build_once(checkpoint_ops.build_save, *session.named_variables(state).values())
     sess.run(saves.done, {saves.prefix: "checkpoint/run1/model-1"})
     with pytest.raises(
         train.Diverged, match=r"back at checkpoint/run1/model-1, whose weights are no better: rest"

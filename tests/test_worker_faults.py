@@ -110,13 +110,13 @@ def test_worker_whose_loss_is_not_a_number_is_named_on_all_sides(place):
 
 FULL_DISK = """
 import errno
-from gpt_2_simple.storage import checkpoint
-write = checkpoint.write_checkpoint
+from gpt_2_simple.storage import checkpoint_ops
+write = checkpoint_ops.write_checkpoint
 def full(sess, ops, prefix):
     if "model-4" in prefix:
         raise OSError(errno.ENOSPC, "No space left on device")
     write(sess, ops, prefix)
-checkpoint.write_checkpoint = full
+checkpoint_ops.write_checkpoint = full
 """
 
 

@@ -14,3 +14,8 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, without the places that TensorFlow adds; may be ''."""
     lines = (line for line in str(error).splitlines() if not _PLACES.match(line))
     return next(lines, "")
+
+
+def file_reason(error: BaseException) -> str:
+    """What a file's error says; TensorFlow's messages name a temporary file before the reason."""
+    return first_line(error).rpartition("; ")[2]

@@ -12,7 +12,7 @@ import tensorflow as tf
 from .. import session
 from ..common.report import say
 from ..common.settings import settings_function
-from ..storage import checkpoint, runs
+from ..storage import checkpoint, checkpoint_ops, runs
 from ..storage.load import Source, find_source, load_source
 from ..storage.settings import LoadSettings
 from .adapter_settings import MergeSettings
@@ -67,8 +67,8 @@ def _write_merged(sess: tf.compat.v1.Session, source: Source, folder: str) -> st
     state = session.graph_state(sess)
     step = runs.step_of(adapter)
     base = f"{runs.MODEL}-{step}"
-    save = state.build_once(checkpoint.build_save, *session.named_variables(state).values())
+    save = state.build_once(checkpoint_ops.build_save, *session.named_variables(state).values())
     texts = {checkpoint.COUNTER: f"{step}\n", checkpoint.LIST_FILE: checkpoint.list_text([base])}
-    write = functools.partial(checkpoint.write_checkpoint, sess, save)
-    checkpoint.save_model(folder, base, state.hparams, {base: write}, texts)
+    write = functools.partial(checkpoint_ops.write_checkpoint, sess, save)
+    checkpoint_ops.save_model(folder, base, state.hparams, {base: write}, texts)
     return base

@@ -13,7 +13,7 @@ from ..common.files import sync, write_folder_whole
 from ..common.folders import model_folder, read_hparams, run_folder
 from ..common.hparams import HParams
 from ..encoder import Encoder, check_vocabulary, get_encoder
-from ..storage import checkpoint, runs
+from ..storage import checkpoint, checkpoint_ops, runs
 from ..storage.adapter_files import is_adapter
 from .settings import ExportSettings, GgufSettings, PushSettings
 from .tensor_names import tensors_of
@@ -81,7 +81,7 @@ def _find(settings: ExportSettings | PushSettings | GgufSettings) -> StoredWeigh
     hparams, vocabulary = read_hparams(folder), get_encoder(folder)
     check_vocabulary(vocabulary, hparams.n_vocab, folder)
     expected = {t.ours: tf.TensorSpec(t.our_shape) for t in tensors_of(hparams)}
-    checkpoint.check_shapes(prefix, expected, hparams)
+    checkpoint_ops.check_shapes(prefix, expected, hparams)
     is_run = not settings.model_name
     return StoredWeights(name_of(settings), folder, is_run, prefix, hparams, vocabulary)
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 from .. import session
 from ..common.files import write_text
 from ..common.report import say, warn
-from . import checkpoint
+from . import checkpoint, checkpoint_ops
 from .adapter_state import AdapterState
 from .optimizer_state import OptimizerState
 from .runs import ADAPTER, MODEL, OPTIMIZER, STATE, RunState, prepare, step_of
@@ -58,7 +58,7 @@ class CheckpointManager:
         self._kind, self._adapter = (MODEL if adapter is None else ADAPTER), adapter
         if adapter is None:
             trained = list(session.named_variables(state).values())
-            self._save_ops = state.build_once(checkpoint.build_save, *trained)
+            self._save_ops = state.build_once(checkpoint_ops.build_save, *trained)
         else:
             trained = adapter.adapter.flatten()
         self.optimizer_state = optimizer_state
@@ -120,13 +120,13 @@ class CheckpointManager:
         """Saves what is trained under the name `base`, and what belongs to it."""
         self.failed = True
         if self._adapter is None:
-            write = functools.partial(checkpoint.write_checkpoint, self.sess, self._save_ops)
+            write = functools.partial(checkpoint_ops.write_checkpoint, self.sess, self._save_ops)
             hparams = self.state.hparams
-            checkpoint.save_model(self._path, base, hparams, {base: write, **writes}, texts)
+            checkpoint_ops.save_model(self._path, base, hparams, {base: write, **writes}, texts)
         else:
             contents = {name: text.encode("utf-8") for name, text in texts.items()}
             writes = {base: self._adapter.write, **writes}
-            checkpoint.save_whole(self._path, base, writes, contents)
+            checkpoint_ops.save_with_ops(self._path, base, writes, contents)
         self.failed = False
 
     def overwrite(self) -> None:

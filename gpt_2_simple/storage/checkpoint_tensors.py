@@ -20,7 +20,7 @@ from ..common.files import sync, sync_file, temporary_folder
 from ..common.folders import hparams_text
 from ..common.hparams import HParams
 from ..common.published import META_FILE
-from . import checkpoint, checkpoint_index
+from . import checkpoint, checkpoint_index, checkpoint_ops
 
 # TensorFlow takes an array for a tensor without a copy if it starts at a multiple of this.
 _ALIGNMENT = 64
@@ -48,7 +48,7 @@ def open_checkpoint(prefix: str) -> Iterator[ReadTensor]:
         ValueError: its checksums do not match.
     """
     entries = checkpoint_index.read_index(f"{prefix}.index")
-    with checkpoint.reading(prefix) as readable, _cpu_session() as sess:
+    with checkpoint_ops.reading(prefix) as readable, _cpu_session() as sess:
         with sess.graph.as_default():
             name = tf.compat.v1.placeholder(tf.string, [])
             values = {
@@ -145,7 +145,7 @@ def _cpu_session() -> Iterator[tf.compat.v1.Session]:
 def write_model_files(folder: str, hparams: HParams) -> None:
     """Writes what a model's folder holds beside its tensors and its vocabulary."""
     texts = {
-        META_FILE: checkpoint.meta_graph(dataclasses.astuple(hparams)),
+        META_FILE: checkpoint_ops.meta_graph(dataclasses.astuple(hparams)),
         "hparams.json": hparams_text(hparams).encode(),
         checkpoint.LIST_FILE: checkpoint.list_text([checkpoint.MODEL_CHECKPOINT]).encode(),
     }

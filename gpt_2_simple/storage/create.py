@@ -20,6 +20,7 @@ from ..data.tables import RowFormat
 from ..data.text_files import ReadReport, find_files
 from ..data.vocabulary import byte_vocabulary, save_vocabulary, train_vocabulary
 from ..encoder import Encoder
+from . import checkpoint
 from .settings import CreateSettings
 
 # nano: after two minutes on two cores it writes words; mini: an evening's training.
@@ -143,12 +144,12 @@ def write_model(folder: str, hparams: HParams, seed: int | None) -> None:
     import tensorflow as tf
 
     from .. import model
-    from . import checkpoint
+    from . import checkpoint_ops
 
     rng = np.random.default_rng(seed)
     with tf.Graph().as_default() as graph, tf.compat.v1.Session(graph=graph) as sess:
         variables = model.flatten(model.variables(hparams))
-        save = checkpoint.build_save(*variables)
+        save = checkpoint_ops.build_save(*variables)
         for variable in variables:
             shape = variable.shape.as_list()
             value = initial_value(variable.op.name, shape, hparams.n_layer, rng)
@@ -158,5 +159,5 @@ def write_model(folder: str, hparams: HParams, seed: int | None) -> None:
             "hparams.json": hparams_text(hparams),
             checkpoint.LIST_FILE: checkpoint.list_text([base]),
         }
-        write = functools.partial(checkpoint.write_checkpoint, sess, save)
-        checkpoint.save_model(folder, base, hparams, {base: write}, texts)
+        write = functools.partial(checkpoint_ops.write_checkpoint, sess, save)
+        checkpoint_ops.save_model(folder, base, hparams, {base: write}, texts)

@@ -17,7 +17,7 @@ from ..common.report import is_silent, say, verbosity
 from ..common.settings import session_function
 from ..precision import fit_precision, has_gpu
 from ..quantized import QuantizedFile, QuantizedWeights, choose_kernel, place_on_gpus
-from . import adapter_base, runs
+from . import adapter_base, checkpoint_ops, runs
 from . import checkpoint as checkpoints
 from .adapter_files import digest_of_adapter, is_adapter, read_config
 from .adapter_merge import MergedAdapter
@@ -144,7 +144,7 @@ def load_checkpoint(
     gpus = session.get_available_gpus() if multi_gpu else []
     precision = precision and fit_precision(sess, precision)
     state = session.build_model(sess, hparams, gpus, precision)
-    checkpoints.check_shapes(prefix, session.named_variables(state), hparams)
+    checkpoint_ops.check_shapes(prefix, session.named_variables(state), hparams)
     with state.load_lock:
         digest = adapter_base.digest_of(prefix)
         if state.precision == "int8":
@@ -211,19 +211,19 @@ def restore_weights(
     prefix: str,
     without: Collection[str] = (),
 ) -> None:
-    """Fills the session's model from the checkpoint `prefix`, see checkpoint.restore().
+    """Fills the session's model from the checkpoint `prefix`, see checkpoint_ops.restore().
 
     Variables whose names are in `without` keep their values.
     """
     named = session.named_variables(state)
     variables = [variable for name, variable in named.items() if name not in without]
     try:
-        stored = checkpoints.stored_types(prefix, variables)
+        stored = checkpoint_ops.stored_types(prefix, variables)
     except (FileNotFoundError, LookupError) as error:
         raise FileNotFoundError(f"{prefix} went away while it was read; load it again") from error
     options = {"stored": stored} if stored else {}
-    checkpoints.restore(
-        sess, state.build_once(checkpoints.build_restore, *variables, **options), prefix
+    checkpoint_ops.restore(
+        sess, state.build_once(checkpoint_ops.build_restore, *variables, **options), prefix
     )
 
 

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from .. import session
 from ..common.report import say
-from . import checkpoint, checkpoint_index
+from . import checkpoint, checkpoint_index, checkpoint_ops
 from .runs import LOSS_SCALE, OPTIMIZER, path_beside
 
 
@@ -23,12 +23,12 @@ class OptimizerState:
     ):
         self.sess, self.state = sess, state
         self.variables = {variable.op.name: variable for variable in variables}
-        self._save_ops = state.build_once(checkpoint.build_save, *variables)
-        state.build_once(checkpoint.build_restore, *variables)
+        self._save_ops = state.build_once(checkpoint_ops.build_save, *variables)
+        state.build_once(checkpoint_ops.build_restore, *variables)
 
     def write(self, prefix: str) -> None:
         """Writes the variables to the files of a checkpoint, and flushes these to disk."""
-        checkpoint.write_checkpoint(self.sess, self._save_ops, prefix)
+        checkpoint_ops.write_checkpoint(self.sess, self._save_ops, prefix)
 
     def restore(self, prefix: str) -> bool:
         """Fills the variables from what was saved with the checkpoint `prefix`.
@@ -68,5 +68,5 @@ class OptimizerState:
     def _fill(self, path: str, saved: Collection[str]) -> None:
         """Reads the variables that were saved. Raises ValueError if they are damaged."""
         found = [variable for name, variable in self.variables.items() if name in saved]
-        ops = self.state.build_once(checkpoint.build_restore, *found)
-        checkpoint.restore(self.sess, ops, path)
+        ops = self.state.build_once(checkpoint_ops.build_restore, *found)
+        checkpoint_ops.restore(self.sess, ops, path)
