@@ -146,7 +146,8 @@ def parameters(command):
 
 
 def test_every_command_is_compared_with_its_functions():
-    assert FUNCTIONS.keys() == commands.COMMANDS.keys()
+    # `runs` and `models` show folders, see test_folder_commands.py.
+    assert FUNCTIONS.keys() == commands.COMMANDS.keys() - {"runs", "models"}
 
 
 @pytest.mark.parametrize("command", FUNCTIONS)

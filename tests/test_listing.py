@@ -52,3 +52,18 @@ def test_broken_and_missing_folders(workplace):
         (run,) = gpt2.list_runs()
     assert len(warned) == 2
     assert (run.name, run.step, run.saved) == ("c", None, None)
+
+
+def test_only_runs_and_models_that_a_name_can_reach_are_listed(workplace):
+    for name in ("a/b/c", "a/b/c/d", ".hidden", "poems/.removing-x"):
+        shutil.copytree("models/tiny", Path("checkpoint", name))
+        Path("checkpoint", name, "counter").write_text("counter_1")
+    shutil.copytree("models/tiny", "checkpoint/model")  # somebody put a model there
+    assert [run.name for run in gpt2.list_runs()] == ["a/b/c"]
+    shutil.copytree("checkpoint/a/b/c", "models/run")
+    assert [model.name for model in gpt2.list_models()] == ["tiny"]
+
+
+def test_a_file_in_the_place_of_the_folder_holds_nothing(workplace):
+    Path("checkpoint").write_text("no folder")
+    assert gpt2.list_runs() == []

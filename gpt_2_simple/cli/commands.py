@@ -33,6 +33,7 @@ from ..storage.settings import (
 )
 from ..training.settings import MEMORY as MEMORY_GROUP
 from ..training.settings import MemoryPlanSettings, PlotSettings, TrainingSettings
+from .folder_commands import MODELS, RUNS
 from .parser import PROGRAM, Command, Options
 from .plain_commands import (
     ADD_TOKENS,
@@ -532,6 +533,8 @@ COMMANDS = {
     "export": EXPORT,
     "import": IMPORT,
     "push": PUSH,
+    "runs": RUNS,
+    "models": MODELS,
 }
 
 # gpt-2-simple 0.8.1 had one list of flags for both its modes: finetune and generate accept each

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from datetime import datetime, timezone
-from glob import glob
 from typing import NamedTuple
 
 from ..common.folders import read_hparams
 from ..common.hparams import HParams
 from ..common.report import verbosity, warn
 from . import checkpoint, runs
+
+# A name with slashes, such as 'poems/short', lies so deep at most.
+MAX_DEPTH = 3
 
 
 class ModelInfo(NamedTuple):
@@ -65,7 +67,8 @@ def list_models(model_dir: str = "models") -> list[ModelInfo]:
     return [
         ModelInfo(name, hparams, _n_bytes(os.path.join(model_dir, name)))
         for name, hparams in _folders_with_hparams(model_dir)
-        if checkpoint.latest_checkpoint(os.path.join(model_dir, name))
+        if not _is_run(os.path.join(model_dir, name))
+        and checkpoint.latest_checkpoint(os.path.join(model_dir, name))
     ]
 
 
@@ -76,7 +79,9 @@ def list_runs(checkpoint_dir: str = "checkpoint") -> list[RunInfo]:
         checkpoint_dir: the folder that holds the runs. If there is none, there are no runs.
     """
     return [
-        _describe_run(checkpoint_dir, name) for name, _ in _folders_with_hparams(checkpoint_dir)
+        _describe_run(checkpoint_dir, name)
+        for name, _ in _folders_with_hparams(checkpoint_dir)
+        if _is_run(os.path.join(checkpoint_dir, name)) or not _has_model(checkpoint_dir, name)
     ]
 
 
@@ -106,13 +111,35 @@ def _describe_run(checkpoint_dir: str, name: str) -> RunInfo:
 
 def _folders_with_hparams(parent: str) -> Iterator[tuple[str, HParams]]:
     """Names, which may hold slashes, and sizes; a folder whose sizes cannot be read is told."""
-    # glob leaves out names that start with a dot: folders that are being made.
-    found = glob("**/hparams.json", root_dir=parent, recursive=True)
-    for name in sorted(map(os.path.dirname, found)):
+    for name in sorted(_names(parent)):
         try:
             yield name, read_hparams(os.path.join(parent, name))
         except (OSError, ValueError) as error:
             warn(f"{os.path.join(parent, name)} was left out: {error}")
+
+
+def _names(parent: str, above: str = "", depth: int = MAX_DEPTH) -> Iterator[str]:
+    try:
+        entries = os.listdir(os.path.join(parent, above))
+    except OSError:  # no folder, or one that is not ours to read
+        return
+    for entry in entries:
+        name = os.path.join(above, entry)
+        if entry.startswith("."):
+            continue  # a folder that is being made, or removed
+        if os.path.isfile(os.path.join(parent, name, "hparams.json")):
+            yield name
+        elif depth > 1 and os.path.isdir(os.path.join(parent, name)):
+            yield from _names(parent, name, depth - 1)
+
+
+def _is_run(folder: str) -> bool:
+    """Whether a run was trained there: gpt-2-simple 0.8.1 writes the counter, too."""
+    return os.path.isfile(os.path.join(folder, checkpoint.COUNTER))
+
+
+def _has_model(parent: str, name: str) -> bool:
+    return os.path.isfile(os.path.join(parent, name, f"{checkpoint.MODEL_CHECKPOINT}.index"))
 
 
 def _saved(prefix: str) -> datetime | None:
