@@ -27,15 +27,15 @@ def patience(monkeypatch):
 
 
 def children_of(pid):
-    """The processes that a process has started and that have not ended."""
+    """The workers that a process has started and that have not ended."""
     found = subprocess.run(
-        ["ps", "-A", "-o", "pid=,ppid=,stat=,comm="], capture_output=True, text=True
+        ["ps", "-A", "-ww", "-o", "pid=,ppid=,stat=,args="], capture_output=True, text=True
     )
     rows = [line.split(None, 3) for line in found.stdout.splitlines()]
     return [
         int(child)
         for child, parent, state, command in rows
-        if int(parent) == pid and not state.startswith("Z") and command != "ps"
+        if int(parent) == pid and not state.startswith("Z") and ".worker" in command
     ]
 
 

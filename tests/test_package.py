@@ -43,6 +43,7 @@ FUTURE_ROOMS = {"serving"}
 
 # Imports within functions, and the reason for each.
 FUNCTION_IMPORTS = {
+    ("__main__", "cli.program"),  # Ctrl-C while it is loaded is told in a line
     ("gpt_2", "cli.main"),  # points to a later layer: scripts call gpt_2.cmd()
     ("storage.create", "tensorflow"),  # wrong sizes are reported before TensorFlow is loaded
     ("storage.create", "model"),  # the same
@@ -371,7 +372,7 @@ def test_wheel_holds_every_module(dist):
         found = {n for n in archive.namelist() if n.startswith("gpt_2_simple/")}
         entry = archive.read(next(n for n in archive.namelist() if n.endswith("entry_points.txt")))
     assert found == package_files()
-    assert b"gpt_2_simple = gpt_2_simple.cli.main:main" in entry
+    assert b"gpt_2_simple = gpt_2_simple.__main__:run" in entry
 
 
 def test_sdist_holds_every_module(dist):

@@ -15,10 +15,11 @@ from .commands import COMMANDS, EXIT_INTERRUPTED, LEGACY_FLAGS
 from .parser import DEBUG_VARIABLE, PROGRAM, in_shell_words, parse
 
 EXIT_CLOSED_PIPE = 141  # what shells report for a program whose reader went away: `... | head`
+INTERRUPTED = "interrupted"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command, as the console script `gpt_2_simple` does.
+    """Runs one command, as the program `gpt_2_simple` does.
 
     Args:
         argv: the arguments after the program's name; None takes them from the process.
@@ -42,18 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse, after --help or wrong usage
         return int(stop.code or not is_printed)
     except KeyboardInterrupt:
-        complain(f"{PROGRAM}: interrupted")
+        complain(f"{PROGRAM}: {INTERRUPTED}")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         _discard_output()
         return EXIT_CLOSED_PIPE
     except Exception as error:
         message = _message(error)
-        wants_traceback = "--debug" in argv or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
-        if message is None or wants_traceback:
+        if message is None or wants_traceback(argv):
             raise
         complain(f"{PROGRAM}: error: {in_shell_words(message, COMMANDS, flags)}")
         return 1
+
+
+def wants_traceback(argv: Sequence[str]) -> bool:
+    """Whether the user asked to see all that goes on."""
+    return "--debug" in argv or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
 
 
 def _flush_output() -> bool:

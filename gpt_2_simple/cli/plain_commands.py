@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import ModuleType
 
+from ..common.stderr_filter import LOG_LEVEL
 from ..data.settings import EncodeCsvSettings, EncodeSettings
 from ..exchange.adapter_settings import MergeSettings
 from ..exchange.settings import ImportSettings, PushSettings
 from ..storage.settings import AddTokensSettings, CreateSettings, DownloadSettings
 from .parser import Command, Options
 
+# Within its block load_module() imports; a program has a block of its own for that.
+importing: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+
 
 def load_module(name: str) -> ModuleType:
     """Imports a module of the package, and TensorFlow with it if the module needs it."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its notes on CPU features help nobody here
-    return importlib.import_module(f"gpt_2_simple.{name}")
+    with importing():
+        os.environ.setdefault(LOG_LEVEL, "2")  # its notes on CPU features help nobody here
+        return importlib.import_module(f"gpt_2_simple.{name}")
 
 
 def pass_to(module: str, function: str) -> Callable[[Options], int]:

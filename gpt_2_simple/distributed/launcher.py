@@ -13,7 +13,6 @@ import dataclasses
 import errno
 import os
 import pickle
-import re
 import secrets
 import shutil
 import socket
@@ -28,6 +27,7 @@ from typing import IO, Annotated, Any, NamedTuple, cast
 
 from ..common.report import complain, say, verbosity
 from ..common.settings import Setting, fields_of, settings_function
+from ..common.stderr_filter import LOG_LEVEL, is_note, wants_notes
 from ..training.history import Entry
 from ..training.interruption import Interruption
 from ..training.settings import MEMORY, TrainingSettings
@@ -41,8 +41,6 @@ VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 MAX_TRIES = 3
 POLL_SECONDS = 0.2
 _SIGKILL = 9
-# What TensorFlow logs, which worker 0's process logs just as well.
-_TENSORFLOW_LOG = re.compile(r"[IWEF]\d{4} |WARNING: All log messages before absl|\d{4}-\d\d-\d\d ")
 # subprocess has the name on Windows alone.
 _NEW_PROCESS_GROUP = 0x200
 # How long the others may take to end after one worker has failed; worker 0 may be saving.
@@ -250,13 +248,14 @@ class _Worker:
             self.process.stdin.close()
 
     def _pump(self, stream: IO[bytes], is_error: bool) -> None:
-        """Passes on what the process prints: of worker 0 all, of the others what is no log."""
+        """Passes on what the process prints, but for TensorFlow's notes."""
         for raw in stream:
             line = raw.decode("utf-8", "replace").rstrip("\r\n")
             with contextlib.suppress(BrokenPipeError):
+                if is_error and is_note(line) and (self.job.index or not wants_notes()):
+                    continue
                 if self.job.index:
-                    if not _TENSORFLOW_LOG.match(line):
-                        complain(f"worker {self.job.index}: {line}")
+                    complain(f"worker {self.job.index}: {line}")
                 elif is_error:
                     complain(line)
                 else:
@@ -324,7 +323,7 @@ class _Workers:
         threads = -1 if gpus else max(1, _n_cores() // self.count)
         addresses = free_addresses(self.count)
         for index in range(self.count):
-            environment = {"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ, "PYTHONUNBUFFERED": "1"}
+            environment = {LOG_LEVEL: "2", **os.environ, "PYTHONUNBUFFERED": "1"}
             if self.count > 1:
                 environment[VARIABLE] = tf_config(addresses, index)
             if gpus:
