@@ -21,7 +21,7 @@ import pytest
 import tensorflow as tf
 
 from gpt_2_simple import gpt_2, model
-from gpt_2_simple.cli import commands, parser
+from gpt_2_simple.cli import commands, parser, plain_commands
 from gpt_2_simple.cli import main as cli
 from gpt_2_simple.common import published
 from gpt_2_simple.data import dataset
@@ -69,8 +69,9 @@ def calls(monkeypatch):
 
     Datasets and runs need not exist.
     """
-    monkeypatch.setattr(commands, "_check_datasets", lambda settings: None)
-    monkeypatch.setattr(commands, "run_folder", os.path.join)
+    monkeypatch.setattr(commands, "_check_files", lambda settings: None)
+    for name in ("run_folder", "model_folder"):
+        monkeypatch.setattr(plain_commands, name, os.path.join)
     calls = Calls()
     session = types.SimpleNamespace(close=lambda: calls.append(("close", {})))
     calls.results = {"start_tf_sess": session, "is_gpt2_downloaded": True}
@@ -542,7 +543,20 @@ def test_finetune_checks_the_run_before_it_downloads(calls, wrong, tmp_path, mon
         ("finetune here.txt --val_dataset missing.txt", "there is no dataset 'missing.txt'"),
         ("finetune missing.txt --model_name mine", "there is no dataset 'missing.txt'"),
         ("finetune missing.txt --ray local --workers 2", "there is no dataset 'missing.txt'"),
+        ("finetune here.txt --model_name mine", "no model in models/mine"),
+        ("finetune here.txt --model_name mine --workers 2", "no model in models/mine"),
         ("generate --run_name missing", "no run in checkpoint/missing"),
+        ("generate --model_name mine", "no model in models/mine"),
+        ("serve missing", "no run in checkpoint/missing"),
+        ("serve --model_name 124M --model_name mine", "no model in models/mine"),
+        ("quantize missing", "no run in checkpoint/missing"),
+        ("export missing", "no run in checkpoint/missing"),
+        ("export missing --format gguf", "no run in checkpoint/missing"),
+        ("export --model_name 124M", "no model in models/124M"),
+        ("push me/it --run_name missing", "no run in checkpoint/missing"),
+        ("merge missing", "no run in checkpoint/missing"),
+        ("add_tokens <a> --model_name mine", "no model in models/mine"),
+        ("plot missing", "no run in checkpoint/missing"),
         ("generate --top_p 3", "top_p"),
     ],
 )
@@ -1058,7 +1072,7 @@ for line in sys.argv[1:]:
 def test_tensorflow_is_imported_only_for_work():
     lines = [
         "--help", "finetune --help", "--version", "finetune", "download frobnicate",
-        "generate --model_name mine",
+        "generate --model_name 124M",
     ]  # fmt: skip
     done = python("-c", WITHOUT_TENSORFLOW, *lines, capture_output=True)
     assert re.findall(r"ended with (\d)", done.stdout) == list("000211")

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Annotated, Any, ClassVar
 
 from ..common.files import check_writable
-from ..common.folders import model_folder, read_hparams, run_folder
+from ..common.folders import model_folder, read_hparams
 from ..common.hparams import HParams
 from ..common.published import MODEL_NAMES, published_hparams
 from ..common.report import complain, progress, say, verbosity
@@ -44,6 +44,7 @@ from .plain_commands import (
     IMPORT,
     MERGE,
     PUSH,
+    check_weights,
     load_module,
 )
 
@@ -90,7 +91,7 @@ def _finetune(options: Options) -> int:
     if (address := options.pop("ray", None)) is not None:
         return _finetune_on_ray(options, address)
     settings = LaunchSettings(**options)  # wrong ones are told before a model is downloaded
-    _check_datasets(settings)
+    _check_files(settings)
     del options["workers"]
     workers = 1 if settings.workers == 1 else launcher.count_workers(settings.workers)
     check = functools.partial(_check_before_download, settings)
@@ -109,7 +110,7 @@ def _finetune_on_ray(options: Options, address: str) -> int:
     if options.get("workers") == launcher.AUTO:
         raise ValueError("workers='auto' is for this machine: give --ray a number of workers")
     settings = TrainingSettings(**_take(dict(options), fields_of(TrainingSettings)))
-    _check_datasets(settings)
+    _check_files(settings)
     check = functools.partial(_check_before_download, settings)
     downloads = load_module("storage.download")
     _ensure_model(downloads, settings.model_name, settings.model_dir, check)
@@ -118,11 +119,13 @@ def _finetune_on_ray(options: Options, address: str) -> int:
     return EXIT_INTERRUPTED if result.interrupted else 0
 
 
-def _check_datasets(settings: TrainingSettings) -> None:
-    """Raises what finetune() would raise for a missing dataset, before TensorFlow is imported."""
+def _check_files(settings: TrainingSettings) -> None:
+    """Raises what finetune() would raise for missing files, before TensorFlow is imported."""
     for dataset in (settings.dataset, settings.val_dataset):
         if dataset is not None:
             find_files(dataset)
+    if settings.model_name not in MODEL_NAMES:  # those are downloaded
+        model_folder(settings.model_dir, settings.model_name)
 
 
 def _check_before_download(settings: TrainingSettings) -> None:
@@ -200,8 +203,7 @@ def _generate(options: Options) -> int:
     load = _take(options, _NAMES_OF_WEIGHTS)
     named = LoadSettings(**load)
     settings = GenerationSettings(**options)  # wrong ones are told before a model is downloaded
-    if not named.model_name and named.adapter is None:
-        run_folder(named.checkpoint_dir, named.run_name)  # a missing run is told at once
+    check_weights(named, may_download=True)
     gpt2 = load_module("gpt_2")
     check = functools.partial(check_writable, os.path.dirname(output.path or "") or output.folder)
     _ensure_model(gpt2, named.model_name, named.model_dir, check)
@@ -347,6 +349,7 @@ GENERATE = Command(
 
 def _serve(options: Options) -> int:
     settings = ServeSettings(**options)  # wrong ones are told before a model is downloaded
+    check_weights(settings, may_download=True)
     gpt2 = load_module("gpt_2")
     for name in settings.model_name or ():
         _ensure_model(gpt2, name, settings.model_dir)
@@ -372,6 +375,7 @@ SERVE = Command(
 
 def _quantize(options: Options) -> int:
     settings = QuantizeSettings(**options)  # wrong ones are told before a model is downloaded
+    check_weights(settings, may_download=True)
     gpt2 = load_module("gpt_2")
     _ensure_model(gpt2, settings.model_name, settings.model_dir)
     gpt2.quantize(**options)
@@ -499,6 +503,7 @@ def _export(options: Options) -> int:
     foreign = [name for name in options if name not in fields_of(settings)]
     if foreign:
         raise ValueError(f"--format {form} has no {', '.join(f'--{name}' for name in foreign)}")
+    check_weights(settings(**options))
     getattr(load_module(f"exchange.{form}"), f"export_{form}")(**options)
     return 0
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
+from typing import Any
 
+from ..common.folders import model_folder, run_folder
+from ..common.published import MODEL_NAMES
 from ..common.stderr_filter import LOG_LEVEL
 from ..data.settings import EncodeCsvSettings, EncodeSettings
 from ..exchange.adapter_settings import MergeSettings
@@ -27,14 +30,52 @@ def load_module(name: str) -> ModuleType:
         return importlib.import_module(f"gpt_2_simple.{name}")
 
 
-def pass_to(module: str, function: str) -> Callable[[Options], int]:
-    """What runs a command: it calls a function of a module, and returns the exit status 0."""
+def check_weights(settings: Any, may_download: bool = False) -> None:
+    """Raises what loading would raise for a missing run or model, before TensorFlow is imported.
+
+    Args:
+        settings: they have run_name, model_name and their folders; a name may be several.
+        may_download: whether a published model may be missing.
+    """
+    if getattr(settings, "adapter", None) is not None:
+        return  # it names its model
+    for name in _names(settings.model_name):
+        if not (may_download and name in MODEL_NAMES):
+            model_folder(settings.model_dir, name)
+    if not settings.model_name or not isinstance(settings.run_name, str):
+        for name in _names(settings.run_name):
+            run_folder(settings.checkpoint_dir, name)
+
+
+def _names(name: str | Sequence[str] | None) -> Sequence[str]:
+    return [name] if isinstance(name, str) else name or ()
+
+
+def pass_to(
+    module: str, function: str, check: Callable[[Options], object] = lambda options: None
+) -> Callable[[Options], int]:
+    """What runs a command: it calls a function of a module, and returns the exit status 0.
+
+    `check` raises what the function would raise, before the module is imported.
+    """
 
     def run(options: Options) -> int:
+        check(options)
         getattr(load_module(module), function)(**options)
         return 0
 
     return run
+
+
+def _check_merge(options: Options) -> None:
+    settings = MergeSettings(**options)
+    if settings.adapter is None:
+        run_folder(settings.checkpoint_dir, settings.run_name)
+
+
+def _check_add_tokens(options: Options) -> None:
+    settings = AddTokensSettings(**options)
+    model_folder(settings.model_dir, settings.model_name)
 
 
 IMPORT = Command(
@@ -49,7 +90,7 @@ IMPORT = Command(
 )
 
 PUSH = Command(
-    run=pass_to("exchange.push", "push_to_hub"),
+    run=pass_to("exchange.push", "push_to_hub", lambda o: check_weights(PushSettings(**o))),
     summary="Export a run or a model, and upload it to the Hugging Face hub.",
     examples=("gpt_2_simple push me/my-model --run_name run1",),
     settings=[PushSettings],
@@ -79,7 +120,7 @@ CREATE = Command(
 )
 
 ADD_TOKENS = Command(
-    run=pass_to("storage.add_tokens", "add_tokens"),
+    run=pass_to("storage.add_tokens", "add_tokens", _check_add_tokens),
     summary="Make a copy of a model whose vocabulary has more tokens, for finetune to start from.",
     examples=(
         "gpt_2_simple add_tokens '<speaker>' '<scene>' --model_name 124M --new_model_name plays",
@@ -89,7 +130,7 @@ ADD_TOKENS = Command(
 )
 
 MERGE = Command(
-    run=pass_to("exchange.adapters", "merge_adapter"),
+    run=pass_to("exchange.adapters", "merge_adapter", _check_merge),
     summary="Merge the adapter that a run trained (LoRA) into its model, as a new run.",
     examples=(
         "gpt_2_simple merge run1",
