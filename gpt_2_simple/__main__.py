@@ -1,5 +1,6 @@
 """The command line as a program: `gpt_2_simple`, or `python -m gpt_2_simple`."""
 
+# PYTHON_ARGCOMPLETE_OK
 from __future__ import annotations
 
 import sys

@@ -58,6 +58,7 @@ FUNCTION_IMPORTS = {
     ("serving.play", "google.colab"),  # the same
     ("serving.play", "IPython.display"),  # there only in notebooks
     ("distributed.launcher", "training.trainer"),  # TensorFlow, for the result alone
+    ("cli.completion", "argcomplete"),  # an extra
     ("serving.server", "resource"),  # Windows has none
 }
 

@@ -20,7 +20,7 @@ from ..storage.listing import ModelInfo, RunInfo, list_models, list_runs
 from .parser import Command, Options
 
 LIST, SHOW, REMOVE, RENAME = "list", "show", "rm", "rename"
-_ACTIONS = {LIST: 0, SHOW: 1, REMOVE: None, RENAME: 2}  # and how many names follow
+ACTIONS = {LIST: 0, SHOW: 1, REMOVE: None, RENAME: 2}  # and how many names follow
 _USAGE = "'list', 'show NAME', 'rm NAME ...' or 'rename OLD NEW'"
 
 WHAT, FOLDERS = "what to do", "folders"
@@ -43,8 +43,8 @@ class RunsSettings(Settings):
         """Raises ValueError for a wrong action."""
         super().__post_init__()
         action, *names = self.words
-        n_names = _ACTIONS.get(action, 0)
-        is_known = action in _ACTIONS and all(names)
+        n_names = ACTIONS.get(action, 0)
+        is_known = action in ACTIONS and all(names)
         if not is_known or (len(names) != n_names if n_names is not None else not names):
             raise ValueError(f"{' '.join(self.words)!r} must be {_USAGE}")
 

@@ -12,6 +12,7 @@ from typing import Any
 from ..common.errors import first_line
 from ..common.report import complain
 from .commands import COMMANDS, EXIT_INTERRUPTED, LEGACY_FLAGS
+from .completion import complete
 from .parser import DEBUG_VARIABLE, PROGRAM, in_shell_words, parse
 
 EXIT_CLOSED_PIPE = 141  # what shells report for a program whose reader went away: `... | head`
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             with _one_line_warnings():
-                command, options = parse(COMMANDS, argv, LEGACY_FLAGS)
+                command, options = parse(COMMANDS, argv, LEGACY_FLAGS, complete)
                 flags = command.flags
                 status = command.run(options)
         finally:

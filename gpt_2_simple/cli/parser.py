@@ -83,7 +83,10 @@ SHARED_BY_0_8_1 = ("finetune", "generate")
 
 
 def parse(
-    commands: Mapping[str, Command], argv: Sequence[str], legacy_flags: Sequence[str]
+    commands: Mapping[str, Command],
+    argv: Sequence[str],
+    legacy_flags: Sequence[str],
+    complete: Callable[[argparse.ArgumentParser, Mapping[str, Command]], object] = lambda *_: None,
 ) -> tuple[Command, Options]:
     """Reads a command line.
 
@@ -91,6 +94,8 @@ def parse(
         commands: by name.
         argv: the arguments after the program's name.
         legacy_flags: the flags that finetune and generate both accept, though only one uses them.
+        complete: is called with the parser first, and ends the process if the shell asked for
+            completions.
 
     Returns:
         The command, and what was given for it by name.
@@ -98,7 +103,9 @@ def parse(
     Raises:
         SystemExit: after --help or --version (0), or wrong usage (2), which is then told.
     """
-    given = vars(_parser(commands, legacy_flags).parse_args(_command_first(argv)))
+    argument_parser = _parser(commands, legacy_flags)
+    complete(argument_parser, commands)
+    given = vars(argument_parser.parse_args(_command_first(argv)))
     name, parser, words = given.pop("name"), given.pop("subparser"), given.pop("words")
     del given["debug"]
     command = commands[name]
