@@ -1,6 +1,6 @@
 # `make demo` trains a small model and generates from it. `make test` runs the tests.
-# `make check` runs ruff and mypy. `make test PYTHON=python3.13` does it with another Python, in an
-# environment of its own, .venv-3.13.
+# `make check` runs ruff and mypy, and builds the documentation's site. `make test PYTHON=python3.13`
+# does it with another Python, in an environment of its own, .venv-3.13.
 PYTHON ?= python3
 ifneq ($(filter python3.%, $(PYTHON)),)
 # Where pyenv provides python3.13, it runs only when this variable names its version.
@@ -26,7 +26,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 $(BIN)/.ready: pyproject.toml setup.py
 	$(RUN_PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,docs]"
 	touch $@
 
 demo: $(BIN)/.ready
@@ -42,6 +42,7 @@ check: $(BIN)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python docs/build_site.py
 
 format: $(BIN)/.ready
 	$(BIN)/ruff check --fix .
