@@ -8,6 +8,7 @@ import ast
 import functools
 import importlib
 import inspect
+import os
 import re
 import shlex
 import shutil
@@ -17,12 +18,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from reference import TRANSFORMERS
 
 import gpt_2_simple as gpt2
-from gpt_2_simple.cli.commands import COMMANDS
+from gpt_2_simple.cli.commands import COMMANDS, LEGACY_FLAGS
 from gpt_2_simple.cli.main import main
+from gpt_2_simple.cli.parser import parse
 
 ROOT = Path(__file__).parent.parent
+REFERENCE = os.environ.get(TRANSFORMERS)
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
@@ -246,6 +250,138 @@ def test_settings_tables_name_parameters_with_their_defaults():
             assert name in parameters, (function, setting)
             if equals:
                 assert ast.literal_eval(value) == parameters[name].default, (function, setting)
+
+
+# A table's cells: what is escaped does not end one.
+CELL = re.compile(r"(?<!\\)\|")
+SPAN = re.compile(r"`([^`]+)`")
+
+
+class Row(NamedTuple):
+    """A row of a table: its cells by their headings."""
+
+    cells: dict[str, str]
+
+    def spans(self, heading):
+        return [span.replace("\\|", "|") for span in SPAN.findall(self.cells[heading])]
+
+
+def rows_of(text):
+    """The rows of all tables of a document's prose."""
+    heading = None
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in CELL.split(line)[1:-1]]
+        if not cells:
+            heading = None
+        elif heading is None:
+            heading = cells
+        elif set(line) - set("|-"):
+            yield Row(dict(zip(heading, cells, strict=True)))
+
+
+def check_calls(code):
+    """Fails if code calls a public function that is not there, or with other arguments than it has.
+
+    Returns the number of calls of public functions.
+    """
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    for call in calls:
+        name = ast.unparse(call.func).removeprefix("gpt2.")
+        assert name in gpt2.__all__, code
+        signature = inspect.signature(getattr(gpt2, name))
+        signature.bind(*call.args, **{keyword.arg: keyword.value for keyword in call.keywords})
+    return len(calls)
+
+
+def check_command(line):
+    """Fails if the command line does not take a command."""
+    program, *arguments = shlex.split(line)
+    assert program == "gpt_2_simple", line
+    try:
+        parse(COMMANDS, arguments, LEGACY_FLAGS)
+    except SystemExit:
+        raise AssertionError(f"wrong usage: {line}") from None
+
+
+def is_shell(code):
+    return code.startswith("gpt_2_simple ")
+
+
+def test_calls_beside_those_of_other_libraries_are_right():
+    rows = [row for row in rows_of(prose_of(ROOT / "docs/coming_from.md")) if "here" in row.cells]
+    assert len(rows) >= 40
+    for row in rows:
+        for code in row.spans("here"):
+            if is_shell(code):
+                check_command(code)
+            elif not check_calls(code):
+                assert code in gpt2.__all__ or code == "length", code
+        for code in row.spans("there"):  # 0.8.1's names are ours
+            if is_shell(code):
+                check_command(code)
+            elif code.startswith("gpt2."):
+                check_calls(code)
+
+
+def arguments_beside_others():
+    """(their function, our function, the row) of each row that compares arguments."""
+    for row in rows_of(prose_of(ROOT / "docs/coming_from.md")):
+        headings = [re.fullmatch(r"argument of `([\w.]+)`", heading) for heading in row.cells]
+        if headings[0] and headings[1]:
+            yield headings[0][1], headings[1][1], row
+
+
+def test_arguments_beside_those_of_other_libraries_have_their_defaults():
+    compared = list(arguments_beside_others())
+    assert {ours for _, ours, _ in compared} == {"finetune", "generate"}
+    for _, ours, row in compared:
+        parameters = inspect.signature(getattr(gpt2, ours)).parameters
+        settings = row.spans(f"argument of `{ours}`")
+        assert settings, row
+        for setting in settings:
+            name, equals, value = setting.partition("=")
+            assert parameters[name].default == (ast.literal_eval(value) if equals else None), row
+        for code in row.spans("difference"):
+            check_calls(code if "(" in code or "=" not in code else f"{ours}(0, 0, {code})")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "gpt2.finetunes(sess)",
+        "gpt2.finetune(sess, 'text.txt', stepz=3)",
+        "gpt2.finetune()",
+        "gpt2.generate(sess, prefix='a', prefix_file='b')[0]",
+        "load_gpt2(sess, best=True)",
+    ],
+)
+def test_a_wrong_call_in_a_table_fails(code):
+    with pytest.raises((AssertionError, TypeError)):
+        check_calls(code)
+
+
+@pytest.mark.parametrize("line", ["gpt_2_simple tune text.txt", "gpt_2_simple generate --n 3"])
+def test_a_wrong_command_in_a_table_fails(line):
+    with pytest.raises(AssertionError):
+        check_command(line)
+
+
+@pytest.mark.transformers
+@pytest.mark.skipif(not REFERENCE, reason=f"{TRANSFORMERS} names no Python with transformers")
+def test_arguments_of_transformers_are_there():
+    theirs = {"TrainingArguments": set(), "model.generate": set()}
+    for function, _, row in arguments_beside_others():
+        if function in theirs:
+            spans = row.spans(f"argument of `{function}`")
+            theirs[function] |= {span.partition("=")[0] for span in spans if "(" not in span}
+    code = (
+        "import inspect, transformers as t\n"
+        "training = set(inspect.signature(t.TrainingArguments).parameters)\n"
+        "generating = {*t.GenerationConfig().to_dict(), 'assistant_model'}\n"
+        f"print({theirs['TrainingArguments']} - training, {theirs['model.generate']} - generating)"
+    )
+    result = subprocess.run([REFERENCE, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["set()", "set()"]
 
 
 def test_the_readme_is_short_and_names_every_function_and_command():
