@@ -384,6 +384,80 @@ def test_arguments_of_transformers_are_there():
     assert result.stdout.split() == ["set()", "set()"]
 
 
+# Modules whose errors and warnings all have an entry in docs/troubleshooting.md, if they have words
+# of their own.
+EXPLAINED = [
+    "common/folders.py", "common/locks.py", "data/tables.py", "data/text_files.py",
+    "serving/api.py", "serving/guard.py", "serving/launch.py", "serving/server.py", "session.py",
+    "storage/adapter_base.py", "storage/checkpoint.py", "storage/checkpoint_manager.py",
+    "storage/load.py", "storage/runs.py", "training/lora.py", "training/memory_plan.py",
+    "training/run_logger.py", "training/trainer.py",
+]  # fmt: skip
+# The section of docs/troubleshooting.md with messages that are not this library's.
+FOREIGN = "## TensorFlow"
+HOLE = "…"
+
+
+def text_of(node):
+    """A string of the source, or None: what is filled in is a hole, and holes in a row are one."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        parts = [v.value if isinstance(v, ast.Constant) else HOLE for v in node.values]
+        return re.sub(f"{HOLE}+", HOLE, "".join(parts))
+    return None
+
+
+@functools.cache
+def source_of(path):
+    return ast.parse((ROOT / "gpt_2_simple" / path).read_text(encoding="utf-8"))
+
+
+def messages_of(path):
+    """The errors and warnings that a module raises with words of its own."""
+    for node in ast.walk(source_of(path)):
+        call = node.exc if isinstance(node, ast.Raise) else node
+        if not isinstance(call, ast.Call):
+            continue
+        is_warning = ast.unparse(call.func) in ("warn", "report.warn", "report.warnings.append")
+        if call is not node or is_warning:
+            texts = map(text_of, call.args)
+            yield from (text for text in texts if text and re.search(r"[a-z]{3}", text))
+
+
+@functools.cache
+def strings_of_the_package():
+    """All strings of the source but docstrings."""
+    found = set()
+    for path in sorted((ROOT / "gpt_2_simple").rglob("*.py")):
+        tree = source_of(path.relative_to(ROOT / "gpt_2_simple"))
+        docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        found |= {text_of(node) for node in ast.walk(tree) if id(node) not in docs}
+    return found - {None}
+
+
+@functools.cache
+def entries():
+    """The first words of messages that docs/troubleshooting.md explains."""
+    sections = prose_of(ROOT / "docs/troubleshooting.md").split("\n## ")
+    own = [section for section in sections if f"## {section}".split("\n")[0] != FOREIGN]
+    assert len(own) == len(sections) - 1
+    return [words for section in own for row in rows_of(section) for words in row.spans("message")]
+
+
+@pytest.mark.parametrize("words", entries())
+def test_a_message_of_the_troubleshooting_page_is_in_the_source(words):
+    assert [text for text in strings_of_the_package() if text.startswith(words)]
+
+
+@pytest.mark.parametrize("path", EXPLAINED)
+def test_the_troubleshooting_page_explains_every_message_of_a_module(path):
+    messages = list(messages_of(path))
+    assert messages
+    missing = [text for text in messages if not text.startswith(tuple(entries()))]
+    assert missing == []
+
+
 def test_the_readme_is_short_and_names_every_function_and_command():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(readme.splitlines()) <= 150
