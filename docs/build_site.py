@@ -31,6 +31,8 @@ LOADED = re.compile(
     r"""|<link\s(?![^>]*rel=["']?(?:canonical|prev|next))[^>]*?href=["']?([^"'\s>]+)"""
 )
 LOADED_BY_CSS = re.compile(r"""(?:url\(|@import\s+)["']?([^"'\s)]+)""")
+TABLE_ROW = re.compile(r"^\|.*$", re.MULTILINE)
+CODE = re.compile(r"`[^`]+`")
 COLOR = re.compile(r"\x1b\[[0-9;]*m")
 ELSEWHERE = re.compile(r"(?:[a-z]+:)?//", re.IGNORECASE)
 
@@ -49,6 +51,11 @@ def public_functions() -> dict[str, list[str]]:
     return dict(found)
 
 
+def with_plain_code(row: re.Match[str]) -> str:
+    """A table's row with `|` as it is in code, where GitHub wants it escaped."""
+    return CODE.sub(lambda code: code[0].replace("\\|", "|"), row[0])
+
+
 def lay_out(folder: Path) -> None:
     """Puts the site's configuration and the sources of its pages into an empty folder."""
     pages = folder / "pages"
@@ -59,6 +66,9 @@ def lay_out(folder: Path) -> None:
         (pages / part).mkdir()
         for path in (ROOT / part).glob(names):
             shutil.copy(path, pages / part)
+    for path in pages.rglob("*.md"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(TABLE_ROW.sub(with_plain_code, text), encoding="utf-8")
     (pages / "reference").mkdir()
     for part, functions in public_functions().items():
         entries = "".join(f"::: {name}\n\n" for name in functions)

@@ -79,6 +79,8 @@ def test_the_site_is_built_and_shows_the_settings_of_a_function(folder, build_si
     assert 'id="gpt_2_simple.finetune"' in page
     assert "Steps between checkpoints." in page  # stated in training/settings.py only
     assert (folder / "site" / "examples" / "jokes.py").is_file()
+    page = (folder / "site" / "docs" / "coming_from.html").read_text(encoding="utf-8")
+    assert '<code>gpt2.generate(sess, stop_token="&lt;|endoftext|&gt;")</code></td>' in page
 
 
 @pytest.mark.parametrize(
