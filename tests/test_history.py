@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -99,6 +100,33 @@ def test_plot_is_a_png_and_keeps_the_matplotlib_backend(run):
     assert gpt2.plot_history("mine", str(run.parent), elsewhere) == elsewhere
     with open(elsewhere, "rb") as file:
         assert file.read(4) == b"\x89PNG"
+
+
+def test_plot_shows_beginnings_of_samples(run, monkeypatch):
+    """Letters that the font lacks are replaced, as matplotlib would warn of each."""
+    figure = pytest.importorskip("matplotlib.figure")
+    monkeypatch.chdir(run.parent)
+    for step in (1, 2, 3, 999):
+        Path("samples", "mine").mkdir(parents=True, exist_ok=True)
+        text = f"======== SAMPLE 1 ========\n ${step} a\n\u6771 {'word ' * 50}\n\n======== SAMPLE 2"
+        Path("samples", "mine", f"samples-{step + 1}").write_text(text, encoding="utf-8")
+    Path("samples", "mine", "samples-x").write_text("no number")
+    drawn = []
+    save = figure.Figure.savefig
+    monkeypatch.setattr(
+        figure.Figure,
+        "savefig",
+        lambda self, *args, **kw: drawn.append(self) or save(self, *args, **kw),
+    )
+    gpt2.plot_history("mine", str(run.parent))
+    lines = [text.get_text() for text in drawn[0].axes[2].texts]
+    assert [line[:16] for line in lines] == [f"step {s}: ${s} a ? w" for s in (1, 2, 3)]
+    assert all(len(line) < 120 and line.endswith("\u2026") for line in lines)
+
+
+def test_plot_shows_at_most_five_samples_and_the_last():
+    shown = history._spread({step: "" for step in range(100)})
+    assert list(shown) == [0, 25, 50, 74, 99]
 
 
 def test_plot_without_matplotlib_names_the_extra(run, monkeypatch):

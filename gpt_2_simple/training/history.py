@@ -7,10 +7,12 @@ above it no longer count.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +24,9 @@ from .settings import PlotSettings
 
 HISTORY = "history.jsonl"
 PLOT = "history.png"
+SAMPLES_FOLDER = "samples"  # below the current folder, with a folder for each run
+# Of the samples, so many are shown in the plot, with so many characters.
+MAX_SAMPLES, SAMPLE_CHARS = 5, 100
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -135,13 +140,27 @@ def smoothed(losses: Sequence[float]) -> list[float]:
     return averages
 
 
-def plot(entries: Sequence[Entry], path: str, title: str) -> None:
+def read_samples(run_name: str) -> dict[int, str]:
+    """The first text of each sample that a run wrote below the current folder, by its step."""
+    found = {}
+    for path in Path(SAMPLES_FOLDER, run_name).glob("samples-*"):
+        with contextlib.suppress(OSError, ValueError):
+            step = int(path.name.removeprefix("samples-")) - 1  # the name is gpt-2-simple 0.8.1's
+            text = path.read_text("utf-8", errors="replace").partition("\n")[2]
+            found[step] = text.partition("\n======== SAMPLE ")[0]
+    return found
+
+
+def plot(
+    entries: Sequence[Entry], path: str, title: str, samples: Mapping[int, str] | None = None
+) -> None:
     """Draws losses and learning rate over the steps into a PNG file.
 
     Args:
         entries: from read_history(), at least one.
         path: the file to write.
         title: over the plot.
+        samples: texts by their steps; the beginnings of some stand below the plot.
 
     Raises:
         ImportError: matplotlib is not there; says how to install it.
@@ -151,9 +170,23 @@ def plot(entries: Sequence[Entry], path: str, title: str) -> None:
     except ImportError as error:
         raise ImportError("plotting needs matplotlib: pip install 'gpt_2_simple[plot]'") from error
     # A Figure of its own, not pyplot's: no window, and the caller's backend stays as it is.
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     steps = [entry.step for entry in entries]
+    shown = _spread({step: text for step, text in (samples or {}).items() if step in steps})
+    height = 0.25 * len(shown)  # inches
+    figure = Figure(figsize=(8, 6 + height), layout="constrained")
+    rows = figure.subplots(3, 1, height_ratios=(4.5, 1.5, max(height, 0.01)))
+    upper, lower, texts = rows
+    lower.sharex(upper)
+    upper.tick_params(labelbottom=False)
+    texts.axis("off")
+    for number, (step, text) in enumerate(shown.items()):
+        upper.axvline(step, color="gray", linestyle=":", linewidth=1)
+        line = f"step {step}: {_beginning(text)}"
+        y = 1 - (number + 0.5) / len(shown)
+        texts.text(
+            0, y, line, fontsize=9, verticalalignment="center", parse_math=False,
+            transform=texts.transAxes, in_layout=False,
+        )  # fmt: skip
     losses = [entry.loss for entry in entries]
     upper.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="loss")
     upper.plot(steps, smoothed(losses), color="tab:blue", label="loss, averaged")
@@ -174,6 +207,25 @@ def plot(entries: Sequence[Entry], path: str, title: str) -> None:
     lower.set_ylim(bottom=0)
     lower.grid(alpha=0.3)
     figure.savefig(path, format="png", dpi=120)
+
+
+def _spread(samples: dict[int, str]) -> dict[int, str]:
+    """At most MAX_SAMPLES of them, spread evenly, the last one among them."""
+    steps = sorted(samples)
+    if len(steps) > MAX_SAMPLES:
+        last = len(steps) - 1
+        steps = [steps[round(i * last / (MAX_SAMPLES - 1))] for i in range(MAX_SAMPLES)]
+    return {step: samples[step] for step in steps}
+
+
+def _beginning(text: str) -> str:
+    """A text's first words on one line, in letters that matplotlib's own font has."""
+    line = " ".join(text.split())
+    if len(line) > SAMPLE_CHARS:
+        line = line[: SAMPLE_CHARS - 1] + "\u2026"
+    return "".join(
+        c if c.isprintable() and (c < "\u0590" or "\u2010" <= c <= "\u203a") else "?" for c in line
+    )
 
 
 def _check_replaceable(path: str) -> None:
@@ -215,6 +267,6 @@ def plot_history(settings: PlotSettings) -> str:
         raise ValueError(f"the history in {folder} is empty: nothing was logged yet")
     path = os.path.join(folder, PLOT) if settings.path is None else settings.path
     _check_replaceable(path)
-    plot(entries, path, settings.run_name)
+    plot(entries, path, settings.run_name, read_samples(settings.run_name))
     show(path)
     return path

@@ -31,8 +31,6 @@ from .settings import TrainingSettings
 from .step import build_train_ops
 from .validation import Validation
 
-SAMPLES_FOLDER = "samples"
-
 # float16: so many skipped steps in a row at a loss scale of 1, the lowest, end a training.
 MAX_UNSCALED_SKIPS = 5
 
@@ -127,7 +125,9 @@ class Trainer:
         self.folder, self.start = folder, start
         # The current folder may change meanwhile.
         self._start_path = os.path.abspath(start.checkpoint)
-        self._samples_folder = os.path.abspath(os.path.join(SAMPLES_FOLDER, settings.run_name))
+        self._samples_folder = os.path.abspath(
+            os.path.join(history.SAMPLES_FOLDER, settings.run_name)
+        )
         window = training_window(data.chunks, settings, state.hparams.n_ctx)
         self.adapter = lora.attach_adapter(sess, state, settings, folder, start.base)
         self.ops = build_train_ops(state, settings.step, window)
