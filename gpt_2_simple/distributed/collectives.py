@@ -104,28 +104,28 @@ class Collectives:
         Returns:
             The operations that write the sums.
         """
-        done: list[tf.Operation] = []
         sums: list[tf.Operation] = []
-        last_writes: dict[str, list[tf.Operation]] = {}
+        writes: dict[str, list[tf.Operation]] = {}
         for piece in _pieces(variables):
             device = piece[0].variable.device
             # A piece is joined while the one before it travels, and not earlier: if sums are slower
             # than the backward pass, all gradients would come to be there twice.
             with tf.control_dependencies(sums[-2:-1]), tf.device(device):
-                values = [
-                    part.read([*written(part.variable), *last_writes.get(part.variable.name, [])])
-                    for part in piece
-                ]
+                values = [part.read(written(part.variable)) for part in piece]
                 joined = values[0] if len(values) == 1 else tf.concat(values, axis=0)
             summed = self.sum(joined, device)
             sums.append(summed.op)
             start = 0
             for part in piece:
                 with tf.device(device):
-                    written_now = part.write(summed[start : start + part.size])
-                last_writes[part.variable.name] = [written_now]
-                done.append(written_now)
+                    write = part.write(summed[start : start + part.size])
+                writes.setdefault(part.variable.name, []).append(write)
                 start += part.size
+        done = []
+        for variable in variables:
+            # TensorFlow copies a variable in each read once a part of it was written.
+            with tf.control_dependencies(writes[variable.name]), tf.device(variable.device):
+                done.append(tf.raw_ops.DisableCopyOnRead(resource=variable.handle))
         return done
 
     def broadcast(
@@ -257,11 +257,15 @@ class _Rows(NamedTuple):
         return (self.end - self.start) * math.prod(self.variable.shape.as_list()[1:])
 
     def read(self, after: Sequence[tf.Operation]) -> tf.Tensor:
-        """Their numbers, flat, as they are after some operations."""
+        """A copy of their numbers, flat, as they are after some operations.
+
+        A slice of the whole value would hold the variable's memory, and a write would copy it.
+        """
         with tf.control_dependencies(after):
-            value = self.variable.read_value()
-        if self.end - self.start < self.variable.shape.as_list()[0]:
-            value = value[self.start : self.end]
+            value = tf.raw_ops.ResourceGather(
+                resource=self.variable.handle, indices=tf.range(self.start, self.end),
+                dtype=self.variable.dtype,
+            )  # fmt: skip
         return tf.reshape(value, [-1])
 
     def write(self, values: tf.Tensor) -> tf.Operation:
