@@ -208,6 +208,116 @@ def test_explore_finetuning_compares_models_texts_and_settings(execute):
     assert printed(code[5]).count("-> The ") == 5
 
 
+def replace_fields(source, **fields):
+    """A form's source with other values in its fields."""
+    for name, value in fields.items():
+        source, count = re.subn(
+            rf"(?m)^{name} = .*?(?=  # @param)", lambda _, n=name, v=value: f"{n} = {v!r}", source
+        )
+        assert count == 1, name
+    return source
+
+
+@pytest.fixture
+def colab(tmp_path, monkeypatch):
+    """Runs cells of the notebook for Colab in a kernel; the Drive is a folder.
+
+    It takes (number of the code cell, other values of its fields) and returns the cells with their
+    outputs.
+    """
+    pytest.importorskip("ipykernel")
+    pytest.importorskip("matplotlib")
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    drive, modules = tmp_path / "MyDrive", tmp_path / "modules"
+    (modules / "google" / "colab").mkdir(parents=True)
+    (modules / "google" / "colab" / "__init__.py").write_text("")
+    (modules / "google" / "colab" / "drive.py").write_text(
+        f"import os\ndef mount(place): os.makedirs({str(drive)!r}, exist_ok=True)\n"
+    )
+    (modules / "google" / "colab" / "files.py").write_text("def upload(): return {}\n")
+    path = [str(REPOSITORY), str(modules), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
+    monkeypatch.chdir(tmp_path)
+    gpt2.create_gpt2(
+        model_name="tiny", model_dir=str(drive / "gpt2" / "models"), n_layer=1, n_head=1, n_embd=8,
+        n_ctx=32,
+    )  # fmt: skip
+    (drive / "gpt2" / "text.txt").write_text("A text to learn. " * 50)
+
+    def run_cells(*cells):
+        notebook = nbformat.read(EXAMPLES / "colab.ipynb", as_version=4)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        assert len(code) == 4
+        notebook.cells = []
+        for number, fields in cells:
+            source = replace_fields(code[number - 1].source, **fields)
+            source = source.replace('"/content/drive/MyDrive"', repr(str(drive)))
+            notebook.cells.append(nbformat.v4.new_code_cell(source))
+        place = {"metadata": {"path": str(tmp_path)}}
+        nbclient.NotebookClient(notebook, timeout=300, resources=place, allow_errors=True).execute()
+        return notebook.cells
+
+    return run_cells
+
+
+FIELDS = {"select_model": "tiny", "number_of_steps": 12, "sample_every": 5, "save_every": 5}
+
+
+def error_of(cell):
+    """What a cell shows of the error that ended it."""
+    return ["".join(o.traceback) for o in cell.outputs if o.output_type == "error"]
+
+
+def test_colab_form_trains_on_the_drive_and_goes_on_after_a_disconnect(colab, tmp_path):
+    few = {"length": 5, "number_of_texts": 2}
+    cells = colab((2, {}), (3, FIELDS), (4, few))
+    assert [error_of(cell) for cell in cells] == [[], [], []]
+    assert (tmp_path / "MyDrive/gpt2/checkpoint/run1/model-12.index").is_file()
+    assert (tmp_path / "MyDrive/gpt2/samples/run1").is_dir()
+    assert any("image/png" in output.get("data", {}) for output in cells[1].outputs)
+    assert "The" in printed(cells[2])
+    # Another machine: the run has the steps it was to have.
+    again = FIELDS | {"number_of_steps": 15}
+    cells = colab(
+        (2, {}), (3, FIELDS), (3, again), (3, again | {"restore_from": "Fresh"}), (4, few)
+    )
+    assert "run run1: step 12" in printed(cells[0])
+    assert error_of(cells[1]) == [
+        "number_of_steps: run1 has 12 steps already; give more, or restore_from Fresh"
+    ]
+    assert "Loading checkpoint checkpoint/run1/model-12" in printed(cells[2])
+    assert "Saving checkpoint/run1/model-15" in printed(cells[2])
+    assert "Loading checkpoint models/tiny/model.ckpt" in printed(cells[3])
+    assert error_of(cells[4]) == []
+
+
+def test_colab_form_tells_wrong_values_in_their_cell(colab):
+    wrong = [
+        (2, {"working_folder": "../x"}, "working_folder: '../x' must be a name"),
+        (2, {"use_google_drive": True}, None),
+        (3, {"number_of_steps": 0}, "number_of_steps: 0 must be above 0"),
+        (3, {"sample_every": -1}, "sample_every: -1 must be 0"),
+        (3, {"save_every": 0}, "save_every: 0 must be above 0"),
+        (3, {"session_name": ""}, "session_name: '' must be a name"),
+        (3, {"training_data": "x.txt"}, "training_data: there is no 'x.txt' in "),
+        (3, {"select_model": "125M"}, "model_name='125M'"),
+        (3, {"restore_from": "Last"}, "restore_from: 'Last': give Latest or Fresh"),
+        (4, {"session_to_load": "run9"}, "no run in checkpoint/run9"),
+        (3, FIELDS, None),
+        (4, {"temperature": -1}, "temperature=-1"),
+        (4, {"number_of_texts": 0}, "nsamples=0"),
+    ]
+    cells = colab(*((number, fields) for number, fields, _ in wrong))
+    for (_, fields, told), cell in zip(wrong, cells, strict=True):
+        error = error_of(cell)
+        if told is None:
+            assert error == [], fields
+        else:
+            (sentence,) = error
+            assert sentence.startswith(told), fields
+            assert "Traceback" not in sentence
+
+
 def test_notebook_runs_in_a_kernel(execute, tmp_path):
     notebook, code = execute("finetune.ipynb", STEPS=7)
     assert (tmp_path / "checkpoint/notebook/model-7.index").is_file()
