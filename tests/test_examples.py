@@ -208,6 +208,19 @@ def test_explore_finetuning_compares_models_texts_and_settings(execute):
     assert printed(code[5]).count("-> The ") == 5
 
 
+def test_large_model_on_small_cards_fits_and_trains(execute, tmp_path):
+    _, code = execute("large_on_a_small_card.ipynb", STEPS=2)
+    fits = re.findall(r"(\d+) GB: needs ([\d.]+) of ([\d.]+) GB", printed(code[2]))
+    assert [int(card) for card, _, _ in fits] == [16, 8, 6]
+    assert all(float(need) < float(room) for _, need, room in fits)
+    assert (tmp_path / "checkpoint/card_16/model-2.index").is_file()
+    assert (tmp_path / "checkpoint/card_6/adapter-2/adapter_config.json").is_file()
+    assert "\nThe" in printed(code[4])
+    saved = re.findall(r"([\d,]+) MB less with", printed(code[5]))
+    assert len(saved) == 3
+    assert all(int(mb.replace(",", "")) > 100 for mb in saved)
+
+
 def replace_fields(source, **fields):
     """A form's source with other values in its fields."""
     for name, value in fields.items():
