@@ -7,12 +7,17 @@ import signal
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
+import hypothesis
 import pytest
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_ctx": 32}
 
 TEXT = "".join(f"{n} green bottles, hanging on the wall.\n" for n in range(200))
 
+
+# Nothing is kept between runs: the repository may be a folder that nobody may write to.
+hypothesis.settings.register_profile("keeps_nothing", database=None)
+hypothesis.settings.load_profile("keeps_nothing")
 
 # A shell's background job starts with SIGINT ignored, and a training leaves it so.
 signal.signal(signal.SIGINT, signal.default_int_handler)
