@@ -92,8 +92,8 @@ ROWS = [
     Row("124M", "adam", 1, 1100, "2 GB", lora="float32"),
     Row("774M", "adam", 1, 2500, "4 GB", lora="bfloat16"),
     Row("1558M", "adam", 1, 4400, "6 GB", lora="bfloat16"),
-    Row("124M", "adam", 2, 2150, "4 GB", workers=2),
-    Row("774M", "adam", 2, 10250, "11 GB", steps=1, workers=2),
+    Row("124M", "adam", 2, 2100, "4 GB", workers=2),
+    Row("774M", "adam", 2, 10312, "11 GB", steps=1, workers=2),
 ]
 
 

@@ -10,6 +10,7 @@ from workers import distance, tensors, weights
 
 import gpt_2_simple as gpt2
 from gpt_2_simple.storage import checkpoint
+from gpt_2_simple.training import sharded_optimizer
 from gpt_2_simple.training.sharded_optimizer import assign_owners
 
 RUN = {"model_name": "tiny", "learning_rate": 0.001, "batch_size": 2, "accumulate_gradients": 3,
@@ -166,3 +167,13 @@ def test_assign_owners_gives_all_about_as_much():
     assert assign_owners([7], 3) == [0]
     assert assign_owners([1, 1, 1, 1], 4) == [0, 1, 2, 3]
     assert assign_owners([3, 9, 2], 1) == [0, 0, 0]
+
+
+def test_slots_of_one_owner_travel_in_groups_of_bounded_size(monkeypatch):
+    monkeypatch.setattr(sharded_optimizer, "GROUP_BYTES", 40)
+    sizes = [(1, 0), (4, 1), (6, 0), (5, 1), (3, 0), (100, 1), (1, 1), (1, 0)]
+    slots = [sharded_optimizer.Slot(f"s{i}", (n,), owner) for i, (n, owner) in enumerate(sizes)]
+    groups = sharded_optimizer._groups(slots)
+    assert [[slot.name for slot in group] for group in groups] == [
+        ["s0", "s2", "s4"], ["s1", "s3"], ["s5"], ["s6"], ["s7"],
+    ]  # fmt: skip

@@ -6,9 +6,11 @@ the worker that alone holds the optimizer's state for it, updates it, and sends 
 
 from __future__ import annotations
 
+import functools
 import heapq
+import math
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -20,6 +22,9 @@ from ..model import get_variable
 from ..storage import checkpoint_tensors
 from ..storage.optimizer_state import OptimizerState
 from .optimizer import Optimizer, make_optimizer
+
+# The size of a group of slots that travels at once: what worker 0 holds beside its own share.
+GROUP_BYTES = 64 * 2**20
 
 
 class Slot(NamedTuple):
@@ -113,8 +118,8 @@ def _slot_shapes(optimizer: str, variable: tf.Variable) -> list[tuple[str, tuple
 class ShardedState(OptimizerState):
     """An optimizer's state in shares, in the same files as a whole one.
 
-    Worker 0 reads and writes it, and holds one other worker's slot at a time. So a run may be
-    continued by any number of workers.
+    Worker 0 reads and writes it, and holds one group of another worker's slots at a time. So a run
+    may be continued by any number of workers.
     """
 
     def __init__(
@@ -140,10 +145,12 @@ class ShardedState(OptimizerState):
         held = {variable.op.name: variable for variable in variables}
         names = {slot.name for slot in slots}
         super().__init__(sess, state, [v for name, v in held.items() if name not in names])
-        self._exchanges = {
-            slot.name: state.build_once(_build_exchange, collectives, slot, held.get(slot.name))
-            for slot in slots
-        }
+        self._exchanges = [
+            state.build_once(
+                _build_exchange, collectives, group, *(held.get(slot.name) for slot in group)
+            )
+            for group in _groups(slots)
+        ]
         self._restored_path: str | None = None
         self._others_know = False
 
@@ -157,12 +164,13 @@ class ShardedState(OptimizerState):
         with checkpoint_tensors.write_checkpoint(folder, base) as write:
             for name, variable in self.variables.items():
                 write(name, self.sess.run(variable))
-            for slot in self._slots:
-                exchange = self._exchanges[slot.name]
-                if slot.owner == self._index:
-                    write(slot.name, self.sess.run(exchange.own))
+            for exchange in self._exchanges:
+                if exchange.owner == self._index:
+                    values = self.sess.run(exchange.own)
                 else:
-                    write(slot.name, self._collectives.run(self.sess, exchange.save))
+                    values = self._collectives.run(self.sess, exchange.save)
+                for slot, value in zip(exchange.slots, values, strict=True):
+                    write(slot.name, value)
 
     def end_save(self) -> None:
         """Ends a save of worker 0: the others need not wait for it if it wrote no state."""
@@ -173,12 +181,12 @@ class ShardedState(OptimizerState):
     def take_part_in_save(self) -> None:
         """Sends this worker's share to worker 0, if that writes it."""
         if self._channel.broadcast():
-            for slot in self._exchanged():
-                self._collectives.run(self.sess, self._exchanges[slot.name].save)
+            for exchange in self._exchanged():
+                self._collectives.run(self.sess, exchange.save)
 
-    def _exchanged(self) -> list[Slot]:
-        """The slots that travel to or from worker 0. All workers take part in each."""
-        return [slot for slot in self._slots if slot.owner != 0]
+    def _exchanged(self) -> list[_Exchange]:
+        """What travels to or from worker 0. All workers take part in each."""
+        return [exchange for exchange in self._exchanges if exchange.owner != 0]
 
     # --- restore ----------------------------------------------------------------------------------
 
@@ -199,54 +207,96 @@ class ShardedState(OptimizerState):
         if not self._channel.broadcast(self._restored_path is not None):
             return
         if not self._is_writer:
-            for slot in self._exchanged():
-                self._collectives.run(self.sess, self._exchanges[slot.name].restore)
+            for exchange in self._exchanged():
+                self._collectives.run(self.sess, exchange.restore)
             return
         assert self._restored_path is not None
         with checkpoint_tensors.open_checkpoint(self._restored_path) as read:
-            for slot in self._slots:
-                exchange = self._exchanges[slot.name]
-                feed = {exchange.value: read(slot.name)}
-                if slot.owner == self._index:
+            for exchange in self._exchanges:
+                feed = {
+                    value: read(slot.name)
+                    for slot, value in zip(exchange.slots, exchange.values, strict=True)
+                }
+                if exchange.owner == self._index:
                     self.sess.run(exchange.restore, feed)
                 else:
                     self._collectives.run(self.sess, exchange.restore, feed)
 
 
+def _groups(slots: Sequence[Slot]) -> list[tuple[Slot, ...]]:
+    """Slots of one owner that travel together: a run for each would take long for small ones."""
+    groups: list[list[Slot]] = []
+    room: dict[int, int] = {}
+    last: dict[int, list[Slot]] = {}
+    for slot in slots:
+        size = 4 * math.prod(slot.shape)
+        if size > room.get(slot.owner, -1):
+            last[slot.owner] = []
+            groups.append(last[slot.owner])
+            room[slot.owner] = GROUP_BYTES
+        last[slot.owner].append(slot)
+        room[slot.owner] -= size
+    return [tuple(group) for group in groups]
+
+
 class _Exchange(NamedTuple):
-    """How a slot gets to worker 0, and from it.
+    """How a group of slots gets to worker 0, and from it.
 
     Attributes:
-        own: the variable, on its owner.
-        save: evaluates to the value on worker 0; all workers run it, unless that is the owner.
-        value: what worker 0 feeds to `restore`.
-        restore: sets the variable on its owner; all workers run it, unless worker 0 is the owner.
+        slots: the group; all have one owner.
+        owner: its index.
+        own: their variables, on the owner.
+        save: evaluates to their values on worker 0; all workers run it, unless that is the owner.
+        values: what worker 0 feeds to `restore`.
+        restore: sets the variables on the owner; all workers run it, unless worker 0 is the owner.
     """
 
-    own: tf.Variable | None
+    slots: tuple[Slot, ...]
+    owner: int
+    own: list[tf.Variable]
     save: Any
-    value: tf.Tensor
+    values: list[tf.Tensor]
     restore: Any
 
 
 def _build_exchange(
-    collectives: Collectives, slot: Slot, own: tf.Variable | None = None
+    collectives: Collectives, slots: tuple[Slot, ...], *held: tf.Variable | None
 ) -> _Exchange:
+    owner, own = slots[0].owner, [variable for variable in held if variable is not None]
     with tf.compat.v1.name_scope("shares"):
-        value = tf.compat.v1.placeholder(tf.float32, slot.shape)
-        if slot.owner == 0:
-            restore = None if own is None else own.assign(value, read_value=False)
-            return _Exchange(own, None, value, restore)
+        values = [tf.compat.v1.placeholder(tf.float32, slot.shape) for slot in slots]
+        if owner == 0:
+            return _Exchange(slots, owner, own, None, values, _assign_all(own, values))
+        sent = [
+            collectives.broadcast(
+                owner,
+                functools.partial(_read, variable),
+                tf.float32,
+                slot.shape,
+                "/cpu:0",
+            )
+            for slot, variable in zip(slots, held, strict=True)
+        ]
+        save = collectives.guarded(tf.group(*sent))
+        if collectives.cluster.is_writer:
+            with tf.control_dependencies([save]):
+                save = [tf.identity(value) for value in sent]
+        given = [
+            collectives.broadcast(
+                0, functools.partial(tf.identity, value), tf.float32, slot.shape, "/cpu:0"
+            )
+            for slot, value in zip(slots, values, strict=True)
+        ]
+        restore = collectives.guarded(_assign_all(own, given) if own else tf.group(*given))
+        return _Exchange(slots, owner, own, save, values, restore)
 
-        def copy(source: int, value: Callable[[], tf.Tensor]) -> tf.Tensor:
-            return collectives.broadcast(source, value, tf.float32, slot.shape, "/cpu:0")
 
-        def own_value() -> tf.Tensor:
-            assert own is not None
-            return own.read_value()
+def _read(variable: tf.Variable | None) -> tf.Tensor:
+    assert variable is not None
+    return variable.read_value()
 
-        saved = copy(slot.owner, own_value)
-        save = collectives.guarded(saved.op, saved if collectives.cluster.is_writer else None)
-        given = copy(0, lambda: value)
-        done = given.op if own is None else own.assign(given, read_value=False)
-        return _Exchange(own, save, value, collectives.guarded(done))
+
+def _assign_all(variables: Sequence[tf.Variable], values: Sequence[tf.Tensor]) -> tf.Operation:
+    return tf.group(
+        *(v.assign(value, read_value=False) for v, value in zip(variables, values, strict=False))
+    )
