@@ -14,9 +14,16 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# A connection has so many seconds to send the head of its first request; between two requests it
-# may rest for so many.
+# A connection has so many seconds to send the head of a request; between two requests it may rest
+# for so many.
 HEAD_SECONDS, KEEP_ALIVE_SECONDS = 15, 5
+
+# In so many seconds a client takes at least so many bytes of an answer that waits for it.
+WRITE_SECONDS, MIN_BYTES_TAKEN = 30, 4096
+
+# Bytes of an answer that the system holds for each connection. With the megabytes that it would
+# hold, it shows for minutes nothing of what a slow client takes.
+SEND_BUFFER_BYTES = 64 * 1024
 
 # Bytes of a request's head.
 MAX_HEAD_BYTES = 16 * 1024
@@ -29,21 +36,69 @@ class _Protocol(H11Protocol):
     """HTTP/1.1 for connections that may be slow, half open, or too many."""
 
     def connection_made(self, transport: Any) -> None:
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
         super().connection_made(transport)
+        transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES
+        )
+        transport.set_write_buffer_limits(high=0)  # pause_writing() while any byte waits
         if len(self.connections) > MAX_CONNECTIONS:
             transport.close()
             return
-        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._close_if_headless)
+        self._wait_for_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        timer = getattr(self, "_head_timer", None)
-        if timer is not None:
-            timer.cancel()
+        self._stop(self._head_timer)
+        self._stop(self._write_timer)
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        # It ends the timer of resting connections.
+        super().data_received(data)
+        if not self._awaits_head:
+            self._stop(self._head_timer)
+            self._head_timer = None
+        elif self._head_timer is None:
+            self._wait_for_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._wait_until_taken()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop(self._write_timer)
+
+    @property
+    def _awaits_head(self) -> bool:
+        """Whether no request is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    @staticmethod
+    def _stop(timer: asyncio.TimerHandle | None) -> None:
+        if timer is not None:
+            timer.cancel()
+
+    def _wait_for_head(self) -> None:
+        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._close_if_headless)
+
     def _close_if_headless(self) -> None:
-        if self.cycle is None and not self.transport.is_closing():
+        self._head_timer = None
+        if self._awaits_head and not self.transport.is_closing():
             self.transport.close()
+
+    def _wait_until_taken(self) -> None:
+        n_waiting = self.transport.get_write_buffer_size()
+        self._write_timer = self.loop.call_later(WRITE_SECONDS, self._abort_if_stuck, n_waiting)
+
+    def _abort_if_stuck(self, n_waited: int) -> None:
+        """Drops a connection whose client reads nothing; closing would wait for it too."""
+        n_taken = n_waited - self.transport.get_write_buffer_size()
+        if n_taken < min(MIN_BYTES_TAKEN, n_waited):
+            self.transport.abort()
+        else:
+            self._wait_until_taken()
 
 
 class Server(uvicorn.Server):
