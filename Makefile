@@ -32,9 +32,10 @@ $(BIN)/.ready: pyproject.toml setup.py
 demo: $(BIN)/.ready
 	$(BIN)/python examples/demo.py
 
-# Two processes, as most tests keep one core busy. A file's tests stay together.
+# Two processes, as most tests keep one core busy. A file's tests stay together. A process that
+# crashes ends the tests: pytest-xdist 3.8 waits for ever after it starts another one.
 test: $(BIN)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --max-worker-restart 0
 	@$(BIN)/python -c "import importlib.metadata as m, platform as p; \
 	print('The tests pass on Python', p.python_version(), 'and TensorFlow', m.version('tensorflow'))"
 

@@ -64,7 +64,9 @@ def test_gpu_benchmark_measures_and_every_promise_holds_on_the_cpu(bench, capsys
 
 
 def test_gpu_benchmark_fails_and_names_the_promises_that_did_not_hold(bench, monkeypatch, capsys):
-    monkeypatch.setattr(memory_plan, "FRAGMENTATION", -0.6)
+    # 29 MB hold the variables (16 MB) and not a step (36 MB). A limit near the variables' size
+    # would starve Grappler too: it waits 10 s for each constant, which takes minutes as a whole.
+    monkeypatch.setattr(memory_plan, "FRAGMENTATION", -0.45)
     monkeypatch.setitem(bench.TOLERANCES, "bfloat16", bench.Tolerance(1e-5, 1.0))
     assert bench.main(["--cpu", "--batches", "1", "--precisions", "bfloat16", *UNHURRIED]) == 1
     said = capsys.readouterr().out
