@@ -18,6 +18,7 @@ from gpt_2_simple import model, quantized, session
 from gpt_2_simple.cli.main import main
 from gpt_2_simple.generation import kv_cache
 from gpt_2_simple.generation.decode import build_beam_step, build_decode, build_prefill
+from gpt_2_simple.generation.operations import ON_GPU
 from gpt_2_simple.generation.scoring import likeliest_next_tokens
 from gpt_2_simple.quantized import Kernel
 from gpt_2_simple.storage import checkpoint_ops, load, quantized_file
@@ -392,9 +393,9 @@ def test_gpu_holds_int8_weights_and_has_a_kernel_for_each_operation(loaded, monk
         held = {v.dtype for v in state.quantized.variables.values()}
         assert held == {tf.int8}
         assert len(state.quantized.variables) == 8
-        for build in (build_prefill, build_beam_step):
-            kv_cache.build_once(sess, build)
-        kv_cache.build_once(sess, build_decode, False)
+        kv_cache.build_once(sess, build_prefill)
+        for build in (build_beam_step, build_decode):
+            kv_cache.build_once(sess, build, ON_GPU)
         lacking = set()
         for op in sess.graph.get_operations():
             types = [t.dtype.base_dtype for t in (*op.inputs, *op.outputs)]

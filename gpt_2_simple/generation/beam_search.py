@@ -13,6 +13,7 @@ import tensorflow as tf
 from ..common.checks import check_whole
 from .decode import build_beam_step
 from .kv_cache import build_once, model_precision, run
+from .operations import operations_for
 from .sampling import NOTHING_LEFT, check_status
 from .sequences import Generation, Sequence, fit_prefixes
 from .settings import Beams, SamplingParams
@@ -124,7 +125,7 @@ class BeamSearch(Generation):
             ValueError: the penalties leave no token to choose.
         """
         self._leave_groups()
-        ops = build_once(self.sess, build_beam_step)
+        ops = build_once(self.sess, build_beam_step, operations_for(self.sess))
         feeds = {
             **self.step_feeds(ops, 1),
             ops.text_tokens: self.text_tokens(0),

@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from .. import model
+from ..model import LayerNorm
 from .kv_cache import fetched, grow_cache, head_width, placeholder, store_cache, take_cache
+from .operations import MANY_ROWS, Operations, Project
 from .sampling import (
     BROKEN,
     HEALTHY,
@@ -116,36 +116,37 @@ def build_prefill(weights: model.Weights, hparams: model.HParams) -> Prefill:
     n_rows, n_tokens = tf.unstack(tf.shape(ops.tokens))
     forward = _CachedForward(weights, hparams, cache, ops.first_row, n_rows, n_tokens, MANY_ROWS)
     columns = tf.broadcast_to(ops.first_column + tf.range(n_tokens), [n_rows, n_tokens])
-    h, cache = forward(cache, ops.tokens, columns)
-    logits = _unembed(h, weights, MANY_ROWS)
+    logits, flat = forward(forward.flat(cache), ops.tokens, columns)
     found = _likeliest(logits, tf.reshape(ops.next_tokens, [-1]), ops.n_likeliest)
     ops.likeliest = Likeliest(
         *(tf.reshape(x, tf.concat([[n_rows, n_tokens], tf.shape(x)[1:]], 0)) for x in found)
     )
-    ops.run = store_cache(ops.cache_key, cache)
+    ops.run = store_cache(ops.cache_key, forward.unflat(flat))
     return ops
 
 
-def build_decode(weights: model.Weights, hparams: model.HParams, one_row: bool) -> Decode:
-    """Adds the operations of Decode, for one row or for several, to the graph."""
-    ops, matmul = Decode(), ONE_ROW if one_row else FEW_ROWS
-    find_likeliest = _likeliest
+def build_decode(weights: model.Weights, hparams: model.HParams, operations: Operations) -> Decode:
+    """Adds the operations of Decode, computed by `operations`, to the graph."""
+    ops, find_likeliest = Decode(), _likeliest
     if keeps_layouts(weights):
         # Each executor of a session has kernels of its own, with copies of the weights of their
         # own, so there is one graph for all calls, and one set of fetches.
-        ops, matmul, find_likeliest = Decode(fetches_likeliest=True), KEPT, _likeliest_if_wanted
+        ops, find_likeliest = Decode(fetches_likeliest=True), _likeliest_if_wanted
+        operations = operations._replace(keeps_layout=True)
     n_steps = tf.shape(ops.uniform)[0]
     cache = grow_cache(take_cache(ops.cache_key, hparams), ops.added_columns)
     # Not the number 1 for one row: TensorFlow would order sums in another way then.
     n_rows = tf.size(ops.last_tokens)
-    forward = _CachedForward(weights, hparams, cache, 0, n_rows, 1, matmul)
+    forward = _CachedForward(weights, hparams, cache, 0, n_rows, 1, operations)
     first_columns = ops.columns[:, tf.newaxis]
+    # Each step writes its keys and values into these tensors' memory, so the loop need not pass
+    # them on. A step begins when the one before has its tokens, which need all that it wrote.
+    flat = forward.flat(cache)
 
     def body(
-        step: Any, cache: Any, last: Any, text: Any, ended: Any, status: Any, out: Any, likely: Any
+        step: Any, last: Any, text: Any, ended: Any, status: Any, out: Any, likely: Any
     ) -> Any:
-        h, cache = forward(cache, last[:, tf.newaxis], first_columns + step)  # [rows, embd]
-        logits = _unembed(h, weights, matmul)
+        logits, _ = forward(flat, last[:, tf.newaxis], first_columns + step)
         text_length = tf.shape(text)[1] - n_steps + step
         so_far = TextTokens(text, text_length, ops.n_generated + step)
         token, fault = next_token(logits, ops.uniform[step], so_far, ops.sampling)
@@ -154,7 +155,6 @@ def build_decode(weights: model.Weights, hparams: model.HParams, one_row: bool) 
         found = find_likeliest(logits, token, ops.n_likeliest)
         return (
             step + 1,
-            cache,
             token,
             tf.where(is_here, token[:, tf.newaxis], text),
             ended | is_faulty | tf.equal(token, ops.sampling.stop_token),
@@ -163,12 +163,11 @@ def build_decode(weights: model.Weights, hparams: model.HParams, one_row: bool) 
             [array.write(step, x) for array, x in zip(likely, found, strict=True)],
         )
 
-    def has_more(step: Any, _cache: Any, _last: Any, _text: Any, ended: Any, *_: Any) -> tf.Tensor:
+    def has_more(step: Any, _last: Any, _text: Any, ended: Any, *_: Any) -> tf.Tensor:
         return (step < n_steps) & ~tf.reduce_all(ended)
 
     start = [
         tf.constant(0),
-        cache,
         ops.last_tokens,
         ops.text_tokens,
         ops.ended,
@@ -181,26 +180,27 @@ def build_decode(weights: model.Weights, hparams: model.HParams, one_row: bool) 
         ],
     ]
     with _loops_of_single_operations():
-        n_done, cache, _, _, _, ops.status, out, likely = tf.while_loop(
+        n_done, _, _, _, ops.status, out, likely = tf.while_loop(
             has_more, body, start, parallel_iterations=1
         )
     ops.tokens = tf.transpose(out.gather(tf.range(n_done)))
     found = [array.gather(tf.range(n_done)) for array in likely]  # [steps, rows, ...]
     ops.likeliest = Likeliest(tf.transpose(found[0]), *(_swapped(x) for x in found[1:]))
-    ops.run = store_cache(ops.cache_key, cache)
+    with tf.control_dependencies([n_done]):
+        ops.run = store_cache(ops.cache_key, forward.unflat(flat))
     return ops
 
 
-def build_verify(weights: model.Weights, hparams: model.HParams) -> Verify:
-    """Adds the operations of Verify to the graph."""
+def build_verify(weights: model.Weights, hparams: model.HParams, operations: Operations) -> Verify:
+    """Adds the operations of Verify, computed by `operations`, to the graph."""
     ops = Verify()
     cache = grow_cache(take_cache(ops.cache_key, hparams), ops.added_columns)
     n_rows, n_proposals = tf.unstack(tf.shape(ops.proposals))
     places = tf.range(n_proposals + 1)
-    forward = _CachedForward(weights, hparams, cache, 0, n_rows, n_proposals + 1, FEW_ROWS)
+    forward = _CachedForward(weights, hparams, cache, 0, n_rows, n_proposals + 1, operations)
     tokens = tf.concat([ops.last_tokens[:, tf.newaxis], ops.proposals], axis=1)
-    h, cache = forward(cache, tokens, ops.columns[:, tf.newaxis] + places)
-    logits = _unembed(h, weights, FEW_ROWS)  # [rows * places, n_vocab]
+    # Logits [rows * places, n_vocab].
+    logits, flat = forward(forward.flat(cache), tokens, ops.columns[:, tf.newaxis] + places)
     text_length = tf.shape(ops.text_tokens)[1]
     texts = tf.gather(
         tf.concat([ops.text_tokens, ops.proposals], axis=1),
@@ -212,7 +212,7 @@ def build_verify(weights: model.Weights, hparams: model.HParams) -> Verify:
     text = TextTokens(texts, text_length, n_generated)
     chosen, status = next_token(logits, tf.reshape(ops.uniform, [-1]), text, ops.sampling)
     ops.tokens, ops.status = (tf.reshape(x, tf.shape(tokens)) for x in (chosen, status))
-    ops.run = store_cache(ops.cache_key, cache)
+    ops.run = store_cache(ops.cache_key, forward.unflat(flat))
     return ops
 
 
@@ -237,19 +237,22 @@ def _swapped(x: tf.Tensor) -> tf.Tensor:
     return tf.transpose(x, [1, 0, 2])
 
 
-def build_beam_step(weights: model.Weights, hparams: model.HParams) -> BeamStep:
-    """Adds the operations of BeamStep to the graph."""
+def build_beam_step(
+    weights: model.Weights, hparams: model.HParams, operations: Operations
+) -> BeamStep:
+    """Adds the operations of BeamStep, computed by `operations`, to the graph."""
     ops = BeamStep()
     taken = take_cache(ops.cache_key, hparams)
     cache = grow_cache([tf.gather(part, ops.parents) for part in taken], ops.added_columns)
-    forward = _CachedForward(weights, hparams, cache, 0, tf.size(ops.last_tokens), 1, FEW_ROWS)
-    h, cache = forward(cache, ops.last_tokens[:, tf.newaxis], ops.columns[:, tf.newaxis])
-    logits = _unembed(h, weights, FEW_ROWS)
+    n_rows = tf.size(ops.last_tokens)
+    forward = _CachedForward(weights, hparams, cache, 0, n_rows, 1, operations)
+    tokens, columns = ops.last_tokens[:, tf.newaxis], ops.columns[:, tf.newaxis]
+    logits, flat = forward(forward.flat(cache), tokens, columns)
     text = TextTokens(ops.text_tokens, tf.shape(ops.text_tokens)[1], ops.n_generated)
     logits, is_broken = process_logits(logits, text, ops.sampling)
     ops.log_probabilities, ops.tokens = tf.math.top_k(tf.nn.log_softmax(logits), ops.count)
     ops.status = tf.where(is_broken, BROKEN, HEALTHY)
-    ops.run = store_cache(ops.cache_key, cache)
+    ops.run = store_cache(ops.cache_key, forward.unflat(flat))
     return ops
 
 
@@ -269,68 +272,9 @@ def _loops_of_single_operations() -> Iterator[None]:
             tf.compat.v1.enable_control_flow_v2()
 
 
-# --- products -------------------------------------------------------------------------------------
-
-
-class Matmul(NamedTuple):
-    """Matrix products for some number of rows: TensorFlow's quickest kernel depends on it."""
-
-    linear: Callable[..., tf.Tensor]  # x [rows, nx], w [nx, nf], terms -> x w + terms, [rows, nf]
-    unembed: Callable[..., tf.Tensor]  # h [rows, embd], wte [n_vocab, embd] -> [rows, n_vocab]
-    keeps_layout: bool = False  # of matrices that are int8; see model.Multiply
-
-
-def _linear_one_row(x: tf.Tensor, w: tf.Tensor, *terms: tf.Tensor) -> tf.Tensor:
-    # TensorFlow computes the products of a BatchMatMulV3 of one row in a thread each, and one
-    # thread alone cannot read memory fast enough. Twice as many parts as cores leave less to do for
-    # a thread that is late.
-    n_parts = min(16, 2 ** (2 * (os.cpu_count() or 1) - 1).bit_length())
-    n_rows, n_columns = w.shape.as_list()
-    n_parts = math.gcd(n_parts, n_rows)
-    x = tf.reshape(x, [n_parts, 1, n_rows // n_parts])
-    w = tf.reshape(w, [n_parts, n_rows // n_parts, n_columns])
-    # oneDNN has no kernel for V3, and the one that it has for MatMul is slower here.
-    products = tf.unstack(tf.raw_ops.BatchMatMulV3(x=x, y=w, Tout=x.dtype))
-    return tf.add_n([*products, *(tf.reshape(term, [1, -1]) for term in terms)])
-
-
-def _unembed_one_row(h: tf.Tensor, wte: tf.Tensor) -> tf.Tensor:
-    middle = wte.shape.as_list()[0] // 2
-    halves = [wte[:middle], wte[middle:]]
-    return tf.concat(
-        [tf.raw_ops.BatchMatMulV3(x=h, y=half, adj_y=True, Tout=h.dtype) for half in halves], axis=1
-    )
-
-
-def _linear_few_rows(x: tf.Tensor, w: tf.Tensor, *terms: tf.Tensor) -> tf.Tensor:
-    return sum(terms, tf.einsum("bi,ij->bj", x, w))
-
-
-def _unembed_few_rows(h: tf.Tensor, wte: tf.Tensor) -> tf.Tensor:
-    # Twice as quick as oneDNN's MatMul with transpose_b=True, for a few rows and so long a wte.
-    return tf.einsum("bi,ji->bj", h, wte)
-
-
-def _linear_many_rows(x: tf.Tensor, w: tf.Tensor, *terms: tf.Tensor) -> tf.Tensor:
-    return sum(terms, tf.matmul(x, w))
-
-
-ONE_ROW = Matmul(_linear_one_row, _unembed_one_row)
-FEW_ROWS = Matmul(_linear_few_rows, _unembed_few_rows)
-MANY_ROWS = Matmul(_linear_many_rows, _unembed_few_rows)
-KEPT = Matmul(_linear_few_rows, _unembed_few_rows, keeps_layout=True)
-
-
 def keeps_layouts(weights: model.Weights) -> bool:
     """Whether products that are run again and again do better with a copy of the weights."""
     return isinstance(weights.blocks[0].c_attn, model.QuantizedLinear)
-
-
-def _unembed(h: tf.Tensor, weights: model.Weights, matmul: Matmul) -> tf.Tensor:
-    """Hidden states [rows, embd] -> logits [rows, n_vocab]."""
-    if weights.unembedding is not None:
-        return weights.unembedding(h, keep_layout=matmul.keeps_layout)
-    return matmul.unembed(h, weights.wte)
 
 
 # --- the model, with a cache ----------------------------------------------------------------------
@@ -340,7 +284,7 @@ class _CachedForward:
     """The model's forward pass for tokens that come after those in some rows of a cache.
 
     The rows follow each other. What is the same in each step of a loop is computed here, before
-    the loop.
+    the loop. Between steps the cache is flat: tensors [rows * n_head * capacity, width].
     """
 
     def __init__(
@@ -351,9 +295,9 @@ class _CachedForward:
         first_row: Any,  # of the cache
         n_rows: Any,
         n_tokens: Any,  # tokens a row; the number 1 saves transposes
-        matmul: Matmul,
+        operations: Operations,
     ) -> None:
-        self.weights, self.hparams, self.matmul = weights, hparams, matmul
+        self.weights, self.hparams, self.operations = weights, hparams, operations
         self.cache_shape, self.n_rows, self.n_tokens = tf.shape(cache[0]), n_rows, n_tokens
         self.width, heads = head_width(hparams), hparams.n_head
         capacity = self.cache_shape[2]
@@ -364,11 +308,30 @@ class _CachedForward:
         self.read_size = tf.stack([n_rows * heads * capacity, self.width])
         self.keys_shape = tf.stack([n_rows * heads, capacity, self.width])
         self.key_columns = tf.range(capacity)
+        self.layer_norm = operations.layer_norm(n_rows * n_tokens)
+        self.layers = [
+            [_projection(layer, operations) for layer in block if not isinstance(layer, LayerNorm)]
+            for block in weights.blocks
+        ]
+        if weights.unembedding is None:
+            self.unembed = operations.unembed(weights.wte)
+        else:
+            self.unembed = functools.partial(
+                weights.unembedding, keep_layout=operations.keeps_layout
+            )
+
+    def flat(self, cache: list[tf.Tensor]) -> list[tf.Tensor]:
+        """The cache as the forward pass takes it."""
+        return [tf.reshape(part, [-1, self.width]) for part in cache]
+
+    def unflat(self, cache: list[tf.Tensor]) -> list[tf.Tensor]:
+        """The cache in its own shape."""
+        return [tf.reshape(part, self.cache_shape) for part in cache]
 
     def __call__(
         self, cache: list[tf.Tensor], tokens: tf.Tensor, columns: tf.Tensor
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """Hidden states [rows * n_tokens, embd], and the cache with the tokens' keys and values.
+        """Logits [rows * n_tokens, n_vocab], and the flat cache with the tokens' keys and values.
 
         The tokens [rows, n_tokens] belong to these columns of the cache [rows, n_tokens].
         """
@@ -383,7 +346,7 @@ class _CachedForward:
             q, k, v = tf.split(qkv, 3, axis=1)
             cache[2 * layer], k = self._write(cache[2 * layer], indices, k)
             cache[2 * layer + 1], v = self._write(cache[2 * layer + 1], indices, v)
-            attention = _attention_of_one_query if self.n_tokens == 1 else model.attention
+            attention = self.operations.attention if self.n_tokens == 1 else model.attention
             q = self._split_heads(q * self.width**-0.5)
             return self._merge_heads(attention(q, k, v, mask))
 
@@ -392,22 +355,27 @@ class _CachedForward:
         position = tf.minimum(columns, last_position)
         x = tf.gather(self.weights.wte, tokens) + tf.gather(self.weights.wpe, position)
         x = tf.reshape(x, [-1, self.hparams.n_embd])
-        for layer, block in enumerate(self.weights.blocks):
-            x = _transformer_block(x, block, functools.partial(attend, layer), self.matmul)
-        return model.layer_norm(x, self.weights.ln_f), cache
+        for number, (block, layers) in enumerate(
+            zip(self.weights.blocks, self.layers, strict=True)
+        ):
+            c_attn, c_proj, mlp_c_fc, mlp_c_proj = layers
+            qkv = c_attn(self.layer_norm(x, block.ln_1))
+            x = c_proj(attend(number, qkv), x)
+            hidden = model.gelu(mlp_c_fc(self.layer_norm(x, block.ln_2)))
+            x = mlp_c_proj(hidden, x)
+        return self.unembed(self.layer_norm(x, self.weights.ln_f)), cache
 
     def _write(
         self, part: tf.Tensor, indices: tf.Tensor, new: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """A part with new keys or values: in its shape; its rows [rows * n_head, capacity, width].
+        """A part with new keys or values, and its rows [rows * n_head, capacity, width].
 
         Reading the first rows copies nothing.
         """
         new = tf.reshape(new, [-1, self.width])
-        flat = tf.reshape(part, [-1, self.width])
-        flat = tf.raw_ops.InplaceUpdate(x=flat, i=indices, v=new)
-        read = tf.slice(flat, self.read_start, self.read_size)
-        return tf.reshape(flat, self.cache_shape), tf.reshape(read, self.keys_shape)
+        part = tf.raw_ops.InplaceUpdate(x=part, i=indices, v=new)
+        read = tf.slice(part, self.read_start, self.read_size)
+        return part, tf.reshape(read, self.keys_shape)
 
     def _split_heads(self, q: tf.Tensor) -> tf.Tensor:
         """[rows * n_tokens, embd] -> [rows * n_head, n_tokens, width]."""
@@ -425,31 +393,23 @@ class _CachedForward:
         return tf.reshape(x, [-1, self.hparams.n_embd])
 
 
-def _transformer_block(
-    x: tf.Tensor, block: model.Block, attend: Callable[..., tf.Tensor], matmul: Matmul
-) -> tf.Tensor:
-    """One transformer block; x [rows, embd], attend: q, k and v in [rows, 3 * embd] -> as x."""
+def _projection(layer: Any, operations: Operations) -> Project:
+    """A linear layer of the model: x [rows, nx], terms -> x w + b + terms."""
+    if isinstance(layer, model.QuantizedLinear):
 
-    def linear(x: tf.Tensor, layer: Any, *terms: tf.Tensor) -> tf.Tensor:
-        if isinstance(layer, model.FrozenLinear) and layer.update is not None:
-            terms = (*terms, model.low_rank(x, layer.update))
-        if isinstance(layer, model.QuantizedLinear):
-            product = layer.multiply(x, keep_layout=matmul.keeps_layout)
+        def multiply(x: tf.Tensor, *terms: tf.Tensor) -> tf.Tensor:
+            product = layer.multiply(x, keep_layout=operations.keeps_layout)
             return sum(terms, product + layer.b)
-        if layer.w.dtype != x.dtype:
+
+        return multiply
+    if layer.w.dtype != tf.float32:
+
+        def project(x: tf.Tensor, *terms: tf.Tensor) -> tf.Tensor:
             product = tf.matmul(tf.cast(x, layer.w.dtype), layer.w)
             return sum(terms, tf.cast(product, x.dtype) + layer.b)
-        return matmul.linear(x, layer.w, layer.b, *terms)
-
-    qkv = linear(model.layer_norm(x, block.ln_1), block.c_attn)
-    x = linear(attend(qkv), block.c_proj, x)
-    hidden = model.gelu(linear(model.layer_norm(x, block.ln_2), block.mlp_c_fc))
-    return linear(hidden, block.mlp_c_proj, x)
-
-
-def _attention_of_one_query(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-    """As model.attention, for one query a row; oneDNN's kernels take longer to start."""
-    scores = tf.raw_ops.BatchMatMulV3(x=q, y=k, adj_y=True, Tout=q.dtype) + mask
-    weights = tf.exp(scores - tf.reduce_max(scores, axis=2, keepdims=True))
-    total = tf.reduce_sum(weights, axis=2, keepdims=True)
-    return tf.raw_ops.BatchMatMulV3(x=weights, y=v, Tout=q.dtype) / total
+    else:
+        project = operations.linear(layer.w, layer.b)
+    update = getattr(layer, "update", None)
+    if update is None:
+        return project
+    return lambda x, *terms: project(x, *terms, model.low_rank(x, update))

@@ -31,6 +31,7 @@ from .kv_cache import (
     run,
     unused_keys,
 )
+from .operations import operations_for
 from .sampling import HEALTHY, check_status, sampling_feeds
 from .settings import SamplingParams
 from .stopping import ends_with
@@ -408,8 +409,7 @@ class Generation:
         The rows get the tokens, and a fault's status. With n_likeliest of 0 or above, the chunk
         holds the tokens' log-probabilities, and those of so many of the likeliest.
         """
-        one_row = len(self.rows) == 1 and model_precision(self.sess) != "int8"
-        ops = build_once(self.sess, build_decode, one_row)
+        ops = build_once(self.sess, build_decode, operations_for(self.sess, len(self.rows) == 1))
         feeds: dict[Any, Any] = {
             **self.step_feeds(ops, steps),
             ops.text_tokens: self.text_tokens(steps),
@@ -436,7 +436,8 @@ class Generation:
                 A row gets those that are right, and the token after them. Room and length of a row
                 must hold one token more than its proposal has.
         """
-        ops, longest = build_once(self.sess, build_verify), max(map(len, proposals))
+        ops = build_once(self.sess, build_verify, operations_for(self.sess))
+        longest = max(map(len, proposals))
         uniform = np.array([row.draw(longest + 1) for row in self.rows])
         feeds = {
             **self.step_feeds(ops, longest + 1, longest + 1),
@@ -464,7 +465,8 @@ class Generation:
 
     def extend(self, given: abc.Sequence[abc.Sequence[int]]) -> None:
         """Adds given tokens to each row, some or none, which fit in its window."""
-        ops, longest = build_once(self.sess, build_verify), max(1, *map(len, given))
+        ops = build_once(self.sess, build_verify, operations_for(self.sess))
+        longest = max(1, *map(len, given))
         proposals = np.zeros([len(self.rows), longest - 1], np.int32)
         for line, tokens in zip(proposals, given, strict=True):
             line[: max(0, len(tokens) - 1)] = tokens[:-1]
