@@ -545,6 +545,29 @@ def test_the_description_lists_every_parameter(http):
     }  # fmt: skip
 
 
+def test_the_description_states_the_most_tokens_that_a_served_model_writes(
+    http, client, engine, tmp_path
+):
+    def maximum(http):
+        schemas = http.get("/openapi.json").json()["components"]["schemas"]
+        return schemas["CompletionRequest"]["properties"]["max_tokens"]["maximum"]
+
+    most = maximum(http)
+    made = client.completions.create(model=NAME, prompt="A", max_tokens=most)
+    assert made.choices[0].finish_reason in ("length", "stop")
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        client.completions.create(model=NAME, prompt="A", max_tokens=most + 1)
+
+    gpt2.create_gpt2(
+        model_name="long", model_dir=str(tmp_path), n_layer=1, n_head=1, n_embd=8, n_ctx=128
+    )
+    with contextlib.closing(gpt2.start_tf_sess()) as sess:
+        gpt2.load_gpt2(sess, model_name="long", model_dir=str(tmp_path))
+        both = {NAME: engine, "long": Engine(sess, max_batch=1)}
+        with served(both) as (address, _), httpx.Client(base_url=address) as http:
+            assert maximum(http) == 127
+
+
 def test_an_error_in_the_server_tells_no_secret(http, monkeypatch, capsys):
     def fail(*args):
         raise KeyError("/home/me/secret prompt")

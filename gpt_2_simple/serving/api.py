@@ -186,9 +186,8 @@ class _Api:
         self.created = int(time.time())
         max_choices = min([MAX_CHOICES, *(e.max_batch for e in self.engines.values())])
         version = importlib.metadata.version("gpt_2_simple")
-        self.description = describe(
-            version, list(self.engines), max_choices, limits.api_key is not None
-        )
+        contexts = {name: engine.hparams.n_ctx for name, engine in self.engines.items()}
+        self.description = describe(version, contexts, max_choices, limits.api_key is not None)
 
     # --- errors -----------------------------------------------------------------------------------
 
