@@ -305,6 +305,7 @@ BAD = [
     ({"prompt": []}, "prompt"),
     ({"prompt": [[]]}, "prompt"),
     ({"prompt": [257]}, "prompt"),
+    ({"prompt": 65}, "prompt"),
     ({"prompt": [-1]}, "prompt"),
     ({"prompt": {"a": 1}}, "prompt"),
     ({"prompt": [True]}, "prompt"),

@@ -181,8 +181,9 @@ def shortened(value: Any) -> str:
 
 
 def _read_prompts(value: Any, encoder: Encoder) -> list[Prompt]:
-    values = value if isinstance(value, list) else ["" if value is None else value]
-    if values and all(_is_token(each) for each in values):
+    is_list = isinstance(value, list)
+    values = value if is_list else ["" if value is None else value]
+    if is_list and values and all(_is_token(each) for each in values):
         values = [values]
     if not values:
         raise BadRequestError("prompt=[] must hold at least one prompt", "prompt")

@@ -29,7 +29,12 @@ def describe(
         "/v1/models/{model}": {
             "get": {
                 "parameters": [
-                    {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+                    {
+                        "name": "model",
+                        "in": "path",
+                        "required": True,
+                        "schema": {"type": "string", "enum": list(models)},
+                    }
                 ],
                 **_get("A model", "Model", 401, 403, 404),
             }
