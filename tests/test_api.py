@@ -17,7 +17,7 @@ from served_model import NAME, load, serving, wait_until, write_model
 
 import gpt_2_simple as gpt2
 from gpt_2_simple import session
-from gpt_2_simple.serving import api
+from gpt_2_simple.serving import api, bodies
 from gpt_2_simple.serving import engine as engines
 from gpt_2_simple.serving import server as servers
 from gpt_2_simple.serving.engine import Engine
@@ -306,6 +306,8 @@ BAD = [
     ({"prompt": [[]]}, "prompt"),
     ({"prompt": [257]}, "prompt"),
     ({"prompt": 65}, "prompt"),
+    ({"prompt": [""] * 300_000}, "prompt"),
+    ({"prompt": [[1]] * 17}, "prompt"),
     ({"prompt": [-1]}, "prompt"),
     ({"prompt": {"a": 1}}, "prompt"),
     ({"prompt": [True]}, "prompt"),
@@ -640,7 +642,7 @@ def test_a_flood_of_headers_is_refused(address, flood):
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(address, monkeypatch):
-    monkeypatch.setattr(api, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.2)
     with connect(address) as connection:
         head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{"
         connection.sendall(head)

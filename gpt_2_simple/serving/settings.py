@@ -202,5 +202,5 @@ STRUCTURED_PARAMETERS: Mapping[str, Mapping[str, Any]] = {
             {"type": "null"},
         ],
     },
-    "suffix": {"description": "Not supported: it must be null", "type": "null"},
+    "suffix": {"description": "Not supported: it must be null or empty", "enum": [None, ""]},
 }
