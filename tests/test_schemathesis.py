@@ -1,6 +1,6 @@
 """Requests that schemathesis makes of the server's description; answers as it declares them.
 
-GPT2_SCHEMATHESIS_REQUESTS=5000 python -m pytest -m schemathesis
+GPT2_SCHEMATHESIS_REQUESTS=5000 python -m pytest -m schemathesis -o faulthandler_timeout=0
 """
 
 import collections
