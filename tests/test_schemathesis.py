@@ -68,7 +68,9 @@ def check_stream(text):
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "mode", "share", "status"), KINDS, ids=lambda value: str(value)
+    ("method", "path", "mode", "share", "status"),
+    KINDS,
+    ids=lambda value: str(getattr(value, "value", value)),  # modes by their names
 )
 def test_answers_are_those_that_the_description_declares(
     description, method, path, mode, share, status
