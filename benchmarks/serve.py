@@ -8,8 +8,16 @@ Random float32 weights of 124M's sizes; prompts of 20 to 200 tokens, 100 new tok
 One process serves; the clients are threads of this one, each with a connection of its own. In
 turns, in each round: all clients at once; generate(batch_size=clients) on prompts of the same
 lengths; eight clients at once, for the time to the first token; one client alone; generate() of one
-text. Medians. --soak N then sends N requests of random shapes, and compares the process's memory
-after a tenth of them with that after all.
+text. Medians.
+
+    python benchmarks/serve.py --soak            # 5,000 requests
+    python benchmarks/serve.py --soak 300 --n_layer 2 --n_embd 64
+
+--soak instead starts `gpt_2_simple serve` in a process of its own, on a model with random weights
+and a vocabulary of bytes, and sends requests of random shapes: one to four prompts, one or two
+texts, streams, log-probabilities. It compares each greedy text with that of generate(), and the
+server's memory after a tenth of the requests with that after all. It also tells the time from the
+model's load to the first answer.
 """
 
 from __future__ import annotations
@@ -18,12 +26,18 @@ import argparse
 import concurrent.futures
 import contextlib
 import json
+import multiprocessing
 import os
 import random
 import statistics
+import string
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -40,7 +54,7 @@ from gpt_2_simple.serving import api
 from gpt_2_simple.serving.engine import Engine
 from gpt_2_simple.serving.server import Server, address_of, bound_socket
 
-NAME = "random"
+NAME, N_CTX = "random", 1024
 
 
 class AnyVocabulary:
@@ -63,14 +77,23 @@ def random_model(hparams: HParams):
     """A session with random weights."""
     sess = gpt2.start_tf_sess()
     state = session.build_model(sess, hparams, [])
+    fill(sess, state)
+    state.encoder = AnyVocabulary(hparams.n_vocab)
+    return sess
+
+
+def fill(sess, state) -> None:
+    """Puts random weights into a session's model."""
     rng = np.random.default_rng(0)
     with sess.graph.as_default():
         for variable in session.named_variables(state).values():
             value = tf.compat.v1.placeholder(tf.float32, variable.shape)
             weights = rng.normal(0, 0.05, variable.shape.as_list())
             sess.run(variable.assign(value), {value: weights})
-    state.encoder = AnyVocabulary(hparams.n_vocab)
-    return sess
+
+
+def heads_of(options: argparse.Namespace) -> int:
+    return max(1, options.n_embd // 64)
 
 
 @contextlib.contextmanager
@@ -122,32 +145,142 @@ def generate(sess, prompts: list[list[int]], length: int) -> float:
     return len(prompts) * length / (time.perf_counter() - began)
 
 
-def soak(address: str, count: int, hparams: HParams, clients: int) -> None:
-    """Random shapes; each greedy text of a prompt must be the same whenever it is asked for."""
-    rng, texts, memory = random.Random(0), {}, []
+# --- --soak ---------------------------------------------------------------------------------------
 
-    def one(seed: int) -> None:
-        choice = random.Random(seed % (count // 4))  # each shape comes about four times
-        prompt = [choice.randrange(hparams.n_vocab) for _ in range(choice.randint(1, 60))]
-        length = choice.randint(1, 30)
-        body = {"model": NAME, "prompt": prompt, "max_tokens": length, "temperature": 0}
-        answer = CLIENT.post(f"{address}/v1/completions", json=body)
-        text = answer.json()["choices"][0]["text"]
-        assert texts.setdefault(seed % (count // 4), text) == text, "a text was mixed up"
+LENGTHS = (1, 4, 16, 48)  # of the texts; generate() writes all texts of a length in one call
 
-    order = list(range(count))
-    rng.shuffle(order)
-    for part in (order[: count // 10], order[count // 10 :]):
-        with concurrent.futures.ThreadPoolExecutor(clients) as pool:
-            list(pool.map(one, part))
-        memory.append(resident_bytes())
+
+class Shape(NamedTuple):
+    """A request of random shape, and the texts that it must get."""
+
+    body: dict[str, Any]
+    texts: list[str]
+
+
+def write_model(folder: str, options: argparse.Namespace) -> None:
+    """Writes a model with random weights and a vocabulary of bytes."""
+    gpt2.create_gpt2(
+        model_name=NAME, model_dir=folder, n_layer=options.n_layer, n_embd=options.n_embd,
+        n_head=heads_of(options), n_ctx=N_CTX, seed=0,
+    )  # fmt: skip
+    with gpt2.start_tf_sess() as sess:
+        gpt2.load_gpt2(sess, model_name=NAME, model_dir=folder)
+        fill(sess, session.graph_state(sess))
+        variables = session.named_variables(session.graph_state(sess))
+        with sess.graph.as_default():
+            saver = tf.compat.v1.train.Saver(dict(variables))
+        saver.save(sess, os.path.join(folder, NAME, "model.ckpt"), write_meta_graph=False)
+
+
+def random_shapes(folder: str, count: int) -> list[Shape]:
+    """Requests, with the texts that generate() gives for their prompts."""
+    rng, drawn = random.Random(0), []
+    for _ in range(count):
+        prompts = [random_text(rng) for _ in range(rng.choice((1, 1, 1, 2, 4)))]
+        body = {
+            "model": NAME, "prompt": prompts, "n": rng.choice((1, 1, 2)), "temperature": 0,
+            "max_tokens": rng.choice(LENGTHS), "stream": rng.random() < 0.5,
+            "logprobs": rng.choice((None, None, 0, 5)),
+        }  # fmt: skip
+        drawn.append(body)
+    with gpt2.start_tf_sess() as sess:
+        gpt2.load_gpt2(sess, model_name=NAME, model_dir=folder)
+        found: dict[tuple[str, int], str] = {}
+        for length in LENGTHS:
+            bodies = [body for body in drawn if body["max_tokens"] == length]
+            prompts = sorted({prompt for body in bodies for prompt in body["prompt"]})
+            texts = gpt2.generate(
+                sess, prefix=prompts, length=length, temperature=0, batch_size=None,
+                include_prefix=False, stop_token="<|endoftext|>", return_as_list=True,
+            ) if prompts else []  # fmt: skip
+            found |= {(p, length): text for p, text in zip(prompts, texts, strict=True)}
+    return [
+        Shape(b, [found[p, b["max_tokens"]] for p in b["prompt"] for _ in range(b["n"])])
+        for b in drawn
+    ]
+
+
+def random_text(rng: random.Random) -> str:
+    return "".join(rng.choices(string.ascii_letters + " ", k=rng.randint(1, 300)))
+
+
+@contextlib.contextmanager
+def server_process(folder: str, options: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    """The address of `gpt_2_simple serve`, and its process's number; prints when it was ready."""
+    command = [sys.executable, "-m", "gpt_2_simple", "serve", "--model_name", NAME, "--model_dir",
+               folder, "--port", "0", "--max_batch", str(options.clients), "--timeout", "3600",
+               "--max_queue", str(8 * options.clients)]  # fmt: skip
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        began = time.perf_counter()
+        for line in process.stdout:
+            if line.startswith("Loading"):
+                began = time.perf_counter()
+            if " at http://" in line:
+                break
+        else:
+            raise SystemExit("the server did not start")
+        address = line.partition(" at ")[2].split()[0]
+        CLIENT.get(f"{address}/health").raise_for_status()
+        print(f"ready {time.perf_counter() - began:.1f} s after the model's load began")
+        yield address, process.pid
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def texts_of(address: str, body: dict[str, Any]) -> list[str]:
+    """The texts that the server gives for a request."""
+    texts: dict[int, str] = {}
+    with CLIENT.stream("POST", f"{address}/v1/completions", json=body) as answer:
+        if answer.status_code != 200:
+            raise SystemExit(f"status {answer.status_code}: {answer.read().decode()}")
+        if body["stream"]:
+            lines = [line[6:] for line in answer.iter_lines() if line.startswith("data: {")]
+        else:
+            lines = [answer.read().decode()]
+    for line in lines:
+        for choice in json.loads(line)["choices"]:
+            texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
+    return [texts[index] for index in sorted(texts)]
+
+
+def soak(options: argparse.Namespace) -> None:
+    """Random shapes for a server of its own process: their texts, and its memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        in_child(write_model, folder, options)
+        shapes = in_child(random_shapes, folder, options.soak)
+        different, memory = 0, []
+        with server_process(folder, options) as (address, pid):
+            for part in (shapes[: options.soak // 10], shapes[options.soak // 10 :]):
+                with concurrent.futures.ThreadPoolExecutor(options.clients) as pool:
+                    found = list(pool.map(lambda shape: texts_of(address, shape.body), part))
+                for shape, texts in zip(part, found, strict=True):
+                    if texts != shape.texts:
+                        different += 1
+                        print(f"not generate's: {shape.body}: {texts} {shape.texts}")
+                memory.append(resident_bytes(pid))
+    n_texts = len({text for shape in shapes for text in shape.texts})
+    print(f"{different} of {options.soak} requests got other texts than generate's "
+          f"({n_texts} different texts)")  # fmt: skip
     after, at_end = (m / 2**20 for m in memory)
-    print(f"{count} requests: {after:.0f} MB after a tenth, {at_end:.0f} MB ({at_end / after:.3f})")
+    print(f"memory after {options.soak // 10} requests {after:.0f} MB, after {options.soak} "
+          f"{at_end:.0f} MB: ratio {at_end / after:.3f}")  # fmt: skip
+    if different:
+        raise SystemExit("only rounding, where two tokens are equally likely, may change a text")
 
 
-def resident_bytes() -> int:
-    """The process's memory (Linux)."""
-    with open("/proc/self/statm") as file:
+def in_child(function, *arguments):
+    """A function's result, from a process whose memory goes with it."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def resident_bytes(pid: int) -> int:
+    """A process's memory (Linux)."""
+    with open(f"/proc/{pid}/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -163,13 +296,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--length", type=int, default=100)
-    parser.add_argument("--soak", type=int, default=0, help="requests of random shapes")
+    parser.add_argument(
+        "--soak", type=int, nargs="?", const=5000, help="requests of random shapes, 10 or more"
+    )
     parser.add_argument("--n_layer", type=int, default=12)
     parser.add_argument("--n_embd", type=int, default=768)
     parser.add_argument("--n_vocab", type=int, default=50257)
     options = parser.parse_args()
-    heads = max(1, options.n_embd // 64)
-    hparams = HParams(options.n_vocab, 1024, options.n_embd, heads, options.n_layer)
+    if options.soak:
+        soak(options)
+        return
+    hparams = HParams(options.n_vocab, N_CTX, options.n_embd, heads_of(options), options.n_layer)
     sess, rng = random_model(hparams), np.random.default_rng(1)
     began = time.perf_counter()
     engine = Engine(sess, max_batch=options.clients)
@@ -198,8 +335,6 @@ def main() -> None:
                     found.setdefault(name, []).append(value)
         for name, values in found.items():
             tell(name, values, "")
-        if options.soak:
-            soak(address, options.soak, hparams, options.clients)
     engine.close()
     sess.close()
 

@@ -17,7 +17,7 @@ from served_model import NAME, load, serving, wait_until, write_model
 
 import gpt_2_simple as gpt2
 from gpt_2_simple import session
-from gpt_2_simple.serving import api
+from gpt_2_simple.serving import api, bodies
 from gpt_2_simple.serving import engine as engines
 from gpt_2_simple.serving import server as servers
 from gpt_2_simple.serving.engine import Engine
@@ -276,7 +276,11 @@ BAD = [
     ({"temperature": "hot"}, "temperature"),
     ({"temperature": True}, "temperature"),
     ({"temperature": 2.5}, "temperature"),
+    ({"temperature": 1e300}, "temperature"),
     ({"top_p": 0}, "top_p"),
+    ({"repetition_penalty": 1e-40}, "repetition_penalty"),
+    ({"repetition_penalty": 101}, "repetition_penalty"),
+    ({"presence_penalty": -1e300}, "presence_penalty"),
     ({"max_tokens": -1}, "max_tokens"),
     ({"max_tokens": 1.5}, "max_tokens"),
     ({"max_tokens": 96}, "max_tokens"),
@@ -295,11 +299,15 @@ BAD = [
     ({"logit_bias": {"257": 1}}, "logit_bias"),
     ({"logit_bias": {"a": 1}}, "logit_bias"),
     ({"logit_bias": {"1": 101}}, "logit_bias"),
+    ({"logit_bias": {"1": 10**400}}, "logit_bias"),
     ({"logit_bias": [1]}, "logit_bias"),
     ({"seed": 2**64}, "seed"),
     ({"prompt": []}, "prompt"),
     ({"prompt": [[]]}, "prompt"),
     ({"prompt": [257]}, "prompt"),
+    ({"prompt": 65}, "prompt"),
+    ({"prompt": [""] * 300_000}, "prompt"),
+    ({"prompt": [[1]] * 17}, "prompt"),
     ({"prompt": [-1]}, "prompt"),
     ({"prompt": {"a": 1}}, "prompt"),
     ({"prompt": [True]}, "prompt"),
@@ -540,6 +548,29 @@ def test_the_description_lists_every_parameter(http):
     }  # fmt: skip
 
 
+def test_the_description_states_the_most_tokens_that_a_served_model_writes(
+    http, client, engine, tmp_path
+):
+    def maximum(http):
+        schemas = http.get("/openapi.json").json()["components"]["schemas"]
+        return schemas["CompletionRequest"]["properties"]["max_tokens"]["maximum"]
+
+    most = maximum(http)
+    made = client.completions.create(model=NAME, prompt="A", max_tokens=most)
+    assert made.choices[0].finish_reason in ("length", "stop")
+    with pytest.raises(openai.BadRequestError, match="max_tokens"):
+        client.completions.create(model=NAME, prompt="A", max_tokens=most + 1)
+
+    gpt2.create_gpt2(
+        model_name="long", model_dir=str(tmp_path), n_layer=1, n_head=1, n_embd=8, n_ctx=128
+    )
+    with contextlib.closing(gpt2.start_tf_sess()) as sess:
+        gpt2.load_gpt2(sess, model_name="long", model_dir=str(tmp_path))
+        both = {NAME: engine, "long": Engine(sess, max_batch=1)}
+        with served(both) as (address, _), httpx.Client(base_url=address) as http:
+            assert maximum(http) == 127
+
+
 def test_an_error_in_the_server_tells_no_secret(http, monkeypatch, capsys):
     def fail(*args):
         raise KeyError("/home/me/secret prompt")
@@ -611,7 +642,7 @@ def test_a_flood_of_headers_is_refused(address, flood):
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(address, monkeypatch):
-    monkeypatch.setattr(api, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.2)
     with connect(address) as connection:
         head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{"
         connection.sendall(head)

@@ -21,12 +21,22 @@ from gpt_2_simple.sample import Beams, SamplingParams
         ({"top_k": 2.5}, "top_k=2.5"),
         ({"top_k": True}, "top_k=True"),
         ({"repetition_penalty": 0}, "repetition_penalty=0"),
+        (
+            {"repetition_penalty": 1e-40},
+            "repetition_penalty=1e-40 must be a number from 0.01 to 100",
+        ),
+        (
+            {"repetition_penalty": 1e300},
+            "repetition_penalty=1e.300 must be a number from 0.01 to 100",
+        ),
+        ({"temperature": 10**400}, "temperature=10"),
         ({"no_repeat_ngram_size": -2}, "no_repeat_ngram_size=-2"),
         ({"stop_token": -5}, "stop_token=-5"),
         ({"bad_words": [[1], []]}, "empty word"),
         ({"presence_penalty": 2.5}, "presence_penalty=2.5"),
         ({"frequency_penalty": float("nan")}, "frequency_penalty=nan"),
         ({"logit_bias": [(1, 1e9)]}, "logit_bias="),
+        ({"logit_bias": [(1, 10**400)]}, "logit_bias="),
     ],
 )
 def test_sampling_params_out_of_range(settings, message):

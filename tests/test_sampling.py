@@ -11,6 +11,8 @@ from gpt_2_simple.sample import SamplingParams, generate_tokens
 SETTINGS = {
     "all": ({"temperature": 1.0}, lambda p: p),
     "cold": ({"temperature": 0.5}, lambda p: p**2),
+    "temperature below float32": ({"temperature": 1e-300}, lambda p: top(p, 1)),
+    "temperature above float32": ({"temperature": 1e300}, lambda p: p**0),
     "top_k": ({"temperature": 1.0, "top_k": 5}, lambda p: top(p, 5)),
     "top_k 1": ({"temperature": 2.0, "top_k": 1}, lambda p: top(p, 1)),
     "top_k of more than there are": ({"temperature": 1.0, "top_k": 99}, lambda p: p),
@@ -105,6 +107,8 @@ def without(words):
     [
         ({"repetition_penalty": 1.3}, penalized(1.3)),
         ({"repetition_penalty": 0.8}, penalized(0.8)),
+        ({"repetition_penalty": 0.01}, penalized(0.01)),
+        ({"repetition_penalty": 100}, penalized(100)),
         ({"no_repeat_ngram_size": 1}, ngrams(1)),
         ({"no_repeat_ngram_size": 2}, ngrams(2)),
         ({"no_repeat_ngram_size": 3}, ngrams(3)),
@@ -122,6 +126,13 @@ def test_bad_words(small_sess):
     found = write(small_sess, PREFIXES, 30, SamplingParams(temperature=0, bad_words=words), chunk=8)
     assert found.tolist() == [expected(prefix, 30, without(words)) for prefix in PREFIXES]
     assert found.tolist() != plain
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e300])
+def test_a_temperature_outside_of_float32_draws_no_forbidden_token(small_sess, temperature):
+    words = tuple((token,) for token in range(1, HPARAMS.n_vocab))
+    params = SamplingParams(temperature=temperature, bad_words=words)
+    assert write(small_sess, PREFIXES, 8, params, seed=1).tolist() == [[0] * 8] * len(PREFIXES)
 
 
 def test_min_length_holds_the_stop_token_back(small_sess):

@@ -5,13 +5,14 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 
 import httpx
 import pytest
 from served_model import NAME, load, serving, wait_until, write_model
 
-from gpt_2_simple.serving import api
+from gpt_2_simple.serving import api, bodies
 from gpt_2_simple.serving import server as servers
 from gpt_2_simple.serving.engine import Engine
 
@@ -234,3 +235,77 @@ def test_floods_of_50_clients_take_bounded_memory_and_others_are_served(served, 
         complete(address)
         assert resident_bytes() - before < 100 * MB
     wait_until(lambda: len(server.server_state.connections) == 0)
+
+
+def long_request(n_bytes):
+    """A request with a prompt of so many bytes."""
+    return request_of({"model": NAME, "prompt": "a" * n_bytes, "truncate_prompt_tokens": 5})
+
+
+def request_of(body):
+    """The last request of a connection."""
+    content = json.dumps(body, separators=(",", ":")).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: "
+    return head + str(len(content)).encode() + b"\r\n\r\n" + content
+
+
+def test_slow_bodies_of_800_clients_take_bounded_memory_and_others_are_served(served, many_files):
+    address, server = served
+    before = resident_bytes()
+    with connections(address, 800) as slow:
+        for connection in slow:
+            send(connection, long_request(MB - 1000)[:-1])
+        complete(address)
+        assert resident_bytes() - before < 500 * MB
+        with connections(address, 1) as (quick,):
+            quick.sendall(long_request(MB - 1000))
+            assert b" 200 OK" in read_all(quick)
+        assert resident_bytes() - before < 500 * MB
+    wait_until(lambda: len(server.server_state.connections) == 0)
+
+
+def test_few_bodies_are_read_at_the_same_time(served, monkeypatch):
+    address, _ = served
+    read, n_reading, most = api.completions.read_completion, 0, 0
+    lock = threading.Lock()
+
+    def counted(*args):
+        nonlocal n_reading, most
+        with lock:
+            n_reading += 1
+            most = max(most, n_reading)
+        time.sleep(0.02)
+        try:
+            return read(*args)
+        finally:
+            with lock:
+                n_reading -= 1
+
+    monkeypatch.setattr(api.completions, "read_completion", counted)
+    with connections(address, 40) as clients:
+        for connection in clients:
+            connection.sendall(long_request(100))
+        statuses = {read_all(connection).split()[1] for connection in clients}
+    assert statuses <= {b"200", b"429"}
+    assert b"200" in statuses
+    assert 1 < most <= bodies.MAX_READERS
+
+
+def test_the_slowest_body_gives_way_and_is_told_when_to_come_again(served, monkeypatch):
+    address, _ = served
+    monkeypatch.setattr(bodies, "MAX_BODIES_BYTES", 100_000)
+    with connections(address, 4) as clients:
+        for connection in clients:
+            connection.sendall(long_request(40_000)[:-1])
+            time.sleep(0.1)  # they arrive in this order
+        for gone in clients[:2]:
+            answer = read_all(gone)
+            assert b" 503 " in answer.splitlines()[0]
+            assert b"retry-after: " in answer
+        complete(address)
+        for kept in clients[2:]:
+            kept.sendall(b"}")
+            assert b" 200 OK" in read_all(kept).splitlines()[0]
+    with connections(address, 1) as (alone,):  # what was held is free again
+        alone.sendall(long_request(90_000))
+        assert b" 200 OK" in read_all(alone).splitlines()[0]

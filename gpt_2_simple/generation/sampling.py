@@ -71,9 +71,8 @@ def sampling_feeds(
         if field.name not in ("bad_words", "logit_bias")
     }
     values["top_k"] = [top_k if top_k < n_vocab else 0 for top_k in values["top_k"]]
-    # In float32 a smaller one would be 0, which means off.
-    tiny = float(np.finfo(np.float32).tiny)
-    values["top_p"] = [top_p and max(top_p, tiny) for top_p in values["top_p"]]
+    for name in ("temperature", "top_p"):
+        values[name] = [_in_float32(value) for value in values[name]]
     values["stop_token"] = [-1 if stop is None else stop for stop in values["stop_token"]]
     for name, of_rows in values.items():
         values[name] = of_rows if len(set(of_rows)) > 1 else of_rows[:1]
@@ -90,6 +89,12 @@ def sampling_feeds(
         "adds_to_logits": any(row.adds_to_logits for row in rows),
     }
     return {getattr(placeholders, name): value for name, value in values.items()}
+
+
+def _in_float32(value: float) -> float:
+    """The nearest number above 0 that float32 holds, neither 0 nor infinite; 0 stays."""
+    limits = np.finfo(np.float32)
+    return value and min(max(value, float(limits.tiny)), float(limits.max))
 
 
 class TextTokens(NamedTuple):

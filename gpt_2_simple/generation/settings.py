@@ -16,6 +16,9 @@ MAX_INT32 = 2**31 - 1
 # OpenAI's API has these limits for a bias and for the two penalties that add to logits.
 MAX_BIAS, MAX_PENALTY = 100, 2
 
+# Divided by less, or multiplied by more, large logits would leave float32.
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100
+
 # Ways to guess tokens; see the module speculative.
 PROMPT_LOOKUP = "prompt_lookup"
 SPECULATIONS = (PROMPT_LOOKUP,)
@@ -98,7 +101,8 @@ class GenerationSettings(Settings):
         at_least=0, at_most=MAX_INT32)] = 0
     repetition_penalty: Annotated[float, Setting(
         RULES, "Above 1 makes tokens that the text holds already less likely, below 1 likelier "
-        "(Keskar et al. 2019)", above=0)] = 1.0
+        "(Keskar et al. 2019)", at_least=MIN_REPETITION_PENALTY,
+        at_most=MAX_REPETITION_PENALTY)] = 1.0
     presence_penalty: Annotated[float, Setting(
         RULES, "Subtracted from the logit of each token that came after the prefix already, as in "
         "OpenAI's API", at_least=-MAX_PENALTY, at_most=MAX_PENALTY)] = 0.0
@@ -235,7 +239,7 @@ def _as_biases(value: Any) -> dict[str | int, float] | None:
         entries = [text.rsplit("=", 1) for text in as_strings("logit_bias", value)]
     try:
         biases = {key: _as_bias(bias) for key, bias in entries}
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         biases = {"": 0.0}
     if not all(isinstance(key, (str, numbers.Integral)) and key != "" for key in biases):
         raise ValueError(

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..common.report import say
 from . import completion as completions
+from .bodies import Bodies
 from .completion import BadRequestError, Choice, Completion
 from .engine import ClosedError, Delta, Engine, Event, Failure, Job, PromptScores, QueueFullError
 from .guard import Guard
@@ -29,9 +30,7 @@ from .openapi import describe
 from .page import page_response
 from .settings import MAX_CHOICES
 
-MAX_BODY_BYTES = 2**20
-BODY_SECONDS = 30.0  # a body that takes longer to arrive is not waited for
-RETRY_SECONDS = 2  # what Retry-After says when the queue is full
+RETRY_SECONDS = 2  # what Retry-After says when there is no room at present
 
 _REASONS = {404: "there is nothing at this address", 405: "this address has no such method"}
 _KINDS = {429: "rate_limit_error", 500: "server_error", 503: "server_error", 408: "timeout_error"}
@@ -93,7 +92,7 @@ def json_response(
 
 def error_response(error: BadRequestError) -> Response:
     """OpenAI's error object."""
-    headers = {"Retry-After": str(RETRY_SECONDS)} if error.status == 429 else {}
+    headers = {"Retry-After": str(RETRY_SECONDS)} if error.status in (429, 503) else {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return json_response(error.body, error.status, headers)
@@ -182,13 +181,12 @@ class _Api:
 
     def __init__(self, engines: Mapping[str, Engine], limits: Limits) -> None:
         self.engines, self.limits = dict(engines), limits
-        self.metrics = Metrics(self.engines)
+        self.metrics, self.bodies = Metrics(self.engines), Bodies()
         self.created = int(time.time())
         max_choices = min([MAX_CHOICES, *(e.max_batch for e in self.engines.values())])
         version = importlib.metadata.version("gpt_2_simple")
-        self.description = describe(
-            version, list(self.engines), max_choices, limits.api_key is not None
-        )
+        contexts = {name: engine.hparams.n_ctx for name, engine in self.engines.items()}
+        self.description = describe(version, contexts, max_choices, limits.api_key is not None)
 
     # --- errors -----------------------------------------------------------------------------------
 
@@ -249,9 +247,12 @@ class _Api:
     async def complete(self, request: Request) -> Response:
         model, status = "", 500
         try:
-            body = completions.parse_json(await _read_body(request))
-            model = completions.find_model(body, self.engines)
-            response = await self._complete(request, model, body)
+            async with self.bodies.read(request) as content:
+                body = completions.parse_json(content)
+                model = completions.find_model(body, self.engines)
+                completion = await self._read(model, body)
+                del body  # it may be large
+            response = await self._complete(request, model, completion)
             status = response.status_code
             return response
         except BadRequestError as error:
@@ -263,11 +264,16 @@ class _Api:
         finally:
             self.metrics.answered(model, status)
 
-    async def _complete(self, request: Request, model: str, body: dict[str, Any]) -> Response:
+    async def _read(self, model: str, body: dict[str, Any]) -> Completion:
         engine = self.engines[model]
-        arguments = body, engine.encoder, engine.hparams, engine.max_batch
+        limits = engine.max_batch, engine.max_queue
         # In a thread: encoding a long prompt takes a while.
-        completion = await asyncio.to_thread(completions.read_completion, *arguments)
+        return await asyncio.to_thread(
+            completions.read_completion, body, engine.encoder, engine.hparams, *limits
+        )
+
+    async def _complete(self, request: Request, model: str, completion: Completion) -> Response:
+        engine = self.engines[model]
         if self.limits.log_prompts:
             say(f"{model}: {[prompt.text for prompt in completion.prompts]!r}")
         flow = _Flow(completion, engine, self.limits.timeout)
@@ -294,26 +300,6 @@ class _Api:
             self.metrics.finished(
                 model, now - flow.began, flow.completion.n_prompt_tokens, flow.n_new
             )
-
-
-async def _read_body(request: Request) -> bytes:
-    too_large = BadRequestError(f"the body is above {MAX_BODY_BYTES} bytes", status=413)
-    length = request.headers.get("content-length", "0")
-    if length.isdigit() and int(length) > MAX_BODY_BYTES:
-        raise too_large
-    body = bytearray()
-
-    async def read() -> None:
-        async for part in request.stream():
-            body.extend(part)
-            if len(body) > MAX_BODY_BYTES:
-                raise too_large
-
-    try:
-        await asyncio.wait_for(read(), BODY_SECONDS)
-    except (asyncio.TimeoutError, TimeoutError):
-        raise BadRequestError("the body did not arrive in time", status=408) from None
-    return bytes(body)
 
 
 async def _unless_gone(request: Request, work: Any) -> Any:

@@ -60,7 +60,7 @@ class Completion(NamedTuple):
         return sum(len(prompt.tokens) for prompt in self.prompts)
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
+def parse_json(body: bytes | bytearray) -> dict[str, Any]:
     """A request's body as a JSON object."""
     try:
         found = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
@@ -91,7 +91,7 @@ def find_model(body: Mapping[str, Any], names: Iterable[str]) -> str:
 
 
 def read_completion(
-    body: Mapping[str, Any], encoder: Encoder, hparams: HParams, max_batch: int
+    body: Mapping[str, Any], encoder: Encoder, hparams: HParams, max_batch: int, max_prompts: int
 ) -> Completion:
     """Checks a request for a model with this vocabulary and these sizes."""
     _check_names(body)
@@ -107,7 +107,7 @@ def read_completion(
     stop_token = None if settings.ignore_eos else encoder.end_of_text
     completion = Completion(
         settings=settings,
-        prompts=_read_prompts(body.get("prompt"), encoder),
+        prompts=_read_prompts(body.get("prompt"), encoder, max_prompts),
         stop=StopCriteria(None, _read_stop(body.get("stop")), stop_token),
         logit_bias=_read_logit_bias(body.get("logit_bias"), hparams.n_vocab),
         include_usage=_read_include_usage(body, settings.stream),
@@ -180,12 +180,18 @@ def shortened(value: Any) -> str:
 # --- parameters that are not single values --------------------------------------------------------
 
 
-def _read_prompts(value: Any, encoder: Encoder) -> list[Prompt]:
-    values = value if isinstance(value, list) else ["" if value is None else value]
-    if values and all(_is_token(each) for each in values):
+def _read_prompts(value: Any, encoder: Encoder, max_prompts: int) -> list[Prompt]:
+    is_list = isinstance(value, list)
+    values = value if is_list else ["" if value is None else value]
+    if is_list and values and all(_is_token(each) for each in values):
         values = [values]
     if not values:
         raise BadRequestError("prompt=[] must hold at least one prompt", "prompt")
+    if len(values) > max_prompts:
+        raise BadRequestError(
+            f"prompt holds {len(values)} prompts; {max_prompts} are allowed, as more cannot wait",
+            "prompt",
+        )
     return [_read_prompt(each, encoder) for each in values]
 
 

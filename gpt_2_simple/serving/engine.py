@@ -254,15 +254,19 @@ class Engine:
         Raises:
             QueueFullError, ClosedError: see there.
         """
+        self._check_room(len(requests))  # making jobs takes a while
         jobs = [Job(request, self.encoder) for request in requests]
         with self._condition:
-            if self._is_closed or self.error is not None:
-                raise ClosedError(self.error or "the server is shutting down")
-            if len(self._waiting) + len(jobs) > self.max_queue:
-                raise QueueFullError
+            self._check_room(len(jobs))
             self._waiting.extend(jobs)
             self._condition.notify()
         return jobs
+
+    def _check_room(self, n_requests: int) -> None:
+        if self._is_closed or self.error is not None:
+            raise ClosedError(self.error or "the server is shutting down")
+        if len(self._waiting) + n_requests > self.max_queue:
+            raise QueueFullError
 
     def close(self) -> None:
         """Ends the thread after its present chunk; what is not finished fails."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ..common.settings import Field, fields_of
@@ -13,13 +13,13 @@ _JSON_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean"}
 
 
 def describe(
-    version: str, models: Sequence[str], max_choices: int, has_key: bool
+    version: str, models: Mapping[str, int], max_choices: int, has_key: bool
 ) -> dict[str, Any]:
     """The description, as JSON.
 
     Args:
         version: of the library.
-        models: the names that may be asked for.
+        models: the names that may be asked for, and how many tokens each context holds.
         max_choices: the most texts for a prompt.
         has_key: whether requests need a key.
     """
@@ -29,7 +29,12 @@ def describe(
         "/v1/models/{model}": {
             "get": {
                 "parameters": [
-                    {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+                    {
+                        "name": "model",
+                        "in": "path",
+                        "required": True,
+                        "schema": {"type": "string", "enum": list(models)},
+                    }
                 ],
                 **_get("A model", "Model", 401, 403, 404),
             }
@@ -72,10 +77,11 @@ def describe(
     }
 
 
-def _completion_request(models: Sequence[str], max_choices: int) -> dict[str, Any]:
+def _completion_request(models: Mapping[str, int], max_choices: int) -> dict[str, Any]:
     fields = fields_of(CompletionSettings)
     properties = {name: _parameter(field) for name, field in fields.items()}
     properties["model"]["enum"] = list(models)
+    properties["max_tokens"]["maximum"] = max(models.values()) - 1  # a prompt has a token at least
     for name in ("n", "best_of"):
         properties[name]["maximum"] = max_choices
     return {

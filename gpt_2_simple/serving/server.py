@@ -52,6 +52,8 @@ class _Protocol(H11Protocol):
         self._stop(self._head_timer)
         self._stop(self._write_timer)
         super().connection_lost(exc)
+        if self.cycle is not None:
+            self.cycle.body = bytearray()  # these objects form a circle, which may live for long
 
     def data_received(self, data: bytes) -> None:
         # It ends the timer of resting connections.

@@ -8,7 +8,13 @@ from typing import Annotated, Any, ClassVar
 
 from ..common.hparams import GENERATING_PRECISIONS
 from ..common.settings import Setting, Settings
-from ..generation.settings import MAX_BIAS, MAX_INT32, MAX_PENALTY
+from ..generation.settings import (
+    MAX_BIAS,
+    MAX_INT32,
+    MAX_PENALTY,
+    MAX_REPETITION_PENALTY,
+    MIN_REPETITION_PENALTY,
+)
 
 API_KEY_VARIABLE = "GPT_2_SIMPLE_API_KEY"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -132,8 +138,8 @@ class CompletionSettings(Settings):
         BEYOND, "Draw from the k likeliest tokens; 0 and -1 draw from all", at_least=-1,
         at_most=MAX_INT32)] = 0
     repetition_penalty: Annotated[float, Setting(
-        BEYOND, "Above 1 makes tokens that the text holds already less likely", above=0,
-        at_most=100)] = 1.0
+        BEYOND, "Above 1 makes tokens that the text holds already less likely",
+        at_least=MIN_REPETITION_PENALTY, at_most=MAX_REPETITION_PENALTY)] = 1.0
     min_tokens: Annotated[int, Setting(
         BEYOND, "Tokens to write at least before <|endoftext|> may come", at_least=0,
         at_most=MAX_INT32)] = 0
@@ -196,5 +202,5 @@ STRUCTURED_PARAMETERS: Mapping[str, Mapping[str, Any]] = {
             {"type": "null"},
         ],
     },
-    "suffix": {"description": "Not supported: it must be null", "type": "null"},
+    "suffix": {"description": "Not supported: it must be null or empty", "enum": [None, ""]},
 }
