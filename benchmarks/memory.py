@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from gpt_2_simple.common import device_memory
 from gpt_2_simple.distributed import launcher, tf_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -194,7 +195,7 @@ def fits_table() -> str:
     for card in CARDS:
         cells = []
         for size in sizes:
-            limit = int(card * memory.USABLE * 1024 * MEGABYTE)
+            limit = int(card * device_memory.USABLE * 1024 * MEGABYTE)
             found = memory.fitting_plans(published_hparams(size), limit)
             cells.append(cell(found[0]) if found else "no")
         lines.append(f"| {card} GB | {' | '.join(cells)} |")

@@ -43,6 +43,7 @@ __all__ = [
     "generate",
     "generate_stream",
     "generate_to_file",
+    "generation_memory_plan",
     "get_available_gpus",
     "get_tarfile_name",
     "import_huggingface",

@@ -14,6 +14,7 @@ from .exchange.gguf import export_gguf
 from .exchange.huggingface import export_huggingface, import_huggingface
 from .exchange.push import push_to_hub
 from .generation.generate import generate, generate_stream, generate_to_file
+from .generation.memory_plan import generation_memory_plan
 from .generation.scoring import next_token_probs, score
 from .serving.launch import serve
 from .serving.play import play
@@ -56,6 +57,7 @@ __all__ = [
     "generate",
     "generate_stream",
     "generate_to_file",
+    "generation_memory_plan",
     "get_available_gpus",
     "get_tarfile_name",
     "import_huggingface",

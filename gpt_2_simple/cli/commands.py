@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from types import ModuleType
 from typing import Annotated, Any, ClassVar
 
+from ..common.device_memory import MEGABYTE, USABLE
 from ..common.files import check_writable
 from ..common.folders import model_folder, read_hparams
 from ..common.hparams import HParams
@@ -409,33 +410,67 @@ class CardSettings(Settings):
     gpu_gb: Annotated[float | None, Setting(
         GROUPS[0], "The card's memory in GB of 2**30 bytes; 0.93 of it is taken to be usable",
         above=0, default_help="none: tables of what is needed")] = None
+    generate: Annotated[bool, Setting(
+        GROUPS[0], "Plan generating instead of training, for each precision, from `batch_size`, "
+        "`length` and `prefix_length`")] = False
+    length: Annotated[int | None, Setting(
+        GROUPS[0], "With --generate: tokens to generate for each text", at_least=1,
+        default_help="100 and 1023")] = None
+    prefix_length: Annotated[int, Setting(
+        GROUPS[0], "With --generate: tokens of a prefix", at_least=1)] = 1
     # fmt: on
 
 
+def _memory_of_generating(hparams: HParams, name: str, own: CardSettings, batch: int | None) -> int:
+    plans = load_module("generation.memory_plan")
+    lengths = [own.length] if own.length else [100, GenerationSettings.length]
+    if own.gpu_gb is None:
+        say(plans.table(hparams, [batch] if batch else [1, 8, 20], lengths, own.prefix_length))
+        return 0
+    fitting = plans.largest_batches(hparams, own.gpu_gb, lengths, own.prefix_length, batch)
+    for plan, length in fitting:
+        call = f"gpt2.load_gpt2(sess, model_name={name!r}, precision={plan.precision!r})"
+        say(
+            f"{call}  # batch_size={plan.batch_size}, length={length}: "
+            f"{plan.total / MEGABYTE:,.0f} MB"
+        )
+    if fitting:
+        return 0
+    complain(f"{PROGRAM}: nothing fits: {name} needs more than {USABLE:.0%} of {own.gpu_gb:g} GB")
+    return 1
+
+
 def _memory(options: Options) -> int:
-    plans = load_module("training.memory_plan")
     own = CardSettings(**_take(options, fields_of(CardSettings)))
     name = options.pop("model_name", MemoryPlanSettings.model_name)
     hparams = _sizes(name, own.model_dir)
+    if own.generate:
+        batch = options.pop("batch_size", None)
+        for flag, value in options.items():
+            raise ValueError(f"{flag}={value!r} has no meaning with generate=True")
+        return _memory_of_generating(hparams, name, own, batch)
+    if own.length is not None:
+        raise ValueError(f"length={own.length} has no meaning without generate=True")
+    plans = load_module("training.memory_plan")
     flag = "use_memory_saving_gradients"
     choices = [options[flag]] if flag in options else [False, True]
     if own.gpu_gb is None:
         for choice in choices:
             say(f"{flag}={choice}:\n{plans.memory_plan(hparams, **options | {flag: choice})}")
         return 0
-    limit = int(own.gpu_gb * plans.USABLE * 2**30)
+    limit = int(own.gpu_gb * USABLE * 2**30)
     if options:
         found = [plans.memory_plan(hparams, **options | {flag: choice}) for choice in choices]
         fitting = [plan for plan in found if plan.total <= limit]
     else:
         fitting = plans.fitting_plans(hparams, limit)
     for plan in fitting:
-        say(f"{plans.as_call(plan, name)}  # {plan.total / plans.MEGABYTE:,.0f} MB")
+        say(f"{plans.as_call(plan, name)}  # {plan.total / MEGABYTE:,.0f} MB")
     if fitting:
         return 0
     complain(
         f"{PROGRAM}: nothing fits: {name} with these settings needs more than "
-        f"{plans.USABLE:.0%} of {own.gpu_gb:g} GB, about what such a card leaves. Take a smaller "
+        f"{USABLE:.0%} of {own.gpu_gb:g} GB, about what such a card leaves. Take a smaller "
         "model, or see what --train_last_blocks, --sequence_length, --optimizer and --precision "
         "save"
     )
@@ -454,9 +489,11 @@ def _sizes(model_name: str, model_dir: str) -> HParams:
 
 MEMORY = Command(
     run=_memory,
-    summary="Tell how much memory training needs, or what fits in yours: the best comes first.",
+    summary="Tell how much memory training or generating needs, or what fits in yours: the best "
+    "comes first.",
     examples=(
         "gpt_2_simple memory 774M --gpu_gb 16",
+        "gpt_2_simple memory 1558M --generate",
         "gpt_2_simple memory --model_name 355M --batch_size 2 --optimizer adafactor",
     ),
     settings=[MemoryPlanSettings],

@@ -48,6 +48,23 @@ class HParams:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
 
 
+Shape = tuple[int, ...]
+
+
+def variable_shapes(hparams: HParams) -> tuple[list[Shape], list[Shape], list[Shape]]:
+    """The variables' shapes: of the embeddings, of one block, and of the last layer norm."""
+    width = hparams.n_embd
+    norm: list[Shape] = [(width,), (width,)]
+
+    def affine(nx: int, nf: int) -> list[Shape]:
+        return [(1, nx, nf), (nf,)]
+
+    attention = affine(width, 3 * width) + affine(width, width)
+    mlp = affine(width, 4 * width) + affine(4 * width, width)
+    embeddings: list[Shape] = [(hparams.n_vocab, width), (hparams.n_ctx, width)]
+    return embeddings, norm + attention + norm + mlp, norm
+
+
 def default_hparams() -> HParams:
     """The 124M model's hyper-parameters, except that n_vocab is 0: the vocabulary decides it."""
     return HParams()

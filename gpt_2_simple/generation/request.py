@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from ..common.hparams import HParams
 from ..encoder import Encoder
+from .memory_plan import cache_bytes
 from .settings import Beams, GenerationSettings, SamplingParams
 from .stopping import StopCriteria
 
@@ -93,8 +94,8 @@ def encode_text(text: str, encoder: Encoder) -> list[int]:
 
 def max_rows(hparams: HParams, n_texts: int) -> int:
     """How many rows to generate at the same time where the caller leaves it open."""
-    cache_bytes = 4 * 2 * hparams.n_layer * hparams.n_ctx * hparams.n_embd
-    return max(1, min(n_texts, MAX_ROWS, MAX_CACHE_BYTES // cache_bytes))
+    of_row = cache_bytes(hparams, 1, hparams.n_ctx)
+    return max(1, min(n_texts, MAX_ROWS, MAX_CACHE_BYTES // of_row))
 
 
 def _stop_token(stop_token: str | int | None, encoder: Encoder) -> int | None:

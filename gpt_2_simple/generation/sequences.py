@@ -31,18 +31,15 @@ from .kv_cache import (
     run,
     unused_keys,
 )
+from .memory_plan import cache_bytes
 from .operations import operations_for
 from .sampling import HEALTHY, check_status, sampling_feeds
-from .settings import SamplingParams
+from .settings import MAX_TOKENS_PER_RUN, SamplingParams
 from .stopping import ends_with
 
 # Columns by which a full cache grows at least. Each growth copies the cache, and each unused column
 # costs some work.
 MIN_CACHE_GROWTH = 64
-
-# Given tokens that go through the model in one run, over all rows. It bounds the memory, and the
-# time for which a run cannot be interrupted.
-MAX_TOKENS_PER_RUN = 1024
 
 # A chunk of new tokens should take this long: Ctrl-C and streams wait for its end.
 CHUNK_SECONDS = 0.4
@@ -332,7 +329,7 @@ class Generation:
     def n_bytes(self, n_rows: int, n_columns: int) -> int:
         """The bytes that the cache takes once it has so many rows and columns, at least."""
         n_slots, columns = max(self.n_slots, n_rows), max(self.capacity, n_columns)
-        return 2 * 4 * self.hparams.n_layer * self.hparams.n_embd * n_slots * columns
+        return cache_bytes(self.hparams, n_slots, columns)
 
     def _make_room(self, n_rows: int, n_columns: int) -> None:
         """Gives the cache so many rows and columns at least."""

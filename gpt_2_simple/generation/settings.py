@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
+from ..common.hparams import GENERATING_PRECISIONS, HParams
 from ..common.settings import Setting, Settings, convert, fields_of
 from ..storage.settings import LOADED_RUN
 
@@ -18,6 +19,10 @@ MAX_BIAS, MAX_PENALTY = 100, 2
 
 # Divided by less, or multiplied by more, large logits would leave float32.
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 100
+
+# Given tokens that go through the model in one run, over all rows. It bounds the memory, and the
+# time for which a run cannot be interrupted.
+MAX_TOKENS_PER_RUN = 1024
 
 # Ways to guess tokens; see the module speculative.
 PROMPT_LOOKUP = "prompt_lookup"
@@ -254,6 +259,26 @@ def _as_bias(value: Any) -> float:
     if not abs(bias) <= MAX_BIAS:
         raise ValueError
     return bias
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationMemorySettings(Settings):
+    """All that generation_memory_plan() can be told; meanings and ranges are generate()'s."""
+
+    GROUPS: ClassVar = (MODEL,)
+
+    # fmt: off
+    model_name: Annotated[str | HParams, Setting(
+        MODEL, "Model whose memory is planned: a published model's name, or HParams")] = "124M"
+    precision: Annotated[str, Setting(
+        MODEL, "Type of the blocks' matrices", choices=GENERATING_PRECISIONS)] = "float32"
+    batch_size: Annotated[int, Setting(
+        MODEL, "Texts to generate at the same time", at_least=1)] = 1
+    length: Annotated[int, Setting(
+        MODEL, "Tokens to generate for each text, without the prefix",
+        at_least=1)] = GenerationSettings.length
+    prefix_length: Annotated[int, Setting(MODEL, "Tokens of a prefix", at_least=1)] = 1
+    # fmt: on
 
 
 @dataclasses.dataclass(frozen=True)

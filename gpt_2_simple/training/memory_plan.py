@@ -17,6 +17,8 @@ from typing import Any
 import tensorflow as tf
 
 from .. import model
+from ..common.device_memory import FRAGMENTATION, MEGABYTE
+from ..common.hparams import Shape, variable_shapes
 from ..common.lora import ALL, LINEAR_LAYERS, adapter_shapes, adapter_size
 from ..common.published import published_hparams
 from ..common.report import say
@@ -28,13 +30,6 @@ from .step import LOSS_ROWS
 
 FLOAT = 4
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-MEGABYTE = 2**20
-
-# The share of a card's nominal memory that TensorFlow can use, about: 15 GB of a T4's 16.
-USABLE = 0.93
-
-# Memory that a GPU's BFC allocator loses between tensors, as a share of theirs.
-FRAGMENTATION = 0.06
 
 # The rank of the adapters that are planned where nobody names one.
 LORA_RANK = 8
@@ -160,23 +155,6 @@ def plan(hparams: model.HParams, settings: StepSettings, workers: int = 1) -> Me
     )
 
 
-Shape = tuple[int, ...]
-
-
-def _shapes(hparams: model.HParams) -> tuple[list[Shape], list[Shape], list[Shape]]:
-    """The variables' shapes: of the embeddings, of one block, and of the last layer norm."""
-    width = hparams.n_embd
-    norm: list[Shape] = [(width,), (width,)]
-
-    def affine(nx: int, nf: int) -> list[Shape]:
-        return [(1, nx, nf), (nf,)]
-
-    attention = affine(width, 3 * width) + affine(width, width)
-    mlp = affine(width, 4 * width) + affine(4 * width, width)
-    embeddings: list[Shape] = [(hparams.n_vocab, width), (hparams.n_ctx, width)]
-    return embeddings, norm + attention + norm + mlp, norm
-
-
 def _trained_shapes(hparams: model.HParams, settings: StepSettings) -> list[Shape]:
     """The shapes of the variables that are trained."""
     lora = settings.lora
@@ -185,7 +163,7 @@ def _trained_shapes(hparams: model.HParams, settings: StepSettings) -> list[Shap
         for layer in lora.targets:
             of_block += adapter_shapes(layer, hparams.n_embd, lora.rank)
         return of_block * hparams.n_layer
-    embeddings, block, last_norm = _shapes(hparams)
+    embeddings, block, last_norm = variable_shapes(hparams)
     count = settings.trained_blocks(hparams.n_layer)
     if count is not None:
         return block * count
@@ -194,7 +172,7 @@ def _trained_shapes(hparams: model.HParams, settings: StepSettings) -> list[Shap
 
 def _weights_size(hparams: model.HParams, settings: StepSettings) -> int:
     """Bytes of the model, whose blocks' matrices may be held in 16 bits, and of an adapter."""
-    embeddings, block, last_norm = _shapes(hparams)
+    embeddings, block, last_norm = variable_shapes(hparams)
     size = FLOAT * sum(map(math.prod, [*embeddings, *block * hparams.n_layer, *last_norm]))
     if settings.lora is not None:
         size += FLOAT * adapter_size(settings.lora, hparams.n_embd, hparams.n_layer)
@@ -205,7 +183,7 @@ def _weights_size(hparams: model.HParams, settings: StepSettings) -> int:
 
 def _matrices_of_block(hparams: model.HParams) -> int:
     """How many numbers a block's matrices have."""
-    _, block, _ = _shapes(hparams)
+    _, block, _ = variable_shapes(hparams)
     return sum(math.prod(shape) for shape in block if len(shape) > 1)
 
 

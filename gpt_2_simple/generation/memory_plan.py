@@ -1,0 +1,165 @@
+"""A model's sizes, a precision, a batch and its tokens in, the bytes that generating needs out.
+
+The terms count what decode.py and kv_cache.py hold when they hold most. `benchmarks/memory.py
+--generate` compares the sums with what TensorFlow's allocator really gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+from ..common.device_memory import FRAGMENTATION, MEGABYTE, USABLE
+from ..common.hparams import GENERATING_PRECISIONS, HParams, variable_shapes
+from ..common.published import published_hparams
+from ..common.settings import settings_function
+from .settings import MAX_TOKENS_PER_RUN, GenerationMemorySettings
+
+FLOAT = 4
+# Larger batches are hardly quicker.
+MAX_BATCH = 256
+MATRIX_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+
+# Float32 tensors [rows, n_vocab] that choosing a token holds at once.
+LOGITS = 6
+
+# Float32 tensors that prefill holds at once: as large as a block's widest activations
+# [tokens, 4 n_embd], and as its attention [rows, n_head, tokens, columns].
+WIDE_ACTIVATIONS, ATTENTIONS = 5, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationMemoryPlan:
+    """The bytes that generating needs when it needs most.
+
+    Attributes:
+        hparams: the model's sizes.
+        precision: of the blocks' matrices, and with int8 of the output projection.
+        batch_size: texts that are written at the same time.
+        columns: tokens of a text that the model sees at most.
+        weights: bytes of the model.
+        cache: bytes of the keys and values of all tokens.
+        step: what else is there at the fullest moment. In prefill these are its activations; the
+            cache holds only the prefixes then. Later it is the older cache, while it is copied into
+            one with more columns, and the logits.
+    """
+
+    hparams: HParams
+    precision: str
+    batch_size: int
+    columns: int
+    weights: int
+    cache: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        """The allocator limit under which this should run: all terms, and the fragmentation."""
+        return int((self.weights + self.cache + self.step) * (1 + FRAGMENTATION))
+
+    def __str__(self) -> str:
+        rows = [
+            (f"weights, {self.precision}", self.weights),
+            (f"cache, {self.batch_size} x {self.columns:,} tokens", self.cache),
+            ("step", self.step),
+            ("total, at the fullest moment", self.total),
+        ]
+        return "\n".join(f"{name:30}{size / MEGABYTE:10,.0f} MB" for name, size in rows)
+
+
+@settings_function(GenerationMemorySettings)
+def generation_memory_plan(settings: GenerationMemorySettings) -> GenerationMemoryPlan:
+    """Counts the bytes that generate() needs with these settings; print() shows them as a table.
+
+    On a CPU the process needs about 0.6 GB more, for TensorFlow.
+
+    Args:
+        settings: see GenerationMemorySettings; each of them is an argument.
+
+    Returns:
+        The plan, in bytes (its table is in MB of 2**20 bytes).
+
+    Raises:
+        ValueError: a setting is out of range, or there is no published model of this name.
+    """
+    name = settings.model_name
+    hparams = published_hparams(name) if isinstance(name, str) else name
+    return plan(
+        hparams, settings.precision, settings.batch_size, settings.prefix_length, settings.length
+    )
+
+
+def plan(
+    hparams: HParams, precision: str, batch_size: int, prefix_length: int, length: int
+) -> GenerationMemoryPlan:
+    """Counts the bytes for these numbers of tokens; see generation_memory_plan."""
+    columns = min(hparams.n_ctx, prefix_length + length)
+    cache = cache_bytes(hparams, batch_size, columns)
+    given = min(hparams.n_ctx, prefix_length)
+    tokens = batch_size * max(1, min(given, MAX_TOKENS_PER_RUN // batch_size))
+    wide = WIDE_ACTIVATIONS * tokens * 4 * hparams.n_embd
+    prefill = FLOAT * (wide + ATTENTIONS * hparams.n_head * tokens * given)
+    prefill -= cache - cache_bytes(hparams, batch_size, given)
+    decoding = cache + FLOAT * LOGITS * batch_size * hparams.n_vocab
+    weights = weights_bytes(hparams, precision)
+    step = max(prefill, decoding)
+    return GenerationMemoryPlan(hparams, precision, batch_size, columns, weights, cache, step)
+
+
+def cache_bytes(hparams: HParams, rows: int, columns: int) -> int:
+    """Bytes of the keys and values of so many texts of so many tokens."""
+    return 2 * FLOAT * hparams.n_layer * hparams.n_embd * rows * columns
+
+
+def weights_bytes(hparams: HParams, precision: str) -> int:
+    """Bytes of a model whose blocks' matrices have this precision."""
+    embeddings, block, last_norm = variable_shapes(hparams)
+    others = [shape for shape in block if len(shape) < 3] * hparams.n_layer
+    size = FLOAT * sum(map(math.prod, [*embeddings, *others, *last_norm]))
+    matrices = hparams.n_layer * sum(math.prod(shape) for shape in block if len(shape) == 3)
+    if precision == "int8":  # the output projection is kept beside the embedding
+        matrices += hparams.n_vocab * hparams.n_embd
+    return size + MATRIX_BYTES[precision] * matrices
+
+
+def largest_batches(
+    hparams: HParams, gpu_gb: float, lengths: list[int], prefix_length: int, batch_size: int | None
+) -> list[tuple[GenerationMemoryPlan, int]]:
+    """For each precision and length the plan of the largest batch that fits on a card, if any.
+
+    Args:
+        hparams: the model's sizes.
+        gpu_gb: the card's memory in GB of 2**30 bytes.
+        lengths: tokens to generate.
+        prefix_length: tokens of a prefix.
+        batch_size: the only one to try; None tries all.
+    """
+    limit, found = int(gpu_gb * USABLE * 2**30), []
+    for length in lengths:
+        for precision in GENERATING_PRECISIONS:
+            of_batch = functools.partial(plan, hparams, precision)
+            best = None
+            for batch in [batch_size] if batch_size else range(1, MAX_BATCH + 1):
+                tried = of_batch(batch, prefix_length, length)
+                if tried.total > limit:
+                    break
+                best = tried
+            if best is not None:
+                found.append((best, length))
+    return found
+
+
+def table(hparams: HParams, batches: list[int], lengths: list[int], prefix_length: int) -> str:
+    """Totals in MB: a line for each batch size and length, a column for each precision."""
+    widths = {"": 30} | dict.fromkeys(GENERATING_PRECISIONS, 10)
+    lines = ["MB of 2**20 bytes".ljust(30) + "".join(f"{p:>10}" for p in GENERATING_PRECISIONS)]
+    sizes = [weights_bytes(hparams, precision) for precision in GENERATING_PRECISIONS]
+    rows = [("weights", sizes)]
+    for batch in batches:
+        for length in lengths:
+            plans = [plan(hparams, p, batch, prefix_length, length) for p in GENERATING_PRECISIONS]
+            rows.append((f"batch {batch}, length {length:,}", [each.total for each in plans]))
+    for name, row in rows:
+        lines.append(name.ljust(widths[""]) + "".join(f"{s / MEGABYTE:>10,.0f}" for s in row))
+    return "\n".join(lines)
