@@ -58,7 +58,7 @@ def filter_stderr() -> None:
         return
     with contextlib.suppress(OSError):
         terminal = os.dup(2)
-        python = open(  # noqa: SIM115: it stands for standard error until the end
+        python = open(  # it stands for standard error until the end
             os.dup(2), "w", 1, encoding=sys.stderr.encoding, errors=sys.stderr.errors
         )
         reader = subprocess.Popen(
