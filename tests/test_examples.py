@@ -454,6 +454,7 @@ def test_notebook_runs_in_a_kernel(execute, tmp_path):
         output.data for cell in code for output in cell.outputs if output.output_type != "stream"
     ]
     assert any("Training:" in data["text/plain"] for data in displayed)
+    assert not [o for cell in code for o in cell.outputs if o.get("name") == "stderr"]
     widgets = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
     bars = [widget["state"] for widget in widgets.values() if "FloatP" in widget["model_name"]]
     assert any(bar["max"] == bar["value"] == 7 for bar in bars)  # the steps that training took
