@@ -730,6 +730,14 @@ def test_validation_with_pad_documents(small, sess, monkeypatch):
     assert sum("row" in text for text in shown) == 8
 
 
+def test_a_validation_loss_that_stays_is_no_warning(small, sess, monkeypatch, capsys):
+    script_losses(monkeypatch, [3.0, 2.001, 2.002, 2.003, 2.5])
+    finetune(sess, 10, val_split=0.3, val_every=2, verbose=1)
+    out = capsys.readouterr().out
+    assert out.count("The validation loss stays at 2.00 since step 4. Checkpoint 'best'") == 1
+    assert "Warning" not in out
+
+
 def test_best_checkpoint_and_early_stopping(small, sess, monkeypatch, capsys):
     script_losses(monkeypatch, [3.0, 2.0, 2.5, 2.25, 2.1])
     result = finetune(
