@@ -127,8 +127,12 @@ NOT_FLAGS = {"sess", "reuse", "on_step", "return_as_list", "sample_dir", "token"
 OWN_FLAGS = {
     "finetune": {"workers", "ray"},
     "generate": {"nfiles", "folder", "prefix_file", "format"},
-    "memory": {"model_dir", "gpu_gb"},
-    "export": {"format"},
+    "memory": {"model_dir", "gpu_gb", "json"},
+    "export": {"format", "json"},
+    **dict.fromkeys(
+        ("add_tokens", "create", "encode_csv", "import", "merge", "plot", "push", "quantize"),
+        {"json"},
+    ),
 }
 # Flags that do not reach the function as they are.
 CHANGED = {"destination_path", ("memory", "model_name")}

@@ -34,6 +34,7 @@ from ..storage.settings import (
 from ..training.settings import MEMORY as MEMORY_GROUP
 from ..training.settings import MemoryPlanSettings, PlotSettings, TrainingSettings
 from .folder_commands import MODELS, RUNS
+from .json_output import OUTPUT, JsonSettings, print_json, tells
 from .parser import PROGRAM, Command, Options
 from .plain_commands import (
     ADD_TOKENS,
@@ -373,17 +374,16 @@ SERVE = Command(
 # --- quantize -------------------------------------------------------------------------------------
 
 
-def _quantize(options: Options) -> int:
+def _quantize(options: Options) -> object:
     settings = QuantizeSettings(**options)  # wrong ones are told before a model is downloaded
     check_weights(settings, may_download=True)
     gpt2 = load_module("gpt_2")
     _ensure_model(gpt2, settings.model_name, settings.model_dir)
-    gpt2.quantize(**options)
-    return 0
+    return gpt2.quantize(**options)
 
 
 QUANTIZE = Command(
-    run=_quantize,
+    run=tells("path", _quantize),
     summary="Make the 8-bit weights of a run or a model, so that generate --precision int8 starts "
     "at once.",
     examples=(
@@ -391,6 +391,7 @@ QUANTIZE = Command(
         "gpt_2_simple quantize --model_name 1558M",
     ),
     settings=[QuantizeSettings],
+    own_settings=JsonSettings,
     positional="run_name",
 )
 
@@ -399,10 +400,10 @@ QUANTIZE = Command(
 
 
 @dataclasses.dataclass(frozen=True)
-class CardSettings(Settings):
+class CardSettings(JsonSettings):
     """What `memory` asks beside memory_plan()'s settings."""
 
-    GROUPS: ClassVar = MemoryPlanSettings.GROUPS
+    GROUPS: ClassVar = (*MemoryPlanSettings.GROUPS, OUTPUT)
 
     # fmt: off
     model_dir: Annotated[str, Setting(GROUPS[0], "Folder that holds the models")] = "models"
@@ -420,8 +421,12 @@ def _memory(options: Options) -> int:
     flag = "use_memory_saving_gradients"
     choices = [options[flag]] if flag in options else [False, True]
     if own.gpu_gb is None:
-        for choice in choices:
-            say(f"{flag}={choice}:\n{plans.memory_plan(hparams, **options | {flag: choice})}")
+        found = [plans.memory_plan(hparams, **options | {flag: choice}) for choice in choices]
+        if own.json:
+            print_json([plans.as_dict(plan, name) for plan in found])
+            return 0
+        for choice, plan in zip(choices, found, strict=True):
+            say(f"{flag}={choice}:\n{plan}")
         return 0
     limit = int(own.gpu_gb * plans.USABLE * 2**30)
     if options:
@@ -429,7 +434,9 @@ def _memory(options: Options) -> int:
         fitting = [plan for plan in found if plan.total <= limit]
     else:
         fitting = plans.fitting_plans(hparams, limit)
-    for plan in fitting:
+    if own.json:
+        print_json([plans.as_dict(plan, name) for plan in fitting])
+    for plan in fitting if not own.json else ():
         say(f"{plans.as_call(plan, name)}  # {plan.total / plans.MEGABYTE:,.0f} MB")
     if fitting:
         return 0
@@ -465,16 +472,16 @@ MEMORY = Command(
 )
 
 
-def _plot(options: Options) -> int:
-    say(load_module("training.history").plot_history(**options))
-    return 0
+def _plot(options: Options) -> object:
+    return load_module("training.history").plot_history(**options)
 
 
 PLOT = Command(
-    run=_plot,
+    run=tells("path", _plot, says_anyway=True),
     summary="Draw a run's losses and learning rates into a PNG file.",
     examples=("gpt_2_simple plot run1",),
     settings=[PlotSettings],
+    own_settings=JsonSettings,
     positional="run_name",
 )
 
@@ -483,10 +490,10 @@ PLOT = Command(
 
 
 @dataclasses.dataclass(frozen=True)
-class FormatSettings(Settings):
+class FormatSettings(JsonSettings):
     """Which of the two exports `export` makes."""
 
-    GROUPS: ClassVar = ExportSettings.GROUPS
+    GROUPS: ClassVar = (*ExportSettings.GROUPS, OUTPUT)
 
     # fmt: off
     format: Annotated[str | None, Setting(
@@ -496,7 +503,7 @@ class FormatSettings(Settings):
     # fmt: on
 
 
-def _export(options: Options) -> int:
+def _export(options: Options) -> object:
     own = FormatSettings(**_take(options, fields_of(FormatSettings)))
     form = own.format or ("gguf" if "quantization" in options else "huggingface")
     settings = GgufSettings if form == "gguf" else ExportSettings
@@ -504,12 +511,11 @@ def _export(options: Options) -> int:
     if foreign:
         raise ValueError(f"--format {form} has no {', '.join(f'--{name}' for name in foreign)}")
     check_weights(settings(**options))
-    getattr(load_module(f"exchange.{form}"), f"export_{form}")(**options)
-    return 0
+    return getattr(load_module(f"exchange.{form}"), f"export_{form}")(**options)
 
 
 EXPORT = Command(
-    run=_export,
+    run=tells("path", _export),
     summary="Write a run or a model for other programs: Hugging Face transformers, or llama.cpp.",
     examples=(
         "gpt_2_simple export run1",

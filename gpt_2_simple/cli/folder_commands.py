@@ -17,6 +17,7 @@ from ..common.settings import Setting, Settings
 from ..storage import rename_remove, runs
 from ..storage.checkpoint import named_checkpoints
 from ..storage.listing import ModelInfo, RunInfo, list_models, list_runs
+from .json_output import print_json
 from .parser import Command, Options
 
 LIST, SHOW, REMOVE, RENAME = "list", "show", "rm", "rename"
@@ -159,7 +160,7 @@ def _print_all(
     found: Sequence[Any], as_json: bool, columns: list[str], cells: Any, none: str
 ) -> None:
     if as_json:
-        say(json.dumps([_as_json(each) for each in found], indent=2))
+        print_json([_as_json(each) for each in found])
         return
     if not found:
         say(none)
@@ -172,7 +173,7 @@ def _print_all(
 
 def _print_one(details: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        say(json.dumps(details, indent=2))
+        print_json(details)
         return
     for name, value in details.items():
         if isinstance(value, dict):
