@@ -420,6 +420,18 @@ def test_colab_form_trains_on_the_drive_and_goes_on_after_a_disconnect(colab, tm
     assert error_of(cells[4]) == []
 
 
+def test_colab_form_writes_rows_of_a_table(colab, tmp_path):
+    rows = "joke\n" + "ab\n" * 50
+    (tmp_path / "MyDrive/gpt2/jokes.csv").write_text(rows)
+    fields = FIELDS | {"training_data": "jokes.csv", "sample_every": 0}
+    generating = {"prompt": "<|startoftext|>", "length": 15, "number_of_texts": 100}
+    cells = colab((2, {}), (3, fields), (4, generating))
+    assert [error_of(cell) for cell in cells] == [[], [], []]
+    out = printed(cells[2])
+    assert out.count("<|startoftext|>") > 90  # a random text may erase parts of its line
+    assert "<|endoftext|>" not in out  # as 1 in 257 random tokens would be
+
+
 def test_colab_form_tells_wrong_values_in_their_cell(colab):
     wrong = [
         (2, {"working_folder": "../x"}, "working_folder: '../x' must be a name"),

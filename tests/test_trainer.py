@@ -730,6 +730,16 @@ def test_validation_with_pad_documents(small, sess, monkeypatch):
     assert sum("row" in text for text in shown) == 8
 
 
+def test_a_training_without_an_end_tells_so(small, sess, monkeypatch, capsys):
+    script_losses(monkeypatch, [2.0, 3.0])
+    result = finetune(sess, -1, val_split=0.3, val_every=1, patience=1, verbose=1)
+    assert result.step == 2
+    told = "Training...\nNo steps or epochs were given: the training goes on until Ctrl-C"
+    assert told in capsys.readouterr().out
+    finetune(sess, 1, verbose=1)
+    assert "No steps" not in capsys.readouterr().out
+
+
 def test_a_validation_loss_that_stays_is_no_warning(small, sess, monkeypatch, capsys):
     script_losses(monkeypatch, [3.0, 2.001, 2.002, 2.003, 2.5])
     finetune(sess, 10, val_split=0.3, val_every=2, verbose=1)
