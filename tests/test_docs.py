@@ -202,7 +202,8 @@ def run_with_server(line, words, servers):
         assert ask_server(line, servers[-1]).strip(), line
     else:
         assert words == ["kill", "%1"]
-        assert end_server(servers.pop()) == 0
+        status = end_server(servers.pop())
+        assert status == 0 or sys.platform == "win32"  # which has no SIGTERM
 
 
 def run_shell(text, servers=()):
