@@ -30,7 +30,8 @@ $(BIN)/.ready: pyproject.toml setup.py
 	touch $@
 
 demo: $(BIN)/.ready
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -c "import runpy; from gpt_2_simple.common.stderr_filter import filter_stderr as f; \
+	f(); runpy.run_path('examples/demo.py', run_name='__main__')"
 
 # Two processes, as most tests keep one core busy. A file's tests stay together. A process that
 # crashes ends the tests: pytest-xdist 3.8 waits for ever after it starts another one.

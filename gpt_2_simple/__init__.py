@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 # On many CPUs TensorFlow leaves oneDNN off, though it halves a training step there. The variable is
@@ -77,11 +78,21 @@ _MODULES = {"distributed", "encoder", "gpt_2", "memory_saving_gradients", "model
 
 def __getattr__(name: str) -> Any:
     """Imports the public functions, and TensorFlow with them, when one is first asked for."""
+    if name not in __all__ and name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if "ipykernel" in sys.modules and "tensorflow" not in sys.modules:
+        _filter_notebook()
     if name in _MODULES:
         return importlib.import_module(f".{name}", __name__)
-    if name in __all__:
-        return getattr(importlib.import_module(".gpt_2", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(".gpt_2", __name__), name)
+
+
+def _filter_notebook() -> None:
+    """Keeps TensorFlow's notes, which no setting turns off, out of the notebook's cells."""
+    from .common import report, stderr_filter
+
+    if report.in_notebook():
+        stderr_filter.filter_notebook()
 
 
 def __dir__() -> list[str]:

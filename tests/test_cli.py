@@ -127,8 +127,12 @@ NOT_FLAGS = {"sess", "reuse", "on_step", "return_as_list", "sample_dir", "token"
 OWN_FLAGS = {
     "finetune": {"workers", "ray"},
     "generate": {"nfiles", "folder", "prefix_file", "format"},
-    "memory": {"model_dir", "gpu_gb"},
-    "export": {"format"},
+    "memory": {"model_dir", "gpu_gb", "json"},
+    "export": {"format", "json"},
+    **dict.fromkeys(
+        ("add_tokens", "create", "encode_csv", "import", "merge", "plot", "push", "quantize"),
+        {"json"},
+    ),
 }
 # Flags that do not reach the function as they are.
 CHANGED = {"destination_path", ("memory", "model_name")}
@@ -949,10 +953,10 @@ def test_errors_are_one_line_and_exit_with_1(calls, capsys, error):
             "small one by gpt_2_simple create",
         ),
         (
-            "make it by gpt2.finetune(sess, dataset, run_name='run1'), or load a model by "
-            "load_gpt2(sess, model_name=...)",
-            "make it by gpt_2_simple finetune dataset --run_name 'run1', or load a model by "
-            "load_gpt2(sess, model_name=...)",
+            "make it by gpt2.finetune(sess, dataset, run_name='run1'), or name a model instead of "
+            "a run, such as model_name='124M'",
+            "make it by gpt_2_simple finetune dataset --run_name 'run1', or name a model instead "
+            "of a run, such as --model_name '124M'",
         ),
         ("no file /data/steps=3/a.txt, restful=5", "no file /data/steps=3/a.txt, restful=5"),
     ],

@@ -8,6 +8,7 @@ import ast
 import functools
 import importlib
 import inspect
+import json
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import hub_server
 import pytest
 from reference import TRANSFORMERS
 
@@ -40,6 +42,8 @@ LIMITS = {
     "generate_to_file": {"length": 4},
     "generate_stream": {"length": 4},
 }
+# The server in the documents; theirs take ports that are free.
+SERVER = "http://127.0.0.1:8000"
 # Functions that need Google Colab: only their arguments are checked.
 DRIVE = [name for name in gpt2.__all__ if name.endswith("gdrive")]
 
@@ -103,7 +107,18 @@ def replace_everywhere(monkeypatch):
 
 
 @pytest.fixture
-def reader(workplace, tiny_source, monkeypatch, replace_everywhere):
+def hub(monkeypatch):
+    """A hub of Hugging Face on this machine, for this process."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with hub_server.serve() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        yield running
+
+
+@pytest.fixture
+def reader(workplace, tiny_source, hub, monkeypatch, replace_everywhere):
     """A current folder with the texts that the documents name, and functions that are quick."""
 
     signature = inspect.signature(gpt2.download_gpt2)
@@ -131,7 +146,8 @@ def reader(workplace, tiny_source, monkeypatch, replace_everywhere):
     rows = "".join(f"ann,{line}\n" for line in text.replace(",", "").splitlines())
     (workplace / "tweets.csv").write_text(f"user,text\n{rows}", encoding="utf-8")
     (workplace / "examples").mkdir()
-    shutil.copy(ROOT / "examples/jokes.csv", workplace / "examples")
+    for name in ("jokes.csv", "chat_bot.py"):
+        shutil.copy(ROOT / "examples" / name, workplace / "examples")
     (workplace / "titles.txt").write_text("One\nTwo\n", encoding="utf-8")
     return workplace
 
@@ -140,14 +156,69 @@ def run_python(text, namespace):
     exec(compile(text, "a block of Python", "exec"), namespace)
 
 
-def run_shell(text):
-    """Runs the library's commands and searches; checks make's targets and benchmarks' flags."""
+class Server(NamedTuple):
+    """A server that a document's line started in the background."""
+
+    process: subprocess.Popen
+    address: str
+
+
+def start_server(arguments):
+    command = [sys.executable, "-u", "-m", "gpt_2_simple", *arguments, "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("Serving "):
+            return Server(process, line.split()[3])
+    raise AssertionError(f"the server ended with {process.wait()}")
+
+
+def end_server(server):
+    server.process.terminate()
+    server.process.communicate(timeout=60)
+    return server.process.returncode
+
+
+def ask_server(line, server):
+    """What a line of the shell prints that asks the server of its document."""
+    assert SERVER in line, line
+    line = line.replace(SERVER, server.address)
+    folders = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    result = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line}"],
+        env={**os.environ, "PATH": os.pathsep.join(folders)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def run_with_server(line, words, servers):
+    """Runs a line that starts a server, asks one or ends it."""
+    program, *arguments = words
+    if program == "gpt_2_simple":
+        servers.append(start_server(arguments[:-1]))
+    elif program == "curl":
+        assert json.loads(ask_server(line, servers[-1]))["choices"], line
+    elif program == "echo":
+        assert ask_server(line, servers[-1]).strip(), line
+    else:
+        assert words == ["kill", "%1"]
+        status = end_server(servers.pop())
+        assert status == 0 or sys.platform == "win32"  # which has no SIGTERM
+
+
+def run_shell(text, servers=()):
+    """Runs the library's commands and searches; checks make's targets and benchmarks' flags.
+
+    Servers that it starts join `servers`; lines that ask one ask the last.
+    """
     for line in text.replace("\\\n", "").splitlines():
         words = shlex.split(line, comments=True)
         if not words:
             continue
         program, *arguments = words
-        if program == "gpt_2_simple":
+        if program in ("curl", "echo", "kill") or words[-1] == "&":
+            run_with_server(line, words, servers)
+        elif program == "gpt_2_simple":
             assert main(arguments) == 0, line
         elif program == "make":
             targets = MAKE_TARGET.findall((ROOT / "Makefile").read_text(encoding="utf-8"))
@@ -171,19 +242,31 @@ def check_benchmark(arguments):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_code_blocks_run(path, reader):
     tf = importlib.import_module("tensorflow")
-    namespace = {}
+    namespace, servers = {}, []
     try:
         for block in blocks_of(path):
             if block.language == "python":
                 run_python(block.text, namespace)
             elif block.language == "sh":
-                run_shell(block.text)
+                run_shell(block.text, servers)
             else:
                 assert block.language == "text"
+        assert not servers, "a document leaves a server behind"
     finally:
+        for server in servers:
+            end_server(server)
         for value in namespace.values():
             if isinstance(value, tf.compat.v1.Session):
                 value.close()
+
+
+def test_what_the_documents_push_is_on_the_hub(reader, hub):
+    (path,) = [path for path in DOCUMENTS if path.name == "use_it.md"]
+    pushes = [text for language, text in blocks_of(path) if language == "sh" and " push " in text]
+    run_shell("gpt_2_simple finetune shakespeare.txt --steps 1")
+    run_shell(*pushes)
+    assert set(hub.repos["me/bard"]["files"]) >= {"model.safetensors", "config.json", "README.md"}
+    assert hub.repos["me/bard"]["private"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Each example runs, with fewer steps. The notebook for Colab uses only names that exist."""
 
 import ast
+import asyncio
 import csv
 import inspect
 import json
@@ -9,12 +10,19 @@ import re
 import runpy
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import openai
 import pytest
+import served_model
 from exchange_models import write_transformers
 
 import gpt_2_simple as gpt2
+from gpt_2_simple.serving import api
+from gpt_2_simple.serving.engine import Engine
 from gpt_2_simple.training import trainer
 
 REPOSITORY = Path(__file__).parent.parent
@@ -151,10 +159,118 @@ def test_ctrl_c_in_an_example_ends_it_without_a_traceback(run, jokes, monkeypatc
     assert list(Path("checkpoint").glob("*/model-*.index"))
 
 
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """The address of a server for a small model."""
+    folder = tmp_path_factory.mktemp("models")
+    served_model.write_model(folder)
+    sess, _ = served_model.load(folder)
+    engine = Engine(sess, max_batch=8, max_queue=16)
+    engine.start()
+    with served_model.serving(api.make_app({served_model.NAME: engine}, api.Limits())) as (
+        address,
+        _,
+    ):
+        yield address
+    engine.close()
+    sess.close()
+
+
+def completed(address, prompt, **settings):
+    """The lines that may follow a prompt."""
+    options = {"stop": "\n", "seed": 3, "max_tokens": 9, **settings}
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
+        made = client.completions.create(
+            model=served_model.NAME, prompt=prompt, extra_body={"truncate_prompt_tokens": -1},
+            **options,
+        )  # fmt: skip
+    return [choice.text.strip() for choice in made.choices]
+
+
+@pytest.fixture
+def chat_bot():
+    """Makes the bot of the example; its texts are short and depend on a seed."""
+    example = runpy.run_path(str(EXAMPLES / "chat_bot.py"))
+    example["SETTINGS"] |= {"seed": 3, "max_tokens": 9, "temperature": 1, "n": 1}
+
+    def make(address, **settings):
+        example["SETTINGS"] |= settings
+        return example["ChatBot"](served_model.NAME, address)
+
+    return make
+
+
+def test_chat_bot_answers_with_the_line_that_follows_the_chat(chat_bot, served):
+    async def chat():
+        bot = chat_bot(served)
+        async with bot.client:
+            return [
+                await bot.answer("Hi\nthere ", "Ann"), await bot.answer("Why?", "Ann"),
+                await bot.answer("Why?", "Ann", chat="another"),
+                await bot.answer("long " * 500, "Ann"),
+            ]  # fmt: skip
+
+    first, second, other, last = asyncio.run(chat())
+    assert [first] == completed(served, "Ann: Hi there\nBot:")
+    assert [second] == completed(served, f"Ann: Hi there\nBot: {first}\nAnn: Why?\nBot:")
+    assert [other] == completed(served, "Ann: Why?\nBot:")
+    assert [last] == completed(served, ("Ann: " + "long " * 500)[:500] + "\nBot:")
+    assert len({first, second, other, last}) > 2
+    assert "\n" not in first + second + other + last
+
+
+def test_chat_bot_tells_errors_and_goes_on(chat_bot, served, capsys):
+    async def chat():
+        bot = chat_bot(served)
+        async with bot.client:
+            bot.model = "unknown"
+            failed = await bot.answer("Hi")
+            bot.model = served_model.NAME
+            return failed, await bot.answer("Hi")
+
+    failed, answer = asyncio.run(chat())
+    assert failed == "I cannot answer now."
+    assert "it may be: varied" in capsys.readouterr().err
+    assert [answer] == completed(served, "You: Hi\nBot:")  # the chat does not hold the failure
+
+
+def test_chat_bot_skips_empty_texts(chat_bot, served):
+    async def chat(**settings):
+        bot = chat_bot(served, **settings)
+        async with bot.client:
+            return await bot.answer("Hi")
+
+    candidates = ((seed, completed(served, "You: Hi\nBot:", n=8, seed=seed)) for seed in range(50))
+    seed, texts = next(found for found in candidates if re.match("[A-Za-z]", found[1][0]))
+    stop = texts[0][0]  # so the first text is empty
+    expected = [left for text in texts if (left := text.partition(stop)[0])]
+    assert asyncio.run(chat(seed=seed, n=8, stop=stop)) == expected[0]
+    assert asyncio.run(chat(seed=seed, n=1, stop=stop)) == "..."
+
+
+def test_chat_bot_chats_on_standard_input(served):
+    def chat(address):
+        """The bot's answers, and what it told on standard error."""
+        command = [sys.executable, EXAMPLES / "chat_bot.py", served_model.NAME, address]
+        chat = subprocess.run(
+            command, input="Hello\nWhat is new?\n", capture_output=True, text=True, timeout=120
+        )
+        assert chat.returncode == 0
+        return re.findall(r"(?m)^Bot: (.+)$", chat.stdout), chat.stderr
+
+    answers, told = chat(served)
+    assert (len(answers), told) == (2, "")
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # and does not listen
+        answers, told = chat(f"http://127.0.0.1:{silent.getsockname()[1]}")
+    assert answers == ["I cannot answer now."] * 2
+    assert told == "no answer: Connection error.\n" * 2
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_short_and_show_how_to_load_124m(path):
     source = path.read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= 40
+    assert len(source.splitlines()) <= 50
     ways = ('download_gpt2(model_name="124M")', "serve --model_name 124M")
     assert any(way in source for way in ways)
 
@@ -304,6 +420,18 @@ def test_colab_form_trains_on_the_drive_and_goes_on_after_a_disconnect(colab, tm
     assert error_of(cells[4]) == []
 
 
+def test_colab_form_writes_rows_of_a_table(colab, tmp_path):
+    rows = "joke\n" + "ab\n" * 50
+    (tmp_path / "MyDrive/gpt2/jokes.csv").write_text(rows)
+    fields = FIELDS | {"training_data": "jokes.csv", "sample_every": 0}
+    generating = {"prompt": "<|startoftext|>", "length": 15, "number_of_texts": 100}
+    cells = colab((2, {}), (3, fields), (4, generating))
+    assert [error_of(cell) for cell in cells] == [[], [], []]
+    out = printed(cells[2])
+    assert out.count("<|startoftext|>") > 90  # a random text may erase parts of its line
+    assert "<|endoftext|>" not in out  # as 1 in 257 random tokens would be
+
+
 def test_colab_form_tells_wrong_values_in_their_cell(colab):
     wrong = [
         (2, {"working_folder": "../x"}, "working_folder: '../x' must be a name"),
@@ -338,6 +466,7 @@ def test_notebook_runs_in_a_kernel(execute, tmp_path):
         output.data for cell in code for output in cell.outputs if output.output_type != "stream"
     ]
     assert any("Training:" in data["text/plain"] for data in displayed)
+    assert not [o for cell in code for o in cell.outputs if o.get("name") == "stderr"]
     widgets = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
     bars = [widget["state"] for widget in widgets.values() if "FloatP" in widget["model_name"]]
     assert any(bar["max"] == bar["value"] == 7 for bar in bars)  # the steps that training took

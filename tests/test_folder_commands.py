@@ -71,6 +71,10 @@ def test_show_tells_each_thing_on_a_line(run, capsys):
     lines = printed(capsys, "runs show poems").out.splitlines()
     assert f"folder: {run}" in lines
     assert "step: 3" in lines
+    (info,) = gpt2.list_runs()
+    assert f"loss: {info.loss:.4g}" in lines
+    assert f"saved: {info.saved.astimezone():%Y-%m-%d %H:%M}" in lines
+    assert f"n_bytes: {info.n_bytes / 1e6:.1f} MB" in lines
     assert not any(line.startswith("settings") for line in lines)
 
 

@@ -1,5 +1,6 @@
 """generation_memory_plan against real sessions, and `memory --generate`."""
 
+import json
 import os
 import subprocess
 import sys
@@ -105,6 +106,13 @@ def test_command_prints_each_precision_by_batch_and_length(capsys):
     ]
     plan = gpt_2.generation_memory_plan("1558M", batch_size=8, length=100)
     assert rows[2].split()[4] == f"{plan.total / 2**20:,.0f}"
+    assert main("memory 1558M --generate --json --length 100".split()) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found) == 3 * 4
+    assert found[4] == {
+        "model_name": "1558M", "precision": "float32", "batch_size": 8, "length": 100,
+        "total": plan.total, "weights": plan.weights, "cache": plan.cache, "step": plan.step,
+    }  # fmt: skip
     assert main("memory 124M --generate --batch_size 3 --length 50 --prefix_length 9".split()) == 0
     assert capsys.readouterr().out.splitlines()[2].startswith("batch 3, length 50 ")
 

@@ -43,6 +43,8 @@ FUTURE_ROOMS = {"serving"}
 
 # Imports within functions, and the reason for each.
 FUNCTION_IMPORTS = {
+    ("__init__", "common.report"),  # the package imports nothing until a name is asked for
+    ("__init__", "common.stderr_filter"),  # the same
     ("__main__", "cli.program"),  # Ctrl-C while it is loaded is told in a line
     ("gpt_2", "cli.main"),  # points to a later layer: scripts call gpt_2.cmd()
     ("storage.create", "tensorflow"),  # wrong sizes are reported before TensorFlow is loaded

@@ -76,6 +76,17 @@ def test_last_words_of_a_killed_process_come_through():
     assert sorted(done.stderr.splitlines()) == [b"from C", b"from Python"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="standard error is not filtered there")
+@pytest.mark.parametrize("text", [b"\0", b" 10%\r", b"x" * 70_000])
+def test_what_can_be_no_note_does_not_wait_for_the_end_of_its_line(text):
+    command = [sys.executable, "-I", "-S", stderr_filter.__file__]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdin.write(text)
+        process.stdin.flush()
+        assert process.stdout.read(len(text)) == text
+        process.stdin.close()
+
+
 @pytest.fixture
 def run(workplace):
     """A current folder with a run in it."""

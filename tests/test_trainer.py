@@ -730,6 +730,24 @@ def test_validation_with_pad_documents(small, sess, monkeypatch):
     assert sum("row" in text for text in shown) == 8
 
 
+def test_a_training_without_an_end_tells_so(small, sess, monkeypatch, capsys):
+    script_losses(monkeypatch, [2.0, 3.0])
+    result = finetune(sess, -1, val_split=0.3, val_every=1, patience=1, verbose=1)
+    assert result.step == 2
+    told = "Training...\nNo steps or epochs were given: the training goes on until Ctrl-C"
+    assert told in capsys.readouterr().out
+    finetune(sess, 1, verbose=1)
+    assert "No steps" not in capsys.readouterr().out
+
+
+def test_a_validation_loss_that_stays_is_no_warning(small, sess, monkeypatch, capsys):
+    script_losses(monkeypatch, [3.0, 2.001, 2.002, 2.003, 2.5])
+    finetune(sess, 10, val_split=0.3, val_every=2, verbose=1)
+    out = capsys.readouterr().out
+    assert out.count("The validation loss stays at 2.00 since step 4. Checkpoint 'best'") == 1
+    assert "Warning" not in out
+
+
 def test_best_checkpoint_and_early_stopping(small, sess, monkeypatch, capsys):
     script_losses(monkeypatch, [3.0, 2.0, 2.5, 2.25, 2.1])
     result = finetune(

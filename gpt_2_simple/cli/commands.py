@@ -10,17 +10,15 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from types import ModuleType
 from typing import Annotated, Any, ClassVar
 
-from ..common.device_memory import MEGABYTE, USABLE
 from ..common.files import check_writable
 from ..common.folders import model_folder, read_hparams
-from ..common.hparams import HParams
 from ..common.published import MODEL_NAMES, published_hparams
-from ..common.report import complain, progress, say, verbosity
+from ..common.report import progress, say, verbosity
 from ..common.settings import Setting, Settings, fields_of
 from ..data.text_files import find_files
 from ..distributed import launcher
@@ -28,14 +26,13 @@ from ..distributed.launcher import LaunchSettings
 from ..exchange.settings import ExportSettings, GgufSettings
 from ..generation.settings import FILES, TEXT, GenerationSettings
 from ..serving.settings import ServeSettings
-from ..storage.settings import (
-    LoadSettings,
-    QuantizeSettings,
-)
+from ..storage.settings import LoadSettings, QuantizeSettings
 from ..training.settings import MEMORY as MEMORY_GROUP
-from ..training.settings import MemoryPlanSettings, PlotSettings, TrainingSettings
+from ..training.settings import PlotSettings, TrainingSettings
 from .folder_commands import MODELS, RUNS
-from .parser import PROGRAM, Command, Options
+from .json_output import OUTPUT, JsonSettings, tells
+from .memory_command import MEMORY
+from .parser import Command, Options
 from .plain_commands import (
     ADD_TOKENS,
     CREATE,
@@ -47,14 +44,10 @@ from .plain_commands import (
     PUSH,
     check_weights,
     load_module,
+    take_options,
 )
 
 EXIT_INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended
-
-
-def _take(options: Options, names: Iterable[str]) -> Options:
-    """Removes the options of these names, as far as they were given, and returns them."""
-    return {name: options.pop(name) for name in names if name in options}
 
 
 def _ensure_model(
@@ -110,7 +103,7 @@ def _finetune(options: Options) -> int:
 def _finetune_on_ray(options: Options, address: str) -> int:
     if options.get("workers") == launcher.AUTO:
         raise ValueError("workers='auto' is for this machine: give --ray a number of workers")
-    settings = TrainingSettings(**_take(dict(options), fields_of(TrainingSettings)))
+    settings = TrainingSettings(**take_options(dict(options), fields_of(TrainingSettings)))
     _check_files(settings)
     check = functools.partial(_check_before_download, settings)
     downloads = load_module("storage.download")
@@ -197,11 +190,11 @@ class OutputSettings(Settings):
 
 def _generate(options: Options) -> int:
     options = {**GENERATE.own_defaults, **options}
-    own = OutputSettings(**_take(options, fields_of(OutputSettings)))
+    own = OutputSettings(**take_options(options, fields_of(OutputSettings)))
     if own.prefix_file is not None:
         _take_prefixes(own.prefix_file, options)
     output = _Output.of(own, options)
-    load = _take(options, _NAMES_OF_WEIGHTS)
+    load = take_options(options, _NAMES_OF_WEIGHTS)
     named = LoadSettings(**load)
     settings = GenerationSettings(**options)  # wrong ones are told before a model is downloaded
     check_weights(named, may_download=True)
@@ -374,17 +367,16 @@ SERVE = Command(
 # --- quantize -------------------------------------------------------------------------------------
 
 
-def _quantize(options: Options) -> int:
+def _quantize(options: Options) -> object:
     settings = QuantizeSettings(**options)  # wrong ones are told before a model is downloaded
     check_weights(settings, may_download=True)
     gpt2 = load_module("gpt_2")
     _ensure_model(gpt2, settings.model_name, settings.model_dir)
-    gpt2.quantize(**options)
-    return 0
+    return gpt2.quantize(**options)
 
 
 QUANTIZE = Command(
-    run=_quantize,
+    run=tells("path", _quantize),
     summary="Make the 8-bit weights of a run or a model, so that generate --precision int8 starts "
     "at once.",
     examples=(
@@ -392,126 +384,24 @@ QUANTIZE = Command(
         "gpt_2_simple quantize --model_name 1558M",
     ),
     settings=[QuantizeSettings],
+    own_settings=JsonSettings,
     positional="run_name",
 )
 
 
-# --- memory and plot ------------------------------------------------------------------------------
+# --- plot -----------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class CardSettings(Settings):
-    """What `memory` asks beside memory_plan()'s settings."""
-
-    GROUPS: ClassVar = MemoryPlanSettings.GROUPS
-
-    # fmt: off
-    model_dir: Annotated[str, Setting(GROUPS[0], "Folder that holds the models")] = "models"
-    gpu_gb: Annotated[float | None, Setting(
-        GROUPS[0], "The card's memory in GB of 2**30 bytes; 0.93 of it is taken to be usable",
-        above=0, default_help="none: tables of what is needed")] = None
-    generate: Annotated[bool, Setting(
-        GROUPS[0], "Plan generating instead of training, for each precision, from `batch_size`, "
-        "`length` and `prefix_length`")] = False
-    length: Annotated[int | None, Setting(
-        GROUPS[0], "With --generate: tokens to generate for each text", at_least=1,
-        default_help="100 and 1023")] = None
-    prefix_length: Annotated[int, Setting(
-        GROUPS[0], "With --generate: tokens of a prefix", at_least=1)] = 1
-    # fmt: on
-
-
-def _memory_of_generating(hparams: HParams, name: str, own: CardSettings, batch: int | None) -> int:
-    plans = load_module("generation.memory_plan")
-    lengths = [own.length] if own.length else [100, GenerationSettings.length]
-    if own.gpu_gb is None:
-        say(plans.table(hparams, [batch] if batch else [1, 8, 20], lengths, own.prefix_length))
-        return 0
-    fitting = plans.largest_batches(hparams, own.gpu_gb, lengths, own.prefix_length, batch)
-    for plan, length in fitting:
-        call = f"gpt2.load_gpt2(sess, model_name={name!r}, precision={plan.precision!r})"
-        say(
-            f"{call}  # batch_size={plan.batch_size}, length={length}: "
-            f"{plan.total / MEGABYTE:,.0f} MB"
-        )
-    if fitting:
-        return 0
-    complain(f"{PROGRAM}: nothing fits: {name} needs more than {USABLE:.0%} of {own.gpu_gb:g} GB")
-    return 1
-
-
-def _memory(options: Options) -> int:
-    own = CardSettings(**_take(options, fields_of(CardSettings)))
-    name = options.pop("model_name", MemoryPlanSettings.model_name)
-    hparams = _sizes(name, own.model_dir)
-    if own.generate:
-        batch = options.pop("batch_size", None)
-        for flag, value in options.items():
-            raise ValueError(f"{flag}={value!r} has no meaning with generate=True")
-        return _memory_of_generating(hparams, name, own, batch)
-    if own.length is not None:
-        raise ValueError(f"length={own.length} has no meaning without generate=True")
-    plans = load_module("training.memory_plan")
-    flag = "use_memory_saving_gradients"
-    choices = [options[flag]] if flag in options else [False, True]
-    if own.gpu_gb is None:
-        for choice in choices:
-            say(f"{flag}={choice}:\n{plans.memory_plan(hparams, **options | {flag: choice})}")
-        return 0
-    limit = int(own.gpu_gb * USABLE * 2**30)
-    if options:
-        found = [plans.memory_plan(hparams, **options | {flag: choice}) for choice in choices]
-        fitting = [plan for plan in found if plan.total <= limit]
-    else:
-        fitting = plans.fitting_plans(hparams, limit)
-    for plan in fitting:
-        say(f"{plans.as_call(plan, name)}  # {plan.total / MEGABYTE:,.0f} MB")
-    if fitting:
-        return 0
-    complain(
-        f"{PROGRAM}: nothing fits: {name} with these settings needs more than "
-        f"{USABLE:.0%} of {own.gpu_gb:g} GB, about what such a card leaves. Take a smaller "
-        "model, or see what --train_last_blocks, --sequence_length, --optimizer and --precision "
-        "save"
-    )
-    return 1
-
-
-def _sizes(model_name: str, model_dir: str) -> HParams:
-    """The sizes of the model in a folder, or else of the published one."""
-    try:
-        return read_hparams(model_folder(model_dir, model_name))
-    except FileNotFoundError:
-        with contextlib.suppress(ValueError):
-            return published_hparams(model_name)
-        raise
-
-
-MEMORY = Command(
-    run=_memory,
-    summary="Tell how much memory training or generating needs, or what fits in yours: the best "
-    "comes first.",
-    examples=(
-        "gpt_2_simple memory 774M --gpu_gb 16",
-        "gpt_2_simple memory 1558M --generate",
-        "gpt_2_simple memory --model_name 355M --batch_size 2 --optimizer adafactor",
-    ),
-    settings=[MemoryPlanSettings],
-    own_settings=CardSettings,
-    positional="model_name",
-)
-
-
-def _plot(options: Options) -> int:
-    say(load_module("training.history").plot_history(**options))
-    return 0
+def _plot(options: Options) -> object:
+    return load_module("training.history").plot_history(**options)
 
 
 PLOT = Command(
-    run=_plot,
+    run=tells("path", _plot, says_anyway=True),
     summary="Draw a run's losses and learning rates into a PNG file.",
     examples=("gpt_2_simple plot run1",),
     settings=[PlotSettings],
+    own_settings=JsonSettings,
     positional="run_name",
 )
 
@@ -520,10 +410,10 @@ PLOT = Command(
 
 
 @dataclasses.dataclass(frozen=True)
-class FormatSettings(Settings):
+class FormatSettings(JsonSettings):
     """Which of the two exports `export` makes."""
 
-    GROUPS: ClassVar = ExportSettings.GROUPS
+    GROUPS: ClassVar = (*ExportSettings.GROUPS, OUTPUT)
 
     # fmt: off
     format: Annotated[str | None, Setting(
@@ -533,20 +423,19 @@ class FormatSettings(Settings):
     # fmt: on
 
 
-def _export(options: Options) -> int:
-    own = FormatSettings(**_take(options, fields_of(FormatSettings)))
+def _export(options: Options) -> object:
+    own = FormatSettings(**take_options(options, fields_of(FormatSettings)))
     form = own.format or ("gguf" if "quantization" in options else "huggingface")
     settings = GgufSettings if form == "gguf" else ExportSettings
     foreign = [name for name in options if name not in fields_of(settings)]
     if foreign:
         raise ValueError(f"--format {form} has no {', '.join(f'--{name}' for name in foreign)}")
     check_weights(settings(**options))
-    getattr(load_module(f"exchange.{form}"), f"export_{form}")(**options)
-    return 0
+    return getattr(load_module(f"exchange.{form}"), f"export_{form}")(**options)
 
 
 EXPORT = Command(
-    run=_export,
+    run=tells("path", _export),
     summary="Write a run or a model for other programs: Hugging Face transformers, or llama.cpp.",
     examples=(
         "gpt_2_simple export run1",

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -17,6 +18,7 @@ from ..common.settings import Setting, Settings
 from ..storage import rename_remove, runs
 from ..storage.checkpoint import named_checkpoints
 from ..storage.listing import ModelInfo, RunInfo, list_models, list_runs
+from .json_output import print_json
 from .parser import Command, Options
 
 LIST, SHOW, REMOVE, RENAME = "list", "show", "rm", "rename"
@@ -88,7 +90,7 @@ def _runs(options: Options) -> int:
 
 
 def _run_cells(run: RunInfo) -> list[str]:
-    saved = run.saved.astimezone().strftime("%Y-%m-%d %H:%M") if run.saved else ""
+    saved = _local_time(run.saved) if run.saved else ""
     losses = ["" if loss is None else f"{loss:.2f}" for loss in (run.loss, run.validation_loss)]
     step = "" if run.step is None else str(run.step)
     return [run.name, run.model_name or "", step, *losses, saved, _size(run.n_bytes)]
@@ -159,7 +161,7 @@ def _print_all(
     found: Sequence[Any], as_json: bool, columns: list[str], cells: Any, none: str
 ) -> None:
     if as_json:
-        say(json.dumps([_as_json(each) for each in found], indent=2))
+        print_json([_as_json(each) for each in found])
         return
     if not found:
         say(none)
@@ -172,7 +174,7 @@ def _print_all(
 
 def _print_one(details: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        say(json.dumps(details, indent=2))
+        print_json(details)
         return
     for name, value in details.items():
         if isinstance(value, dict):
@@ -180,8 +182,22 @@ def _print_one(details: dict[str, Any], as_json: bool) -> None:
             for key, setting in value.items():
                 say(f"  {key}: {setting}")
         elif value is not None:
-            text = ", ".join(map(str, value)) if isinstance(value, list) else value
-            say(f"{name}: {text}")
+            say(f"{name}: {_as_text(name, value)}")
+
+
+def _as_text(name: str, value: Any) -> str:
+    """A value as the list of runs shows it."""
+    if name == "saved":
+        return _local_time(datetime.fromisoformat(value))
+    if name == "n_bytes":
+        return _size(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _local_time(time: datetime) -> str:
+    return time.astimezone().strftime("%Y-%m-%d %H:%M")
 
 
 def _named(name: str, found: Sequence[Any], folder: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
@@ -17,10 +17,16 @@ from ..data.settings import EncodeCsvSettings, EncodeSettings
 from ..exchange.adapter_settings import MergeSettings
 from ..exchange.settings import ImportSettings, PushSettings
 from ..storage.settings import AddTokensSettings, CreateSettings, DownloadSettings
+from .json_output import JsonSettings, tells
 from .parser import Command, Options
 
 # Within its block load_module() imports; a program has a block of its own for that.
 importing: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+
+
+def take_options(options: Options, names: Iterable[str]) -> Options:
+    """Removes the options of these names, as far as they were given, and returns them."""
+    return {name: options.pop(name) for name in names if name in options}
 
 
 def load_module(name: str) -> ModuleType:
@@ -52,19 +58,25 @@ def _names(name: str | Sequence[str] | None) -> Sequence[str]:
 
 
 def pass_to(
-    module: str, function: str, check: Callable[[Options], object] = lambda options: None
+    module: str,
+    function: str,
+    check: Callable[[Options], object] = lambda options: None,
+    returns: str = "path",
 ) -> Callable[[Options], int]:
     """What runs a command: it calls a function of a module, and returns the exit status 0.
 
-    `check` raises what the function would raise, before the module is imported.
+    Args:
+        module: where the function is.
+        function: its name.
+        check: raises what the function would raise, before the module is imported.
+        returns: what the function returns, for --json.
     """
 
-    def run(options: Options) -> int:
+    def call(options: Options) -> object:
         check(options)
-        getattr(load_module(module), function)(**options)
-        return 0
+        return getattr(load_module(module), function)(**options)
 
-    return run
+    return tells(returns, call)
 
 
 def _check_merge(options: Options) -> None:
@@ -86,14 +98,18 @@ IMPORT = Command(
         "gpt_2_simple import path/to/folder --model_name mine",
     ),
     settings=[ImportSettings],
+    own_settings=JsonSettings,
     positional="source",
 )
 
 PUSH = Command(
-    run=pass_to("exchange.push", "push_to_hub", lambda o: check_weights(PushSettings(**o))),
+    run=pass_to(
+        "exchange.push", "push_to_hub", lambda o: check_weights(PushSettings(**o)), returns="url"
+    ),
     summary="Export a run or a model, and upload it to the Hugging Face hub.",
     examples=("gpt_2_simple push me/my-model --run_name run1",),
     settings=[PushSettings],
+    own_settings=JsonSettings,
     positional="repo_id",
 )
 
@@ -112,10 +128,11 @@ CREATE = Command(
     run=pass_to("storage.create", "create_gpt2"),
     summary="Make a small model of your own that knows nothing yet, for finetune to start from.",
     examples=(
-        "gpt_2_simple create shakespeare.txt --model_name nano",
+        "gpt_2_simple create --model_name nano",
         "gpt_2_simple create shakespeare.txt --model_name mine --n_layer 6 --vocab_size 2000",
     ),
     settings=[CreateSettings],
+    own_settings=JsonSettings,
     positional="dataset",
 )
 
@@ -126,17 +143,19 @@ ADD_TOKENS = Command(
         "gpt_2_simple add_tokens '<speaker>' '<scene>' --model_name 124M --new_model_name plays",
     ),
     settings=[AddTokensSettings],
+    own_settings=JsonSettings,
     positional="tokens",
 )
 
 MERGE = Command(
-    run=pass_to("exchange.adapters", "merge_adapter", _check_merge),
+    run=pass_to("exchange.adapters", "merge_adapter", _check_merge, returns="checkpoint"),
     summary="Merge the adapter that a run trained (LoRA) into its model, as a new run.",
     examples=(
         "gpt_2_simple merge run1",
         "gpt_2_simple merge --adapter adapters/poems --model_name 124M --merged_name poems",
     ),
     settings=[MergeSettings],
+    own_settings=JsonSettings,
     positional="run_name",
 )
 
@@ -149,9 +168,10 @@ ENCODE = Command(
 )
 
 ENCODE_CSV = Command(
-    run=pass_to("data.dataset", "encode_csv"),
+    run=pass_to("data.dataset", "encode_csv", returns="rows"),
     summary="Turn a table into a text file in which tokens mark where each row starts and ends.",
     examples=("gpt_2_simple encode_csv tweets.csv --out_path tweets.txt --column text",),
     settings=[EncodeCsvSettings],
+    own_settings=JsonSettings,
     positional="csv_path",
 )

@@ -34,7 +34,7 @@ def run_folder(checkpoint_dir: str, run_name: str) -> str:
         raise FileNotFoundError(
             f"no run in {folder}{lacking}{_listing(checkpoint_dir, 'runs')}; make it by "
             f"gpt2.finetune(sess, dataset, run_name={run_name!r}), "
-            "or load a model by load_gpt2(sess, model_name=...)"
+            "or name a model instead of a run, such as model_name='124M'"
         )
     return folder
 

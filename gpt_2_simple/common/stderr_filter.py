@@ -57,10 +57,29 @@ def filter_stderr() -> None:
     if sys.platform == "win32" or not _is_descriptor_2(sys.stderr):
         return
     with contextlib.suppress(OSError):
-        terminal = os.dup(2)
-        python = open(  # noqa: SIM115: it stands for standard error until the end
+        python = open(  # it stands for standard error until the end
             os.dup(2), "w", 1, encoding=sys.stderr.encoding, errors=sys.stderr.errors
         )
+        sys.stderr.flush()
+        _filter_descriptor_2()
+        sys.stderr = python
+
+
+def filter_notebook() -> None:
+    """The same in a notebook's kernel, whose Python lines do not go through descriptor 2.
+
+    ipykernel watches the descriptor, and shows what C++ code writes there below the cell.
+    """
+    if sys.platform == "win32" or _is_descriptor_2(sys.stderr) or wants_notes():
+        return
+    with contextlib.suppress(OSError):
+        _filter_descriptor_2()
+
+
+def _filter_descriptor_2() -> None:
+    """Puts another process between descriptor 2 and where it led."""
+    terminal = os.dup(2)
+    try:
         reader = subprocess.Popen(
             [sys.executable, "-I", "-S", os.path.abspath(__file__)],
             stdin=subprocess.PIPE,
@@ -68,13 +87,12 @@ def filter_stderr() -> None:
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C in a terminal goes to all processes of a session
         )
+    finally:
         os.close(terminal)
-        assert reader.stdin is not None
-        sys.stderr.flush()
-        os.dup2(reader.stdin.fileno(), 2)
-        reader.stdin.close()
-        reader.returncode = 0  # it ends by itself, after this process: no one waits for it
-        sys.stderr = python
+    assert reader.stdin is not None
+    os.dup2(reader.stdin.fileno(), 2)
+    reader.stdin.close()
+    reader.returncode = 0  # it ends by itself, after this process: no one waits for it
 
 
 def _is_descriptor_2(stream: object) -> bool:
@@ -91,7 +109,9 @@ def main() -> None:
         while block := source.read(65536):
             *lines, rest = (rest + block).split(b"\n")
             kept = [line + b"\n" for line in lines if not is_note(line.decode("utf-8", "replace"))]
-            if len(rest) > 65536:  # no note is so long
+            # No note is so long or has such characters. A carriage return ends a line that is drawn
+            # again; by a NUL ipykernel wakes its own reader, and waits for that.
+            if len(rest) > 65536 or b"\r" in rest or b"\0" in rest:
                 kept.append(rest)
                 rest = b""
             _write(target, b"".join(kept))

@@ -7,10 +7,11 @@ The terms count what decode.py and kv_cache.py hold when they hold most. `benchm
 from __future__ import annotations
 
 import dataclasses
-import functools
+import itertools
 import math
+from typing import Any
 
-from ..common.device_memory import FRAGMENTATION, MEGABYTE, USABLE
+from ..common.device_memory import FRAGMENTATION, MEGABYTE
 from ..common.hparams import GENERATING_PRECISIONS, HParams, variable_shapes
 from ..common.published import published_hparams
 from ..common.settings import settings_function
@@ -37,6 +38,7 @@ class GenerationMemoryPlan:
         hparams: the model's sizes.
         precision: of the blocks' matrices, and with int8 of the output projection.
         batch_size: texts that are written at the same time.
+        length: tokens to generate for each text.
         columns: tokens of a text that the model sees at most.
         weights: bytes of the model.
         cache: bytes of the keys and values of all tokens.
@@ -48,6 +50,7 @@ class GenerationMemoryPlan:
     hparams: HParams
     precision: str
     batch_size: int
+    length: int
     columns: int
     weights: int
     cache: int
@@ -104,7 +107,9 @@ def plan(
     decoding = cache + FLOAT * LOGITS * batch_size * hparams.n_vocab
     weights = weights_bytes(hparams, precision)
     step = max(prefill, decoding)
-    return GenerationMemoryPlan(hparams, precision, batch_size, columns, weights, cache, step)
+    return GenerationMemoryPlan(
+        hparams, precision, batch_size, length, columns, weights, cache, step
+    )
 
 
 def cache_bytes(hparams: HParams, rows: int, columns: int) -> int:
@@ -123,43 +128,55 @@ def weights_bytes(hparams: HParams, precision: str) -> int:
     return size + MATRIX_BYTES[precision] * matrices
 
 
-def largest_batches(
-    hparams: HParams, gpu_gb: float, lengths: list[int], prefix_length: int, batch_size: int | None
-) -> list[tuple[GenerationMemoryPlan, int]]:
-    """For each precision and length the plan of the largest batch that fits on a card, if any.
+def plans(
+    hparams: HParams, batches: list[int], lengths: list[int], prefix_length: int
+) -> list[GenerationMemoryPlan]:
+    """A plan for each batch size, length and precision."""
+    return [
+        plan(hparams, precision, batch, prefix_length, length)
+        for batch in batches
+        for length in lengths
+        for precision in GENERATING_PRECISIONS
+    ]
 
-    Args:
-        hparams: the model's sizes.
-        gpu_gb: the card's memory in GB of 2**30 bytes.
-        lengths: tokens to generate.
-        prefix_length: tokens of a prefix.
-        batch_size: the only one to try; None tries all.
+
+def largest_batches(
+    hparams: HParams, limit: int, lengths: list[int], prefix_length: int, batch_size: int | None
+) -> list[GenerationMemoryPlan]:
+    """For each length and precision the plan of the largest batch within `limit` bytes, if any.
+
+    With batch_size, no other one is tried.
     """
-    limit, found = int(gpu_gb * USABLE * 2**30), []
+    found: list[GenerationMemoryPlan] = []
+    tried = [batch_size] if batch_size else range(1, MAX_BATCH + 1)
     for length in lengths:
         for precision in GENERATING_PRECISIONS:
-            of_batch = functools.partial(plan, hparams, precision)
-            best = None
-            for batch in [batch_size] if batch_size else range(1, MAX_BATCH + 1):
-                tried = of_batch(batch, prefix_length, length)
-                if tried.total > limit:
-                    break
-                best = tried
-            if best is not None:
-                found.append((best, length))
+            each = (plan(hparams, precision, batch, prefix_length, length) for batch in tried)
+            found += list(itertools.takewhile(lambda p: p.total <= limit, each))[-1:]
     return found
 
 
-def table(hparams: HParams, batches: list[int], lengths: list[int], prefix_length: int) -> str:
-    """Totals in MB: a line for each batch size and length, a column for each precision."""
-    widths = {"": 30} | dict.fromkeys(GENERATING_PRECISIONS, 10)
-    lines = ["MB of 2**20 bytes".ljust(30) + "".join(f"{p:>10}" for p in GENERATING_PRECISIONS)]
-    sizes = [weights_bytes(hparams, precision) for precision in GENERATING_PRECISIONS]
-    rows = [("weights", sizes)]
-    for batch in batches:
-        for length in lengths:
-            plans = [plan(hparams, p, batch, prefix_length, length) for p in GENERATING_PRECISIONS]
-            rows.append((f"batch {batch}, length {length:,}", [each.total for each in plans]))
-    for name, row in rows:
-        lines.append(name.ljust(widths[""]) + "".join(f"{s / MEGABYTE:>10,.0f}" for s in row))
-    return "\n".join(lines)
+def table(found: list[GenerationMemoryPlan]) -> str:
+    """Totals of plans() in MB: a line for each batch size and length, a column a precision."""
+    n = len(GENERATING_PRECISIONS)
+    lines: list[tuple[str, list[str]]] = [("MB of 2**20 bytes", list(GENERATING_PRECISIONS))]
+    lines.append(("weights", [f"{p.weights / MEGABYTE:,.0f}" for p in found[:n]]))
+    for start in range(0, len(found), n):
+        first = found[start]
+        name = f"batch {first.batch_size}, length {first.length:,}"
+        lines.append((name, [f"{p.total / MEGABYTE:,.0f}" for p in found[start : start + n]]))
+    return "\n".join(name.ljust(30) + "".join(f"{c:>10}" for c in cells) for name, cells in lines)
+
+
+def as_dict(planned: GenerationMemoryPlan, model_name: str) -> dict[str, Any]:
+    """A plan for programs: what it is for, and bytes: all, and what they are for."""
+    names = ("precision", "batch_size", "length", "total", "weights", "cache", "step")
+    return {"model_name": model_name, **{name: getattr(planned, name) for name in names}}
+
+
+def as_call(planned: GenerationMemoryPlan, model_name: str) -> str:
+    """The calls that a plan stands for."""
+    return (
+        f"gpt2.load_gpt2(sess, model_name={model_name!r}, precision={planned.precision!r})  "
+        f"# batch_size={planned.batch_size}, length={planned.length}"
+    )

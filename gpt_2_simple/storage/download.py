@@ -152,10 +152,11 @@ def _base_url(base_url: str | None) -> str:
 def _by_hand(name: str, error: Exception, folder_url: str, folder: Path) -> str:
     urls = "\n".join(f"  {folder_url}{file}" for file in MODEL_FILES)
     return (
-        f"could not download {name}: {error}\n"
-        "Call download_gpt2 again to continue where it stopped. If the server cannot be reached "
-        f"from here, give a mirror as base_url (or in the environment variable {BASE_URL_VARIABLE})"
-        f", or download these files in another way and put them into {folder.resolve()}:\n{urls}"
+        f"could not download {name}: {str(error).rstrip('.')}.\n"
+        f"gpt2.download_gpt2(model_name={folder.name!r}) continues where it stopped. If the server "
+        "cannot be reached from here, give a mirror as base_url (or in the environment variable "
+        f"{BASE_URL_VARIABLE}), or download these files in another way and put them into "
+        f"{folder.resolve()}:\n{urls}"
     )
 
 

@@ -38,6 +38,17 @@ def begin(run: RunState, validation_set: str, patience: int) -> None:
         run.validations_without_improvement = 0
 
 
+def _no_improvement(run: RunState, loss: float) -> str:
+    best, now = f"{run.best_loss:.2f}", f"{loss:.2f}"
+    kept = f"Checkpoint 'best' keeps the weights of step {run.best_step}"
+    if best == now:
+        return f"The validation loss stays at {best} since step {run.best_step}. {kept}"
+    return (
+        f"Warning: the validation loss turns up, from {best} in step {run.best_step} to {now}: "
+        f"the model begins to learn the dataset by heart. {kept}"
+    )
+
+
 def judge(run: RunState, loss: float, patience: int) -> Verdict:
     """Takes note of the validation loss after step `run.step`, and says what the user should know.
 
@@ -52,11 +63,7 @@ def judge(run: RunState, loss: float, patience: int) -> Verdict:
         return Verdict(is_best=True)
     run.validations_without_improvement += 1
     if run.validations_without_improvement == min(2, patience or 2):
-        say(
-            f"Warning: the validation loss turns up, from {run.best_loss:.2f} in step "
-            f"{run.best_step} to {loss:.2f}: the model begins to learn the dataset by heart. "
-            f"Checkpoint 'best' keeps the weights of step {run.best_step}"
-        )
+        say(_no_improvement(run, loss))
     ends = bool(patience) and run.validations_without_improvement >= patience
     if ends:
         say(f"Stopping: no better validation loss for {patience} validations")

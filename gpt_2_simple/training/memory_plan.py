@@ -285,8 +285,8 @@ def fitting_plans(hparams: model.HParams, limit: int) -> list[MemoryPlan]:
     return [candidate for candidate in found if candidate.total <= limit]
 
 
-def as_call(candidate: MemoryPlan, model_name: str) -> str:
-    """The finetune() call that a plan stands for."""
+def _as_arguments(candidate: MemoryPlan, model_name: str) -> dict[str, Any]:
+    """The arguments of finetune() that a plan stands for."""
     default = step_settings()
     arguments: dict[str, Any] = {"model_name": model_name}
     for field in dataclasses.fields(StepSettings):
@@ -298,6 +298,25 @@ def as_call(candidate: MemoryPlan, model_name: str) -> str:
         arguments["lora_targets"] = ALL
     if candidate.time == candidate.hparams.n_ctx:
         arguments.pop("sequence_length", None)
+    return arguments
+
+
+def as_dict(candidate: MemoryPlan, model_name: str) -> dict[str, Any]:
+    """A plan for programs: the arguments of finetune(), and bytes: all, and what they are for."""
+    parts = (
+        *("weights", "optimizer_state", "accumulators", "stored_activations", "block", "loss"),
+        "exchange",
+    )
+    return {
+        "arguments": _as_arguments(candidate, model_name),
+        "total": candidate.total,
+        **{part: getattr(candidate, part) for part in parts},
+    }
+
+
+def as_call(candidate: MemoryPlan, model_name: str) -> str:
+    """The finetune() call that a plan stands for."""
+    arguments = _as_arguments(candidate, model_name)
     given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     return f'gpt2.finetune(sess, "your.txt", {given})'
 

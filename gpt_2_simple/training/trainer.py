@@ -211,6 +211,8 @@ class Trainer:
             KeyboardInterrupt: a second Ctrl-C.
         """
         say("Training...")
+        if self.last_step is None:
+            say("No steps or epochs were given: the training goes on until Ctrl-C, which saves")
         with (
             self.interruption,
             contextlib.closing(self.logger),

@@ -1,0 +1,129 @@
+"""The command `memory`: plans of training's memory, and of generating's."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Annotated, ClassVar
+
+from ..common.device_memory import MEGABYTE, USABLE
+from ..common.folders import model_folder, read_hparams
+from ..common.hparams import HParams
+from ..common.published import published_hparams
+from ..common.report import complain, say
+from ..common.settings import Setting, fields_of
+from ..generation.settings import GenerationSettings
+from ..training.settings import MemoryPlanSettings
+from .json_output import OUTPUT, JsonSettings, print_json
+from .parser import PROGRAM, Command, Options
+from .plain_commands import load_module, take_options
+
+
+@dataclasses.dataclass(frozen=True)
+class CardSettings(JsonSettings):
+    """What `memory` asks beside memory_plan()'s settings."""
+
+    GROUPS: ClassVar = (*MemoryPlanSettings.GROUPS, OUTPUT)
+
+    # fmt: off
+    model_dir: Annotated[str, Setting(GROUPS[0], "Folder that holds the models")] = "models"
+    gpu_gb: Annotated[float | None, Setting(
+        GROUPS[0], "The card's memory in GB of 2**30 bytes; 0.93 of it is taken to be usable",
+        above=0, default_help="none: tables of what is needed")] = None
+    generate: Annotated[bool, Setting(
+        GROUPS[0], "Plan generating instead of training, for each precision, from `batch_size`, "
+        "`length` and `prefix_length`")] = False
+    length: Annotated[int | None, Setting(
+        GROUPS[0], "With --generate: tokens to generate for each text", at_least=1,
+        default_help="100 and 1023")] = None
+    prefix_length: Annotated[int, Setting(
+        GROUPS[0], "With --generate: tokens of a prefix", at_least=1)] = 1
+    # fmt: on
+
+
+def _plan_generating(hparams: HParams, name: str, own: CardSettings, batch: int | None) -> int:
+    plans = load_module("generation.memory_plan")
+    lengths = [own.length] if own.length else [100, GenerationSettings.length]
+    if own.gpu_gb is None:
+        found = plans.plans(hparams, [batch] if batch else [1, 8, 20], lengths, own.prefix_length)
+    else:
+        limit = int(own.gpu_gb * USABLE * 2**30)
+        found = plans.largest_batches(hparams, limit, lengths, own.prefix_length, batch)
+    if own.json:
+        print_json([plans.as_dict(plan, name) for plan in found])
+    elif own.gpu_gb is None:
+        say(plans.table(found))
+    else:
+        for plan in found:
+            say(f"{plans.as_call(plan, name)}: {plan.total / MEGABYTE:,.0f} MB")
+    if found:
+        return 0
+    complain(f"{PROGRAM}: nothing fits: {name} needs more than {USABLE:.0%} of {own.gpu_gb:g} GB")
+    return 1
+
+
+def _plan_training(hparams: HParams, name: str, own: CardSettings, options: Options) -> int:
+    plans = load_module("training.memory_plan")
+    flag = "use_memory_saving_gradients"
+    choices = [options[flag]] if flag in options else [False, True]
+    found = [plans.memory_plan(hparams, **options | {flag: choice}) for choice in choices]
+    if own.gpu_gb is not None:
+        limit = int(own.gpu_gb * USABLE * 2**30)
+        fitting = [plan for plan in found if plan.total <= limit]
+        found = fitting if options else plans.fitting_plans(hparams, limit)
+    if own.json:
+        print_json([plans.as_dict(plan, name) for plan in found])
+    elif own.gpu_gb is None:
+        for choice, plan in zip(choices, found, strict=True):
+            say(f"{flag}={choice}:\n{plan}")
+    else:
+        for plan in found:
+            say(f"{plans.as_call(plan, name)}  # {plan.total / MEGABYTE:,.0f} MB")
+    if found:
+        return 0
+    complain(
+        f"{PROGRAM}: nothing fits: {name} with these settings needs more than "
+        f"{USABLE:.0%} of {own.gpu_gb:g} GB, about what such a card leaves. Take a smaller "
+        "model, or see what --train_last_blocks, --sequence_length, --optimizer and --precision "
+        "save"
+    )
+    return 1
+
+
+def _memory(options: Options) -> int:
+    own = CardSettings(**take_options(options, fields_of(CardSettings)))
+    name = options.pop("model_name", MemoryPlanSettings.model_name)
+    hparams = _sizes(name, own.model_dir)
+    if own.generate:
+        batch = options.pop("batch_size", None)
+        for flag, value in options.items():
+            raise ValueError(f"{flag}={value!r} has no meaning with generate=True")
+        return _plan_generating(hparams, name, own, batch)
+    if own.length is not None:
+        raise ValueError(f"length={own.length} has no meaning without generate=True")
+    return _plan_training(hparams, name, own, options)
+
+
+def _sizes(model_name: str, model_dir: str) -> HParams:
+    """The sizes of the model in a folder, or else of the published one."""
+    try:
+        return read_hparams(model_folder(model_dir, model_name))
+    except FileNotFoundError:
+        with contextlib.suppress(ValueError):
+            return published_hparams(model_name)
+        raise
+
+
+MEMORY = Command(
+    run=_memory,
+    summary="Tell how much memory training or generating needs, or what fits in yours: the best "
+    "comes first.",
+    examples=(
+        "gpt_2_simple memory 774M --gpu_gb 16",
+        "gpt_2_simple memory 1558M --generate",
+        "gpt_2_simple memory --model_name 355M --batch_size 2 --optimizer adafactor",
+    ),
+    settings=[MemoryPlanSettings],
+    own_settings=CardSettings,
+    positional="model_name",
+)
