@@ -127,7 +127,7 @@ NOT_FLAGS = {"sess", "reuse", "on_step", "return_as_list", "sample_dir", "token"
 OWN_FLAGS = {
     "finetune": {"workers", "ray"},
     "generate": {"nfiles", "folder", "prefix_file", "format"},
-    "memory": {"model_dir", "gpu_gb", "json"},
+    "memory": {"model_dir", "gpu_gb", "json", "generate", "length", "prefix_length"},
     "export": {"format", "json"},
     **dict.fromkeys(
         ("add_tokens", "create", "encode_csv", "import", "merge", "plot", "push", "quantize"),
@@ -249,6 +249,8 @@ def test_examples_in_help_are_accepted(command, calls, workplace):
         program, *argv = shlex.split(example)
         assert program == "gpt_2_simple"
         if "jsonl" in argv:  # that goes another way, see test_json_lines
+            continue
+        if command == "memory" and "--generate" in argv:  # see test_generation_memory.py
             continue
         assert cli.main(argv) == 0
         functions = {name for names in FUNCTIONS[command].values() for name in names}
