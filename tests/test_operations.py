@@ -1,11 +1,11 @@
 """Each way to compute a decoding step against the NumPy model, and which way is chosen."""
 
 import itertools
-import math
 
+import numpy as np
 import pytest
 import tensorflow as tf
-from small_model import HPARAMS, PREFIXES, expected, started, write
+from small_model import HPARAMS, PREFIXES, WEIGHTS, expected, started, write
 from tensorflow.python.framework import kernels
 from test_beam_search import search
 from test_speculative import Guesses
@@ -72,37 +72,64 @@ def test_gpus_get_their_own_operations_and_int8_those_for_several_rows(small_ses
         assert operations.operations_for(small_sess, one_row) is operations.ON_GPU
 
 
+@pytest.fixture
+def choose(monkeypatch, small_sess):
+    """Chooses for the small session as if its model were large; nothing is remembered."""
+    monkeypatch.setattr(operations, "_chosen", {})
+    monkeypatch.setattr(operations, "_MIN_WIDTH", HPARAMS.n_embd)
+    return lambda: operations.operations_for(small_sess, one_row=True)
+
+
 @pytest.mark.parametrize(
     ("seconds", "chosen"),
     [
-        ({"in parts": 1.0, "whole": 0.95, "matmul": 1.2}, "in parts"),
-        ({"in parts": 1.0, "whole": 0.85, "matmul": 0.8}, "matmul"),
+        ({"in parts": 1.0, "whole": 0.9, "matmul": 1.2}, "in parts"),
+        ({"in parts": 1.0, "whole": 0.84, "matmul": 0.8}, "matmul"),
         ({"in parts": 1.0, "whole": 0.5, "matmul": 0.8}, "whole"),
     ],
 )
-def test_one_row_gets_the_way_that_is_clearly_the_quickest(monkeypatch, seconds, chosen):
-    monkeypatch.setattr(operations, "_time_one_row", lambda n_embd: seconds)
-    choose = operations._quickest_for_one_row.__wrapped__
-    assert choose(768) is ONE_ROW[chosen]
+def test_one_row_gets_the_way_that_is_clearly_the_quickest(monkeypatch, choose, seconds, chosen):
+    timed = []
+    monkeypatch.setattr(operations, "_time_one_row", lambda sess: timed.append(sess) or seconds)
+    assert choose() is ONE_ROW[chosen]
+    assert choose() is ONE_ROW[chosen]
+    assert len(timed) == 1
 
 
-def test_small_models_and_machines_that_cannot_time_get_the_usual_way(monkeypatch):
-    def fail(n_embd):
+def test_small_models_16_bits_and_sessions_without_memory_get_the_usual_way(monkeypatch, choose):
+    def fail(sess):
         raise tf.errors.ResourceExhaustedError(None, None, "no memory")
 
     monkeypatch.setattr(operations, "_time_one_row", fail)
-    choose = operations._quickest_for_one_row.__wrapped__
-    assert choose(768) is operations.ONE_ROW
-    monkeypatch.setattr(operations, "_time_one_row", lambda n_embd: 1 / 0)
-    assert choose(HPARAMS.n_embd) is operations.ONE_ROW
+    assert choose() is operations.ONE_ROW
+    monkeypatch.setattr(operations, "_chosen", {})
+    monkeypatch.setattr(operations, "_time_one_row", lambda sess: 1 / 0)
+    monkeypatch.setattr(operations, "model_precision", lambda sess: "bfloat16")
+    assert choose() is operations.ONE_ROW
+    monkeypatch.undo()
+    assert operations._MIN_WIDTH > HPARAMS.n_embd
+    assert choose() is operations.ONE_ROW
 
 
-def test_timing_measures_each_way_and_leaves_the_graph_alone(monkeypatch):
-    monkeypatch.setattr(operations, "_TIMED_BYTES", 2**20)
+def test_timing_takes_each_way_through_the_weights_and_changes_no_text(monkeypatch, choose):
     ticks = itertools.count()
     monkeypatch.setattr(operations.time, "perf_counter", lambda: float(next(ticks)))
-    with tf.Graph().as_default() as graph:
-        seconds = operations._time_one_row(64)
-    assert seconds == dict.fromkeys(ONE_ROW, 1.0)
-    assert not any(math.isinf(value) for value in seconds.values())
-    assert graph.get_operations() == []
+    with started() as sess:
+        assert operations._time_one_row(sess) == dict.fromkeys(ONE_ROW, 1.0)
+        ops = kv_cache.build_once(sess, operations._build_one_row)
+        n_operations = len(sess.graph.get_operations())
+        assert operations._time_one_row(sess) == dict.fromkeys(ONE_ROW, 1.0)
+        assert len(sess.graph.get_operations()) == n_operations
+        row = np.linspace(-1, 1, HPARAMS.n_embd, dtype=np.float32)[np.newaxis]
+        x = row
+        for layer in ("model/h0/", "model/h1/"):
+
+            def linear(x, name, prefix=layer):
+                return x @ WEIGHTS[f"{prefix}{name}/w"][0] + WEIGHTS[f"{prefix}{name}/b"]
+
+            attended = np.tanh(linear(x, "attn/c_attn")[:, : HPARAMS.n_embd])
+            x = linear(attended, "attn/c_proj") + row
+            x = linear(np.tanh(linear(x, "mlp/c_fc")), "mlp/c_proj") + row
+        for found in sess.run(list(ops.results.values()), {ops.row: row}):
+            np.testing.assert_allclose(found, x, rtol=1e-4, atol=1e-5)
+        assert write(sess, [PREFIXES[1]], 20).tolist() == [expected(PREFIXES[1], 20)]

@@ -7,18 +7,21 @@ its kernels does, so there the operations are those that start few.
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import dataclasses
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from .. import model, session
 from ..precision import has_gpu
-from .kv_cache import model_precision
+from .kv_cache import build_once, fetched, model_precision, placeholder, run
 
 # x [rows, nx], terms [rows, nf] -> x times a matrix, and the terms added [rows, nf].
 Project = Callable[..., tf.Tensor]
@@ -42,9 +45,10 @@ def operations_for(sess: tf.compat.v1.Session, one_row: bool = False) -> Operati
     """The operations of a step for a few rows of tokens, or for one."""
     if has_gpu(sess):
         return ON_GPU
-    if not one_row or model_precision(sess) == "int8":
+    precision = model_precision(sess)
+    if not one_row or precision == "int8":
         return FEW_ROWS
-    return _quickest_for_one_row(session.graph_state(sess).hparams.n_embd)
+    return _quickest_for_one_row(sess) if precision == "float32" else ONE_ROW
 
 
 # --- products -------------------------------------------------------------------------------------
@@ -161,55 +165,69 @@ ON_GPU = Operations(_by(tf.matmul), _unembed_by_matmul, _attention, _layer_norm_
 
 # --- the quickest for one row ---------------------------------------------------------------------
 
-# Matrices of a smaller model stay in the processor's caches, and nobody waits for it.
+# Nobody waits for a smaller model.
 _MIN_WIDTH = 512
 # Another way must take less than this share of the usual one's time. Nearly equal ones would take
 # turns from process to process, and with them the last digits of the logits.
-_CLEARLY_QUICKER = 0.9
-_TIMED_BYTES = 64 * 2**20  # more than caches hold
-_ROUNDS = 4
+_CLEARLY_QUICKER = 0.85
+_TIMED_BYTES = 128 * 2**20  # of weights, at most: more than caches hold
+_ROUNDS = 7
 
 
-@functools.cache
-def _quickest_for_one_row(n_embd: int) -> Operations:
-    if n_embd < _MIN_WIDTH:
+@dataclasses.dataclass
+class _OneRow:
+    """Products of a row by the matrices of some blocks, by each way."""
+
+    row: Any = placeholder(tf.float32, 1, None)  # [1, n_embd]
+    results: dict[str, tf.Tensor] = fetched()  # [1, n_embd] each
+
+
+def _build_one_row(weights: model.Weights, hparams: model.HParams) -> _OneRow:
+    ops, width = _OneRow(), hparams.n_embd
+    n_blocks = max(1, _TIMED_BYTES // (4 * 12 * width**2))
+
+    def chain(make_linear: Callable[[tf.Tensor, tf.Tensor], Project]) -> tf.Tensor:
+        """One product after the other, as in a model; the numbers stay near 1."""
+        x = tf.ensure_shape(ops.row, [1, width])
+        for block in weights.blocks[:n_blocks]:
+            c_attn, c_proj, mlp_c_fc, mlp_c_proj = (
+                make_linear(layer.w, layer.b)
+                for layer in block
+                if not isinstance(layer, model.LayerNorm)
+            )
+            x = c_proj(tf.tanh(c_attn(x)[:, :width]), ops.row)
+            x = mlp_c_proj(tf.tanh(mlp_c_fc(x)), ops.row)
+        return x
+
+    ops.results = {name: chain(operations.linear) for name, operations in _ONE_ROW.items()}
+    return ops
+
+
+def _time_one_row(sess: tf.compat.v1.Session) -> dict[str, float]:
+    """The seconds that products of a row by the session's weights take, by each way."""
+    ops = build_once(sess, _build_one_row)
+    row = {ops.row: np.ones([1, session.graph_state(sess).hparams.n_embd], np.float32)}
+    seconds: dict[str, list[float]] = {name: [] for name in ops.results}
+    for _ in range(1 + _ROUNDS):  # in turns; the first run prepares
+        for name, result in ops.results.items():
+            began = time.perf_counter()
+            run(sess, result, row)
+            seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+_chosen: dict[int, Operations] = {}  # by n_embd
+
+
+def _quickest_for_one_row(sess: tf.compat.v1.Session) -> Operations:
+    width = session.graph_state(sess).hparams.n_embd
+    if width < _MIN_WIDTH:
         return ONE_ROW
-    try:
-        seconds = _time_one_row(n_embd)
-    except (tf.errors.OpError, MemoryError):
-        return ONE_ROW
-    best = min(seconds, key=lambda name: seconds[name])
-    return _ONE_ROW[best] if seconds[best] < _CLEARLY_QUICKER * seconds["in parts"] else ONE_ROW
-
-
-def _time_one_row(n_embd: int) -> dict[str, float]:
-    """The seconds that products of a row by some matrices [n_embd, 4 n_embd] take, by each way."""
-    n_matrices = -(-_TIMED_BYTES // (16 * n_embd**2))
-    config = session.session_config()
-    config.device_count["GPU"] = 0
-    with tf.Graph().as_default() as graph, tf.compat.v1.Session(graph=graph, config=config) as sess:
-        shape = [n_matrices, n_embd, 4 * n_embd]
-        variable = tf.compat.v1.get_variable(
-            "w", shape, initializer=tf.compat.v1.zeros_initializer(), use_resource=True
-        )
-        sess.run(variable.initializer)
-        matrices = tf.unstack(variable.read_value())
-        x, bias = tf.compat.v1.placeholder(tf.float32, [1, n_embd]), tf.zeros([4 * n_embd])
-
-        def chain(linear: Callable[[tf.Tensor, tf.Tensor], Project]) -> tf.Operation:
-            y = x
-            for w in matrices:
-                with tf.control_dependencies([y]):  # one product after the other, as in a model
-                    y = linear(w, bias)(tf.identity(x))
-            return y.op
-
-        runs = {name: chain(operations.linear) for name, operations in _ONE_ROW.items()}
-        row = {x: [[1.0] * n_embd]}
-        seconds = dict.fromkeys(runs, math.inf)
-        for measured in [False] + [True] * _ROUNDS:
-            for name, run in runs.items():
-                began = time.perf_counter()
-                sess.run(run, row)
-                if measured:
-                    seconds[name] = min(seconds[name], time.perf_counter() - began)
-        return seconds
+    if width not in _chosen:
+        _chosen[width] = ONE_ROW
+        with contextlib.suppress(tf.errors.OpError):  # such as no memory
+            seconds = _time_one_row(sess)
+            best = min(seconds, key=lambda name: seconds[name])
+            if seconds[best] < _CLEARLY_QUICKER * seconds["in parts"]:
+                _chosen[width] = _ONE_ROW[best]
+    return _chosen[width]
