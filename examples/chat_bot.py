@@ -6,6 +6,7 @@ python examples/chat_bot.py run1         # a chat on standard input; Ctrl-D ends
 """
 
 import asyncio
+import contextlib
 import os
 import sys
 
@@ -33,7 +34,8 @@ class ChatBot:
             return "I cannot answer now."
         written = (choice.text.strip() for choice in made.choices)
         answer = next(filter(None, written), "...")[:2000]  # Discord takes no longer messages
-        self.chats[chat] = f"{prompt} {answer}\n"[-4000:]
+        past = self.chats.get(chat, "")  # others may have written meanwhile
+        self.chats[chat] = f"{past}{message}\n{self.name}: {answer}\n"[-4000:]
         return answer
 
 
@@ -43,4 +45,6 @@ async def talk(bot):
 
 
 if __name__ == "__main__":
-    asyncio.run(talk(ChatBot(*sys.argv[1:])))
+    sys.stdout.reconfigure(errors="replace")  # a console may lack some letters
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(talk(ChatBot(*sys.argv[1:])))

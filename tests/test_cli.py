@@ -71,7 +71,7 @@ def calls(monkeypatch):
     """
     monkeypatch.setattr(commands, "_check_files", lambda settings: None)
     for name in ("run_folder", "model_folder"):
-        monkeypatch.setattr(plain_commands, name, os.path.join)
+        monkeypatch.setattr(plain_commands, name, lambda *names, **_: os.path.join(*names))
     calls = Calls()
     session = types.SimpleNamespace(close=lambda: calls.append(("close", {})))
     calls.results = {"start_tf_sess": session, "is_gpt2_downloaded": True}

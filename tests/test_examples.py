@@ -219,6 +219,18 @@ def test_chat_bot_answers_with_the_line_that_follows_the_chat(chat_bot, served):
     assert "\n" not in first + second + other + last
 
 
+def test_chat_bot_keeps_what_two_people_say_at_once(chat_bot, served):
+    async def chat():
+        bot = chat_bot(served)
+        async with bot.client:
+            said = bot.answer("one", "Ann", "a chat"), bot.answer("two", "Ben", "a chat")
+            return *await asyncio.gather(*said), bot.chats["a chat"]
+
+    to_ann, to_ben, kept = asyncio.run(chat())
+    exchanges = [f"Ann: one\nBot: {to_ann}\n", f"Ben: two\nBot: {to_ben}\n"]
+    assert kept in ("".join(exchanges), "".join(exchanges[::-1]))
+
+
 def test_chat_bot_tells_errors_and_goes_on(chat_bot, served, capsys):
     async def chat():
         bot = chat_bot(served)

@@ -50,17 +50,19 @@ def test_plan_is_printed_as_a_table_that_adds_up():
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("wrong", "said"),
     [
-        {"precision": "int4"},
-        {"batch_size": 0},
-        {"length": 0},
-        {"prefix_length": 0},
-        {"model_name": "9M"},
+        ({"precision": "int4"}, "precision='int4'"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"length": 0}, "length=0"),
+        ({"prefix_length": 0}, "prefix_length=0"),
+        ({"model_name": "9M"}, "9M"),
+        ({"model_name": model.HParams()}, "n_vocab=0"),
+        ({"model_name": model.HParams(n_vocab=9, n_embd=7)}, "n_embd=7 must be a multiple"),
     ],
 )
-def test_wrong_settings_are_refused(wrong):
-    with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+def test_wrong_settings_are_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
         gpt_2.generation_memory_plan(**wrong)
 
 
@@ -141,7 +143,10 @@ def test_command_names_the_largest_batch_for_a_card(capsys):
     [
         ("--generate --optimizer adam", "--optimizer 'adam' has no meaning with --generate"),
         ("--length 9", "--length 9 has no meaning without --generate"),
+        ("--prefix_length 9", "--prefix_length 9 has no meaning without --generate"),
         ("--generate --length 0", "--length"),
+        ("--generate --batch_size 0", "--batch_size 0"),
+        ("--generate --batch_size -4 --gpu_gb 16", "--batch_size -4"),
     ],
 )
 def test_command_refuses_what_has_no_meaning(capsys, words, said):

@@ -734,18 +734,40 @@ def test_a_training_without_an_end_tells_so(small, sess, monkeypatch, capsys):
     script_losses(monkeypatch, [2.0, 3.0])
     result = finetune(sess, -1, val_split=0.3, val_every=1, patience=1, verbose=1)
     assert result.step == 2
-    told = "Training...\nNo steps or epochs were given: the training goes on until Ctrl-C"
-    assert told in capsys.readouterr().out
+    told = "Training...\nNo steps or epochs were given: the training goes on until "
+    out = capsys.readouterr().out
+    assert f"{told}the validation loss gets no better (patience=1), or you interrupt it" in out
+
+    finetune(sess, -1, on_step=send(signal.SIGINT, 3), verbose=1)
+    assert f"{told}you interrupt it (Ctrl-C), which saves" in capsys.readouterr().out
     finetune(sess, 1, verbose=1)
     assert "No steps" not in capsys.readouterr().out
 
 
 def test_a_validation_loss_that_stays_is_no_warning(small, sess, monkeypatch, capsys):
-    script_losses(monkeypatch, [3.0, 2.001, 2.002, 2.003, 2.5])
+    script_losses(monkeypatch, [3.0, 2.0, 2.00001, 2.00002, 2.00001])
     finetune(sess, 10, val_split=0.3, val_every=2, verbose=1)
     out = capsys.readouterr().out
     assert out.count("The validation loss stays at 2.00 since step 4. Checkpoint 'best'") == 1
     assert "Warning" not in out
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([3.0, 2.0, 2.00001, 2.00002, 2.5, 3.5], "from 2.00 in step 4 to 2.50"),
+        ([3.0, 2.0, 2.5, 2.00001, 3.5, 3.6], "from 2.00 in step 4 to 3.50"),
+        ([3.0, 2.001, 2.002, 2.003, 2.5, 3.5], "from 2.0010 in step 4 to 2.0030"),
+    ],
+)
+def test_a_validation_loss_that_turns_up_is_warned_of_once(
+    small, sess, monkeypatch, capsys, losses, said
+):
+    script_losses(monkeypatch, losses)
+    finetune(sess, 12, val_split=0.3, val_every=2, verbose=1)
+    out = capsys.readouterr().out
+    assert f"Warning: the validation loss turns up, {said}" in out
+    assert out.count("Warning") == 1
 
 
 def test_best_checkpoint_and_early_stopping(small, sess, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from ..common.hparams import HParams
 from ..common.published import published_hparams
 from ..common.report import complain, say
 from ..common.settings import Setting, fields_of
-from ..generation.settings import GenerationSettings
+from ..generation.settings import GenerationMemorySettings
 from ..training.settings import MemoryPlanSettings
 from .json_output import OUTPUT, JsonSettings, print_json
 from .parser import PROGRAM, Command, Options
@@ -36,19 +36,24 @@ class CardSettings(JsonSettings):
     length: Annotated[int | None, Setting(
         GROUPS[0], "With --generate: tokens to generate for each text", at_least=1,
         default_help="100 and 1023")] = None
-    prefix_length: Annotated[int, Setting(
-        GROUPS[0], "With --generate: tokens of a prefix", at_least=1)] = 1
+    prefix_length: Annotated[int | None, Setting(
+        GROUPS[0], "With --generate: tokens of a prefix", at_least=1, default_help="1")] = None
     # fmt: on
 
 
 def _plan_generating(hparams: HParams, name: str, own: CardSettings, batch: int | None) -> int:
     plans = load_module("generation.memory_plan")
-    lengths = [own.length] if own.length else [100, GenerationSettings.length]
+    settings = GenerationMemorySettings(
+        hparams, batch_size=1 if batch is None else batch, prefix_length=own.prefix_length or 1
+    )  # checks them
+    prefix_length = settings.prefix_length
+    lengths = [own.length] if own.length else [100, settings.length]
     if own.gpu_gb is None:
-        found = plans.plans(hparams, [batch] if batch else [1, 8, 20], lengths, own.prefix_length)
+        batches = [1, 8, 20] if batch is None else [batch]
+        found = plans.plans(hparams, batches, lengths, prefix_length)
     else:
         limit = int(own.gpu_gb * USABLE * 2**30)
-        found = plans.largest_batches(hparams, limit, lengths, own.prefix_length, batch)
+        found = plans.largest_batches(hparams, limit, lengths, prefix_length, batch)
     if own.json:
         print_json([plans.as_dict(plan, name) for plan in found])
     elif own.gpu_gb is None:
@@ -99,8 +104,9 @@ def _memory(options: Options) -> int:
         for flag, value in options.items():
             raise ValueError(f"{flag}={value!r} has no meaning with generate=True")
         return _plan_generating(hparams, name, own, batch)
-    if own.length is not None:
-        raise ValueError(f"length={own.length} has no meaning without generate=True")
+    for flag in ("length", "prefix_length"):
+        if getattr(own, flag) is not None:
+            raise ValueError(f"{flag}={getattr(own, flag)} has no meaning without generate=True")
     return _plan_training(hparams, name, own, options)
 
 
@@ -116,8 +122,8 @@ def _sizes(model_name: str, model_dir: str) -> HParams:
 
 MEMORY = Command(
     run=_memory,
-    summary="Tell how much memory training or generating needs, or what fits in yours: the best "
-    "comes first.",
+    summary="Tell how much memory training or generating needs, or what fits in yours. For "
+    "training, the best comes first.",
     examples=(
         "gpt_2_simple memory 774M --gpu_gb 16",
         "gpt_2_simple memory 1558M --generate",

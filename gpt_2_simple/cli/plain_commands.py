@@ -50,7 +50,7 @@ def check_weights(settings: Any, may_download: bool = False) -> None:
             model_folder(settings.model_dir, name)
     if not settings.model_name or not isinstance(settings.run_name, str):
         for name in _names(settings.run_name):
-            run_folder(settings.checkpoint_dir, name)
+            run_folder(settings.checkpoint_dir, name, or_model=True)
 
 
 def _names(name: str | Sequence[str] | None) -> Sequence[str]:

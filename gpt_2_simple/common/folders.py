@@ -26,15 +26,18 @@ def model_folder(model_dir: str, model_name: str) -> str:
     return folder
 
 
-def run_folder(checkpoint_dir: str, run_name: str) -> str:
-    """The folder of a run. Raises FileNotFoundError if there is none; lists the runs."""
+def run_folder(checkpoint_dir: str, run_name: str, or_model: bool = False) -> str:
+    """The folder of a run. Raises FileNotFoundError if there is none; lists the runs.
+
+    With or_model=True, the error says that a model can be named, too.
+    """
     folder = os.path.join(checkpoint_dir, run_name)
     if not os.path.isfile(os.path.join(folder, "hparams.json")):
         lacking = ": it has no hparams.json" if os.path.isdir(folder) else ""
         raise FileNotFoundError(
             f"no run in {folder}{lacking}{_listing(checkpoint_dir, 'runs')}; make it by "
-            f"gpt2.finetune(sess, dataset, run_name={run_name!r}), "
-            "or name a model instead of a run, such as model_name='124M'"
+            f"gpt2.finetune(sess, dataset, run_name={run_name!r})"
+            + (", or name a model instead of a run, such as model_name='124M'" * or_model)
         )
     return folder
 

@@ -67,7 +67,7 @@ def _find(settings: ExportSettings | PushSettings | GgufSettings) -> StoredWeigh
     if settings.model_name:
         folder = model_folder(settings.model_dir, settings.model_name)
     else:
-        folder = run_folder(settings.checkpoint_dir, settings.run_name)
+        folder = run_folder(settings.checkpoint_dir, settings.run_name, or_model=True)
         runs.finish_saves_unless_trained(folder)
     base = settings.checkpoint
     prefix = checkpoint.restore_path(

@@ -1,7 +1,7 @@
 """A model's sizes, a precision, a batch and its tokens in, the bytes that generating needs out.
 
-The terms count what decode.py and kv_cache.py hold when they hold most. `benchmarks/memory.py
---generate` compares the sums with what TensorFlow's allocator really gives.
+The terms count what decode.py and kv_cache.py hold when they hold most.
+`benchmarks/generation_memory.py` compares the sums with the smallest allocator limits that do.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class GenerationMemoryPlan:
 def generation_memory_plan(settings: GenerationMemorySettings) -> GenerationMemoryPlan:
     """Counts the bytes that generate() needs with these settings; print() shows them as a table.
 
-    On a CPU the process needs about 0.6 GB more, for TensorFlow.
+    On a CPU the process needs about 0.6 GB more, for TensorFlow, and int8 needs more than its plan:
+    oneDNN keeps copies of the weights.
 
     Args:
         settings: see GenerationMemorySettings; each of them is an argument.
@@ -97,6 +98,9 @@ def plan(
     hparams: HParams, precision: str, batch_size: int, prefix_length: int, length: int
 ) -> GenerationMemoryPlan:
     """Counts the bytes for these numbers of tokens; see generation_memory_plan."""
+    hparams.check()
+    if hparams.n_vocab < 1:
+        raise ValueError("n_vocab=0: set it to the size of the vocabulary")
     columns = min(hparams.n_ctx, prefix_length + length)
     cache = cache_bytes(hparams, batch_size, columns)
     given = min(hparams.n_ctx, prefix_length)
@@ -148,7 +152,7 @@ def largest_batches(
     With batch_size, no other one is tried.
     """
     found: list[GenerationMemoryPlan] = []
-    tried = [batch_size] if batch_size else range(1, MAX_BATCH + 1)
+    tried = range(1, MAX_BATCH + 1) if batch_size is None else [batch_size]
     for length in lengths:
         for precision in GENERATING_PRECISIONS:
             each = (plan(hparams, precision, batch, prefix_length, length) for batch in tried)

@@ -7,11 +7,10 @@ its kernels does, so there the operations are those that start few.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
-import statistics
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -167,8 +166,9 @@ ON_GPU = Operations(_by(tf.matmul), _unembed_by_matmul, _attention, _layer_norm_
 
 # Nobody waits for a smaller model.
 _MIN_WIDTH = 512
-# Another way must take less than this share of the usual one's time. Nearly equal ones would take
-# turns from process to process, and with them the last digits of the logits.
+# Another way must be quicker in each round, and take less than this share of the usual one's time
+# in all. Nearly equal ones would take turns from process to process, and with them the last digits
+# of the logits.
 _CLEARLY_QUICKER = 0.85
 _TIMED_BYTES = 128 * 2**20  # of weights, at most: more than caches hold
 _ROUNDS = 7
@@ -203,8 +203,8 @@ def _build_one_row(weights: model.Weights, hparams: model.HParams) -> _OneRow:
     return ops
 
 
-def _time_one_row(sess: tf.compat.v1.Session) -> dict[str, float]:
-    """The seconds that products of a row by the session's weights take, by each way."""
+def _time_one_row(sess: tf.compat.v1.Session) -> dict[str, list[float]]:
+    """The seconds that products of a row by the session's weights take, by each way, by round."""
     ops = build_once(sess, _build_one_row)
     row = {ops.row: np.ones([1, session.graph_state(sess).hparams.n_embd], np.float32)}
     seconds: dict[str, list[float]] = {name: [] for name in ops.results}
@@ -213,21 +213,29 @@ def _time_one_row(sess: tf.compat.v1.Session) -> dict[str, float]:
             began = time.perf_counter()
             run(sess, result, row)
             seconds[name].append(time.perf_counter() - began)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def _clearly_quickest(seconds: dict[str, list[float]]) -> str:
+    """The way that is much quicker than the usual one, or the usual one."""
+    usual = seconds["in parts"]
+    best = min(seconds, key=lambda name: sum(seconds[name]))
+    wins = all(new < old for new, old in zip(seconds[best], usual, strict=True))
+    return best if wins and sum(seconds[best]) < _CLEARLY_QUICKER * sum(usual) else "in parts"
 
 
 _chosen: dict[int, Operations] = {}  # by n_embd
+_choosing = threading.Lock()
 
 
 def _quickest_for_one_row(sess: tf.compat.v1.Session) -> Operations:
     width = session.graph_state(sess).hparams.n_embd
     if width < _MIN_WIDTH:
         return ONE_ROW
-    if width not in _chosen:
-        _chosen[width] = ONE_ROW
-        with contextlib.suppress(tf.errors.OpError):  # such as no memory
-            seconds = _time_one_row(sess)
-            best = min(seconds, key=lambda name: seconds[name])
-            if seconds[best] < _CLEARLY_QUICKER * seconds["in parts"]:
-                _chosen[width] = _ONE_ROW[best]
-    return _chosen[width]
+    with _choosing:
+        if width not in _chosen:
+            try:
+                _chosen[width] = _ONE_ROW[_clearly_quickest(_time_one_row(sess))]
+            except tf.errors.OpError:  # such as no memory
+                _chosen[width] = ONE_ROW
+        return _chosen[width]

@@ -117,7 +117,7 @@ def download_gpt2(settings: DownloadSettings) -> None:
                 _ensure_file(session, _Partial(folder_url + name, folder / name))
             except _FetchError as error:
                 kind = FileNotFoundError if error.status == 404 else ConnectionError
-                raise kind(_by_hand(name, error, folder_url, folder)) from error
+                raise kind(_by_hand(name, error, folder_url, settings)) from error
 
 
 def is_gpt2_downloaded(
@@ -149,11 +149,16 @@ def _base_url(base_url: str | None) -> str:
     return url.rstrip("/")
 
 
-def _by_hand(name: str, error: Exception, folder_url: str, folder: Path) -> str:
+def _by_hand(name: str, error: Exception, folder_url: str, settings: DownloadSettings) -> str:
+    given = {"model_dir": settings.model_dir, "base_url": settings.base_url}
+    changed = {n: v for n, v in given.items() if v != getattr(DownloadSettings, n)}
+    arguments = {"model_name": settings.model_name, **changed}
+    call = ", ".join(f"{argument}={value!r}" for argument, value in arguments.items())
+    folder = Path(settings.model_dir, settings.model_name)
     urls = "\n".join(f"  {folder_url}{file}" for file in MODEL_FILES)
     return (
         f"could not download {name}: {str(error).rstrip('.')}.\n"
-        f"gpt2.download_gpt2(model_name={folder.name!r}) continues where it stopped. If the server "
+        f"gpt2.download_gpt2({call}) continues where it stopped. If the server "
         "cannot be reached from here, give a mirror as base_url (or in the environment variable "
         f"{BASE_URL_VARIABLE}), or download these files in another way and put them into "
         f"{folder.resolve()}:\n{urls}"

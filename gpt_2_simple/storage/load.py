@@ -68,7 +68,7 @@ def load_source(sess: tf.compat.v1.Session, settings: LoadSettings) -> Source:
     """Finds what settings name, and loads it; raises what load_gpt2() raises."""
     run = None
     if not settings.model_name and settings.adapter is None:
-        run = run_folder(settings.checkpoint_dir, settings.run_name)
+        run = run_folder(settings.checkpoint_dir, settings.run_name, or_model=True)
         runs.finish_saves_unless_trained(run)
 
     def find_and_load() -> Source:
@@ -88,7 +88,7 @@ def find_source(settings: LoadSettings) -> Source:
     if settings.model_name:
         folder = model_folder(settings.model_dir, settings.model_name)
     else:
-        folder = run_folder(settings.checkpoint_dir, settings.run_name)
+        folder = run_folder(settings.checkpoint_dir, settings.run_name, or_model=True)
     name = settings.checkpoint
     name = runs.name_of_step(folder, name) if isinstance(name, int) else name
     prefix = checkpoints.restore_path(folder, name)

@@ -37,7 +37,7 @@ def quantize(settings: QuantizeSettings) -> str:
     )  # fmt: skip
     run = None
     if not load.model_name and load.adapter is None:
-        run = run_folder(load.checkpoint_dir, load.run_name)
+        run = run_folder(load.checkpoint_dir, load.run_name, or_model=True)
     path = runs.retry_while_trained(run, lambda: _quantize(load))
     say(f"The int8 weights are in {path}")
     return path

@@ -39,14 +39,22 @@ def begin(run: RunState, validation_set: str, patience: int) -> None:
 
 
 def _no_improvement(run: RunState, loss: float) -> str:
-    best, now = f"{run.best_loss:.2f}", f"{loss:.2f}"
     kept = f"Checkpoint 'best' keeps the weights of step {run.best_step}"
-    if best == now:
-        return f"The validation loss stays at {best} since step {run.best_step}. {kept}"
+    if _is_best_again(run, loss):
+        return (
+            f"The validation loss stays at {run.best_loss:.2f} since step {run.best_step}. {kept}"
+        )
+    digits = 2 if f"{run.best_loss:.2f}" != f"{loss:.2f}" else 4
     return (
-        f"Warning: the validation loss turns up, from {best} in step {run.best_step} to {now}: "
-        f"the model begins to learn the dataset by heart. {kept}"
+        f"Warning: the validation loss turns up, from {run.best_loss:.{digits}f} in step "
+        f"{run.best_step} to {loss:.{digits}f}: the model begins to learn the dataset by heart. "
+        f"{kept}"
     )
+
+
+def _is_best_again(run: RunState, loss: float | None) -> bool:
+    """Whether a loss is no lower than the best one and the same to four digits."""
+    return loss is not None and f"{run.best_loss:.4f}" == f"{loss:.4f}"
 
 
 def judge(run: RunState, loss: float, patience: int) -> Verdict:
@@ -57,12 +65,17 @@ def judge(run: RunState, loss: float, patience: int) -> Verdict:
         loss: nats a token.
         patience: see TrainingSettings.
     """
-    run.validation_loss = loss
+    last, run.validation_loss = run.validation_loss, loss
     if run.best_loss is None or loss < run.best_loss:
         run.best_loss, run.best_step, run.validations_without_improvement = loss, run.step, 0
         return Verdict(is_best=True)
     run.validations_without_improvement += 1
-    if run.validations_without_improvement == min(2, patience or 2):
+    first = min(2, patience or 2)
+    # After a loss that stayed, a later one may turn up.
+    turns_up = _is_best_again(run, last) and not _is_best_again(run, loss)
+    if run.validations_without_improvement == first or (
+        run.validations_without_improvement > first and turns_up
+    ):
         say(_no_improvement(run, loss))
     ends = bool(patience) and run.validations_without_improvement >= patience
     if ends:

@@ -212,7 +212,13 @@ class Trainer:
         """
         say("Training...")
         if self.last_step is None:
-            say("No steps or epochs were given: the training goes on until Ctrl-C, which saves")
+            until = "you interrupt it (Ctrl-C), which saves"
+            if self.settings.patience:
+                until = (
+                    "the validation loss gets no better "
+                    f"(patience={self.settings.patience}), or {until}"
+                )
+            say(f"No steps or epochs were given: the training goes on until {until}")
         with (
             self.interruption,
             contextlib.closing(self.logger),
