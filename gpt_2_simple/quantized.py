@@ -146,12 +146,7 @@ def with_int8_matrices(weights: model.Weights, quantized: QuantizedWeights) -> m
     if quantized.variables:
         read = functools.partial(_read_variable, quantized)
     else:
-        file = tf.raw_ops.ImmutableConst(
-            dtype=tf.int8,
-            shape=[quantized.file.n_bytes],
-            memory_region_name=quantized.file.path,
-        )
-        read = functools.partial(_read_mapped, quantized, file)
+        read = functools.partial(_read_mapped, quantized, _map(quantized.file))
     blocks = []
     for index, block in enumerate(weights.blocks):
         layers: dict[str, Any] = {
@@ -169,7 +164,22 @@ def _read_variable(quantized: QuantizedWeights, name: str) -> model.Multiply:
     return functools.partial(_multiply_dequantized, value, tf.constant(stored.scales))
 
 
-def _read_mapped(quantized: QuantizedWeights, file: tf.Tensor, name: str) -> model.Multiply:
+class _MappedFile(NamedTuple):
+    values: tf.Tensor  # int8 [n_bytes]
+    zero: tf.Tensor  # int64 [1]
+
+
+def _map(file: QuantizedFile) -> _MappedFile:
+    # TensorFlow makes constants of all small tensors that depend on nothing: copies in memory in
+    # the place of the mapping. So the offsets depend on a random number, which is 0.
+    zero = tf.random.uniform([1], maxval=1, dtype=tf.int64, seed=0)
+    values = tf.raw_ops.ImmutableConst(
+        dtype=tf.int8, shape=[file.n_bytes], memory_region_name=file.path
+    )
+    return _MappedFile(values, zero)
+
+
+def _read_mapped(quantized: QuantizedWeights, file: _MappedFile, name: str) -> model.Multiply:
     stored = quantized.file.matrices[name]
     if quantized.kernel is Kernel.DEQUANTIZE:
         scales = tf.constant(stored.scales)
@@ -185,10 +195,11 @@ def _read_mapped(quantized: QuantizedWeights, file: tf.Tensor, name: str) -> mod
     return multiply_mapped
 
 
-def _values(stored: StoredMatrix, file: tf.Tensor) -> tf.Tensor:
+def _values(stored: StoredMatrix, file: _MappedFile) -> tf.Tensor:
     """A matrix of a file that is mapped."""
     n_values = stored.shape[0] * stored.shape[1]
-    return tf.reshape(file[stored.offset : stored.offset + n_values], stored.shape)
+    values = tf.slice(file.values, stored.offset + file.zero, [n_values])
+    return tf.reshape(values, stored.shape)
 
 
 # --- products -------------------------------------------------------------------------------------
@@ -315,10 +326,7 @@ def _compare(quantized: QuantizedWeights, w: np.ndarray, x: np.ndarray) -> float
     config = tf.compat.v1.ConfigProto(device_count={"GPU": 0})
     with tf.Graph().as_default() as graph, tf.compat.v1.Session(graph=graph, config=config) as sess:
         given = tf.compat.v1.placeholder(tf.float32, [None, x.shape[1]])
-        mapped = tf.raw_ops.ImmutableConst(
-            dtype=tf.int8, shape=[w.size], memory_region_name=quantized.file.path
-        )
-        read = _read_mapped(quantized, mapped, UNEMBEDDING)
+        read = _read_mapped(quantized, _map(quantized.file), UNEMBEDDING)
         variable = tf.compat.v1.get_variable("w", w.shape, use_resource=True)
         sess.run(variable.initializer, {variable.initializer.inputs[1]: w})
         products = [

@@ -152,10 +152,8 @@ def test_product_is_right_and_each_row_is_computed_alone(tmp_path, kernel, keep_
     file = quantized.QuantizedFile(str(tmp_path / "w"), values.size, "", {"w": stored})
     with tf.Graph().as_default() as graph, tf.compat.v1.Session(graph=graph) as sess:
         given = tf.compat.v1.placeholder(tf.float32, [None, 64])
-        mapped = tf.raw_ops.ImmutableConst(
-            dtype=tf.int8, shape=[values.size], memory_region_name=file.path
-        )
-        read = quantized._read_mapped(quantized.QuantizedWeights(file, kernel, {}), mapped, "w")
+        weights = quantized.QuantizedWeights(file, kernel, {})
+        read = quantized._read_mapped(weights, quantized._map(file), "w")
         product = read(given, keep_layout=keep_layout)
         found = sess.run(product, {given: x})
         alone = [sess.run(product, {given: x[i : i + 1]})[0] for i in range(len(x))]
@@ -405,3 +403,30 @@ def test_gpu_holds_int8_weights_and_has_a_kernel_for_each_operation(loaded, monk
                     lacking.add(op.type)
         assert lacking == set()
         assert not any("Quantized" in op.type for op in sess.graph.get_operations())
+
+
+def test_mapped_weights_do_not_become_constants(loaded):
+    """TensorFlow folds constants once more after Grappler: each would be a copy of a matrix."""
+    with gpt2.start_tf_sess() as sess:
+        load_int8(sess)
+        if session.graph_state(sess).quantized.kernel is Kernel.DEQUANTIZE:
+            pytest.skip("this CPU has no int8 products")
+        options = tf.compat.v1.RunOptions(output_partition_graphs=True)
+        metadata = tf.compat.v1.RunMetadata()
+        plain_run, matrices, copies = sess.run, [], []
+
+        def run(fetches, feeds=None):
+            result = plain_run(fetches, feeds, options, metadata)
+            for node in (node for graph in metadata.partition_graphs for node in graph.node):
+                kind = tf.as_dtype(node.attr["dtype"].type or tf.float32)
+                if node.op == "_QuantizedMatMul":
+                    matrices.append(node.name)
+                elif node.op == "Const" and kind in (tf.int8, tf.qint8):
+                    copies.append(tf.make_ndarray(node.attr["value"].tensor).shape)
+            return result
+
+        sess.run = run
+        generate(sess, "green")
+    assert len(matrices) >= 2 * 9  # prefill and decoding
+    # A file as a whole becomes one only where it is small, as here.
+    assert all(len(shape) == 1 for shape in copies), copies
