@@ -75,8 +75,8 @@ class GenerationMemoryPlan:
 def generation_memory_plan(settings: GenerationMemorySettings) -> GenerationMemoryPlan:
     """Counts the bytes that generate() needs with these settings; print() shows them as a table.
 
-    On a CPU the process needs about 0.6 GB more, for TensorFlow, and int8 needs more than its plan:
-    oneDNN keeps copies of the weights.
+    On a CPU the process needs about 0.6 GB more, for TensorFlow, and int8 up to twice its plan's
+    weights: oneDNN keeps them in an order of its own.
 
     Args:
         settings: see GenerationMemorySettings; each of them is an argument.
