@@ -29,6 +29,9 @@ LOGITS = 6
 # [tokens, 4 n_embd], and as its attention [rows, n_head, tokens, columns].
 WIDE_ACTIVATIONS, ATTENTIONS = 5, 3
 
+# Where matrices have 16 bits, x and the product are there in both types.
+WIDE_BESIDE_16_BITS = 3
+
 
 @dataclasses.dataclass(frozen=True)
 class GenerationMemoryPlan:
@@ -105,7 +108,8 @@ def plan(
     cache = cache_bytes(hparams, batch_size, columns)
     given = min(hparams.n_ctx, prefix_length)
     tokens = batch_size * max(1, min(given, MAX_TOKENS_PER_RUN // batch_size))
-    wide = WIDE_ACTIVATIONS * tokens * 4 * hparams.n_embd
+    n_wide = WIDE_ACTIVATIONS + (WIDE_BESIDE_16_BITS if MATRIX_BYTES[precision] == 2 else 0)
+    wide = n_wide * tokens * 4 * hparams.n_embd
     prefill = FLOAT * (wide + ATTENTIONS * hparams.n_head * tokens * given)
     prefill -= cache - cache_bytes(hparams, batch_size, given)
     decoding = cache + FLOAT * LOGITS * batch_size * hparams.n_vocab
