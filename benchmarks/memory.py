@@ -195,7 +195,7 @@ def fits_table() -> str:
     for card in CARDS:
         cells = []
         for size in sizes:
-            limit = int(card * device_memory.USABLE * 1024 * MEGABYTE)
+            limit = device_memory.usable_bytes(card)
             found = memory.fitting_plans(published_hparams(size), limit)
             cells.append(cell(found[0]) if found else "no")
         lines.append(f"| {card} GB | {' | '.join(cells)} |")

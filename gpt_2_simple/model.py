@@ -84,6 +84,11 @@ class Block(NamedTuple):
     mlp_c_fc: Linear | FrozenLinear | QuantizedLinear
     mlp_c_proj: Linear | FrozenLinear | QuantizedLinear
 
+    @property
+    def linear_layers(self) -> list[Any]:
+        """Its linear layers, in the order of their use."""
+        return [self.c_attn, self.c_proj, self.mlp_c_fc, self.mlp_c_proj]
+
 
 class Weights(NamedTuple):
     """All parameters, as variables (`variables`) or as tensors read from them (`read`)."""
@@ -118,9 +123,7 @@ def variables(
     Raises:
         ValueError: hparams that no GPT-2 can have.
     """
-    hparams.check()
-    if hparams.n_vocab < 1:
-        raise ValueError("n_vocab=0: set it to the size of the vocabulary")
+    hparams.check_complete()
     width = hparams.n_embd
     with tf.compat.v1.variable_scope(scope, reuse=reuse):
         wpe = _variable("wpe", [hparams.n_ctx, width], _normal(0.01))

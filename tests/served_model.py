@@ -14,7 +14,7 @@ from gpt_2_simple import session
 from gpt_2_simple.generation.request import build_prompt
 from gpt_2_simple.generation.settings import SamplingParams
 from gpt_2_simple.generation.stopping import StopCriteria
-from gpt_2_simple.serving.engine import Delta, EngineRequest, Failure
+from gpt_2_simple.serving.engine import Delta, Engine, EngineRequest, Failure
 from gpt_2_simple.serving.server import Server, address_of, bound_socket
 
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_ctx": 96}
@@ -41,6 +41,16 @@ def load(folder):
     put = loader(sess)
     put(weights(session.graph_state(sess).hparams))
     return sess, put
+
+
+@contextlib.contextmanager
+def started_engine(folder, **limits):
+    """A started engine for the model, which is written to the folder."""
+    write_model(folder)
+    sess, _ = load(folder)
+    with sess, contextlib.closing(Engine(sess, **limits)) as engine:
+        engine.start()
+        yield engine
 
 
 class Client:

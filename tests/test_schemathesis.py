@@ -10,10 +10,9 @@ import os
 import hypothesis
 import pytest
 import requests
-from served_model import NAME, load, serving, write_model
+from served_model import NAME, serving, started_engine
 
 from gpt_2_simple.serving import api
-from gpt_2_simple.serving.engine import Engine
 
 schemathesis = pytest.importorskip("schemathesis")
 
@@ -48,14 +47,11 @@ CHECKS = [
 def description(tmp_path_factory):
     """What a running server says of itself."""
     folder = tmp_path_factory.mktemp("models")
-    write_model(folder)
-    sess, _ = load(folder)
-    engine = Engine(sess, max_batch=8, max_queue=256)
-    engine.start()
-    with serving(api.make_app({NAME: engine}, api.Limits())) as (address, _):
+    with (
+        started_engine(folder, max_batch=8, max_queue=256) as engine,
+        serving(api.make_app({NAME: engine}, api.Limits())) as (address, _),
+    ):
         yield schemathesis.openapi.from_url(f"{address}/openapi.json")
-    engine.close()
-    sess.close()
 
 
 def check_stream(text):

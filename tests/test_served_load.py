@@ -10,11 +10,10 @@ import time
 
 import httpx
 import pytest
-from served_model import NAME, load, serving, wait_until, write_model
+from served_model import NAME, serving, started_engine, wait_until
 
 from gpt_2_simple.serving import api, bodies
 from gpt_2_simple.serving import server as servers
-from gpt_2_simple.serving.engine import Engine
 
 ON_LINUX = sys.platform == "linux"
 MB = 2**20
@@ -23,14 +22,8 @@ GET = b"GET /health HTTP/1.1\r\nHost: x\r\n"
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    write_model(folder)
-    sess, _ = load(folder)
-    engine = Engine(sess, max_batch=8, max_queue=16)
-    engine.start()
-    yield engine
-    engine.close()
-    sess.close()
+    with started_engine(tmp_path_factory.mktemp("models"), max_batch=8, max_queue=16) as engine:
+        yield engine
 
 
 @pytest.fixture
@@ -294,10 +287,17 @@ def test_few_bodies_are_read_at_the_same_time(served, monkeypatch):
 def test_the_slowest_body_gives_way_and_is_told_when_to_come_again(served, monkeypatch):
     address, _ = served
     monkeypatch.setattr(bodies, "MAX_BODIES_BYTES", 100_000)
+    arrived, make_room = [], bodies.Bodies._make_room
+
+    def noted(self):
+        arrived.extend(body for body in self._arriving if body not in arrived)
+        make_room(self)
+
+    monkeypatch.setattr(bodies.Bodies, "_make_room", noted)
     with connections(address, 4) as clients:
-        for connection in clients:
+        for number, connection in enumerate(clients, start=1):
             connection.sendall(long_request(40_000)[:-1])
-            time.sleep(0.1)  # they arrive in this order
+            wait_until(lambda number=number: len(arrived) == number)  # they arrive in this order
         for gone in clients[:2]:
             answer = read_all(gone)
             assert b" 503 " in answer.splitlines()[0]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from ..common.device_memory import MEGABYTE, USABLE
+from ..common.device_memory import MEGABYTE, USABLE, usable_bytes
 from ..common.folders import model_folder, read_hparams
 from ..common.hparams import HParams
 from ..common.published import published_hparams
@@ -52,19 +52,14 @@ def _plan_generating(hparams: HParams, name: str, own: CardSettings, batch: int 
         batches = [1, 8, 20] if batch is None else [batch]
         found = plans.plans(hparams, batches, lengths, prefix_length)
     else:
-        limit = int(own.gpu_gb * USABLE * 2**30)
+        limit = usable_bytes(own.gpu_gb)
         found = plans.largest_batches(hparams, limit, lengths, prefix_length, batch)
-    if own.json:
-        print_json([plans.as_dict(plan, name) for plan in found])
-    elif own.gpu_gb is None:
-        say(plans.table(found))
+    if own.gpu_gb is None:
+        lines = [plans.table(found)]
     else:
-        for plan in found:
-            say(f"{plans.as_call(plan, name)}: {plan.total / MEGABYTE:,.0f} MB")
-    if found:
-        return 0
-    complain(f"{PROGRAM}: nothing fits: {name} needs more than {USABLE:.0%} of {own.gpu_gb:g} GB")
-    return 1
+        lines = [f"{plans.as_call(plan, name)}: {_megabytes(plan)}" for plan in found]
+    complaint = f"{name} needs more than {USABLE:.0%} of {own.gpu_gb:g} GB" if own.gpu_gb else ""
+    return _tell(lines, [plans.as_dict(plan, name) for plan in found], own, complaint)
 
 
 def _plan_training(hparams: HParams, name: str, own: CardSettings, options: Options) -> int:
@@ -73,26 +68,37 @@ def _plan_training(hparams: HParams, name: str, own: CardSettings, options: Opti
     choices = [options[flag]] if flag in options else [False, True]
     found = [plans.memory_plan(hparams, **options | {flag: choice}) for choice in choices]
     if own.gpu_gb is not None:
-        limit = int(own.gpu_gb * USABLE * 2**30)
+        limit = usable_bytes(own.gpu_gb)
         fitting = [plan for plan in found if plan.total <= limit]
         found = fitting if options else plans.fitting_plans(hparams, limit)
-    if own.json:
-        print_json([plans.as_dict(plan, name) for plan in found])
-    elif own.gpu_gb is None:
-        for choice, plan in zip(choices, found, strict=True):
-            say(f"{flag}={choice}:\n{plan}")
+    if own.gpu_gb is None:
+        lines = [f"{flag}={choice}:\n{plan}" for choice, plan in zip(choices, found, strict=True)]
     else:
-        for plan in found:
-            say(f"{plans.as_call(plan, name)}  # {plan.total / MEGABYTE:,.0f} MB")
-    if found:
-        return 0
-    complain(
-        f"{PROGRAM}: nothing fits: {name} with these settings needs more than "
-        f"{USABLE:.0%} of {own.gpu_gb:g} GB, about what such a card leaves. Take a smaller "
-        "model, or see what --train_last_blocks, --sequence_length, --optimizer and --precision "
-        "save"
-    )
-    return 1
+        lines = [f"{plans.as_call(plan, name)}  # {_megabytes(plan)}" for plan in found]
+    complaint = ""
+    if own.gpu_gb is not None:
+        complaint = (
+            f"{name} with these settings needs more than {USABLE:.0%} of {own.gpu_gb:g} GB, about "
+            "what such a card leaves. Take a smaller model, or see what --train_last_blocks, "
+            "--sequence_length, --optimizer and --precision save"
+        )
+    return _tell(lines, [plans.as_dict(plan, name) for plan in found], own, complaint)
+
+
+def _megabytes(plan: Any) -> str:
+    return f"{plan.total / MEGABYTE:,.0f} MB"
+
+
+def _tell(lines: list[str], found: list[dict[str, Any]], own: CardSettings, complaint: str) -> int:
+    """Prints plans, for people or for programs; the exit status: 1, and why, if there is none."""
+    if own.json:
+        print_json(found)
+    else:
+        for line in lines:
+            say(line)
+    if not found:
+        complain(f"{PROGRAM}: nothing fits: {complaint}")
+    return 0 if found else 1
 
 
 def _memory(options: Options) -> int:

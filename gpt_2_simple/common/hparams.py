@@ -47,6 +47,12 @@ class HParams:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
 
+    def check_complete(self) -> None:
+        """As check(), and n_vocab must be known."""
+        self.check()
+        if self.n_vocab < 1:
+            raise ValueError("n_vocab=0: set it to the size of the vocabulary")
+
 
 Shape = tuple[int, ...]
 

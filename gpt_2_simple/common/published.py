@@ -57,5 +57,10 @@ def published_hparams(model_name: str) -> HParams:
     return dataclasses.replace(PUBLISHED[name])
 
 
+def hparams_of(model: str | HParams) -> HParams:
+    """The sizes of a published model, or those that are given; see published_hparams."""
+    return published_hparams(model) if isinstance(model, str) else model
+
+
 # After the name of a checkpoint: the file of its weights in 8 bits.
 INT8_SUFFIX = ".int8-"

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from .. import model
-from ..model import LayerNorm
 from .kv_cache import fetched, grow_cache, head_width, placeholder, store_cache, take_cache
 from .operations import MANY_ROWS, Operations, Project
 from .sampling import (
@@ -310,7 +309,7 @@ class _CachedForward:
         self.key_columns = tf.range(capacity)
         self.layer_norm = operations.layer_norm(n_rows * n_tokens)
         self.layers = [
-            [_projection(layer, operations) for layer in block if not isinstance(layer, LayerNorm)]
+            [_projection(layer, operations) for layer in block.linear_layers]
             for block in weights.blocks
         ]
         if weights.unembedding is None:

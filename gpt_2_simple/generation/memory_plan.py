@@ -11,9 +11,9 @@ import itertools
 import math
 from typing import Any
 
-from ..common.device_memory import FRAGMENTATION, MEGABYTE
+from ..common.device_memory import FRAGMENTATION, MEGABYTE, megabyte_table
 from ..common.hparams import GENERATING_PRECISIONS, HParams, variable_shapes
-from ..common.published import published_hparams
+from ..common.published import hparams_of
 from ..common.settings import settings_function
 from .settings import MAX_TOKENS_PER_RUN, GenerationMemorySettings
 
@@ -71,7 +71,7 @@ class GenerationMemoryPlan:
             ("step", self.step),
             ("total, at the fullest moment", self.total),
         ]
-        return "\n".join(f"{name:30}{size / MEGABYTE:10,.0f} MB" for name, size in rows)
+        return megabyte_table(rows)
 
 
 @settings_function(GenerationMemorySettings)
@@ -90,8 +90,7 @@ def generation_memory_plan(settings: GenerationMemorySettings) -> GenerationMemo
     Raises:
         ValueError: a setting is out of range, or there is no published model of this name.
     """
-    name = settings.model_name
-    hparams = published_hparams(name) if isinstance(name, str) else name
+    hparams = hparams_of(settings.model_name)
     return plan(
         hparams, settings.precision, settings.batch_size, settings.prefix_length, settings.length
     )
@@ -101,9 +100,7 @@ def plan(
     hparams: HParams, precision: str, batch_size: int, prefix_length: int, length: int
 ) -> GenerationMemoryPlan:
     """Counts the bytes for these numbers of tokens; see generation_memory_plan."""
-    hparams.check()
-    if hparams.n_vocab < 1:
-        raise ValueError("n_vocab=0: set it to the size of the vocabulary")
+    hparams.check_complete()
     columns = min(hparams.n_ctx, prefix_length + length)
     cache = cache_bytes(hparams, batch_size, columns)
     given = min(hparams.n_ctx, prefix_length)

@@ -191,9 +191,7 @@ def _build_one_row(weights: model.Weights, hparams: model.HParams) -> _OneRow:
         x = tf.ensure_shape(ops.row, [1, width])
         for block in weights.blocks[:n_blocks]:
             c_attn, c_proj, mlp_c_fc, mlp_c_proj = (
-                make_linear(layer.w, layer.b)
-                for layer in block
-                if not isinstance(layer, model.LayerNorm)
+                make_linear(layer.w, layer.b) for layer in block.linear_layers
             )
             x = c_proj(tf.tanh(c_attn(x)[:, :width]), ops.row)
             x = mlp_c_proj(tf.tanh(mlp_c_fc(x)), ops.row)

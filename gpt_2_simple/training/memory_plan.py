@@ -17,10 +17,10 @@ from typing import Any
 import tensorflow as tf
 
 from .. import model
-from ..common.device_memory import FRAGMENTATION, MEGABYTE
+from ..common.device_memory import FRAGMENTATION, MEGABYTE, megabyte_table
 from ..common.hparams import Shape, variable_shapes
 from ..common.lora import ALL, LINEAR_LAYERS, adapter_shapes, adapter_size
-from ..common.published import published_hparams
+from ..common.published import hparams_of
 from ..common.report import say
 from ..common.settings import settings_function
 from ..distributed.collectives import PIECE_BYTES, PIECES_AT_ONCE
@@ -105,7 +105,7 @@ class MemoryPlan:
             *([("sum with other workers", self.exchange)] if self.workers > 1 else []),
             ("total, at the fullest moment", self.total),
         ]
-        return "\n".join(f"{name:30}{size / MEGABYTE:10,.0f} MB" for name, size in rows)
+        return megabyte_table(rows)
 
 
 @settings_function(MemoryPlanSettings)
@@ -121,9 +121,7 @@ def memory_plan(settings: MemoryPlanSettings) -> MemoryPlan:
     Raises:
         ValueError: a setting is out of range, or there is no published model of this name.
     """
-    name = settings.model_name
-    hparams = published_hparams(name) if isinstance(name, str) else name
-    return plan(hparams, settings.step, settings.workers)
+    return plan(hparams_of(settings.model_name), settings.step, settings.workers)
 
 
 def plan(hparams: model.HParams, settings: StepSettings, workers: int = 1) -> MemoryPlan:
