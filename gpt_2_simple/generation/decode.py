@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from .. import model
-from .kv_cache import fetched, grow_cache, head_width, placeholder, store_cache, take_cache
+from .kv_cache import fetched, head_width, placeholder, store_cache, take_cache
 from .operations import MANY_ROWS, Operations, Project
 from .sampling import (
     BROKEN,
@@ -56,7 +56,6 @@ class StepInputs:
     cache_key: Any = placeholder(tf.int64)
     last_tokens: Any = placeholder(tf.int32, None)  # each text's last [rows], not in the cache yet
     columns: Any = placeholder(tf.int32, None)  # the columns that these tokens get [rows]
-    added_columns: Any = placeholder(tf.int32)  # columns by which the cache grows first
     text_tokens: Any = placeholder(tf.int32, None, None)
     n_generated: Any = placeholder(tf.int32, None)  # new tokens that each text has [rows]
     sampling: SamplingPlaceholders = dataclasses.field(default_factory=SamplingPlaceholders)
@@ -72,11 +71,10 @@ class Decode(StepInputs):
 
     uniform: Any = placeholder(tf.float64, None, None)  # numbers in [0, 1) [steps, rows]
     ended: Any = placeholder(tf.bool, None)  # rows that need no more tokens [rows]
-    n_likeliest: Any = placeholder(tf.int32)  # -1 for none, if `fetches_likeliest`
-    fetches_likeliest: bool = False  # whether `likeliest` must be fetched in each run
+    n_likeliest: Any = placeholder(tf.int32)  # -1 for none, which costs nothing
     tokens: Any = fetched()  # [rows, steps], -1 after a row's end; fewer steps if all rows end
     status: Any = fetched()  # [rows]; see sampling.check_status; a fault ends its row
-    likeliest: Any = fetched()  # Likeliest, before penalties; costs nothing unless fetched
+    likeliest: Any = fetched()  # Likeliest, before penalties
     run: Any = fetched()  # keeps the cache in the session
 
 
@@ -126,14 +124,11 @@ def build_prefill(weights: model.Weights, hparams: model.HParams) -> Prefill:
 
 def build_decode(weights: model.Weights, hparams: model.HParams, operations: Operations) -> Decode:
     """Adds the operations of Decode, computed by `operations`, to the graph."""
-    ops, find_likeliest = Decode(), _likeliest
+    ops = Decode()
     if keeps_layouts(weights):
-        # Each executor of a session has kernels of its own, with copies of the weights of their
-        # own, so there is one graph for all calls, and one set of fetches.
-        ops, find_likeliest = Decode(fetches_likeliest=True), _likeliest_if_wanted
         operations = operations._replace(keeps_layout=True)
     n_steps = tf.shape(ops.uniform)[0]
-    cache = grow_cache(take_cache(ops.cache_key, hparams), ops.added_columns)
+    cache = take_cache(ops.cache_key, hparams)
     # Not the number 1 for one row: TensorFlow would order sums in another way then.
     n_rows = tf.size(ops.last_tokens)
     forward = _CachedForward(weights, hparams, cache, 0, n_rows, 1, operations)
@@ -151,7 +146,7 @@ def build_decode(weights: model.Weights, hparams: model.HParams, operations: Ope
         token, fault = next_token(logits, ops.uniform[step], so_far, ops.sampling)
         is_faulty = tf.not_equal(fault, HEALTHY)
         is_here = tf.equal(tf.range(tf.shape(text)[1]), text_length)
-        found = find_likeliest(logits, token, ops.n_likeliest)
+        found = _likeliest_if_wanted(logits, token, ops.n_likeliest)
         return (
             step + 1,
             token,
@@ -193,7 +188,7 @@ def build_decode(weights: model.Weights, hparams: model.HParams, operations: Ope
 def build_verify(weights: model.Weights, hparams: model.HParams, operations: Operations) -> Verify:
     """Adds the operations of Verify, computed by `operations`, to the graph."""
     ops = Verify()
-    cache = grow_cache(take_cache(ops.cache_key, hparams), ops.added_columns)
+    cache = take_cache(ops.cache_key, hparams)
     n_rows, n_proposals = tf.unstack(tf.shape(ops.proposals))
     places = tf.range(n_proposals + 1)
     forward = _CachedForward(weights, hparams, cache, 0, n_rows, n_proposals + 1, operations)
@@ -222,7 +217,11 @@ def _likeliest(logits: tf.Tensor, tokens: tf.Tensor, count: tf.Tensor) -> Likeli
 
 
 def _likeliest_if_wanted(logits: tf.Tensor, tokens: tf.Tensor, count: tf.Tensor) -> Likeliest:
-    """As _likeliest; without columns and computed from nothing if count is below 0."""
+    """As _likeliest; without columns and computed from nothing if count is below 0.
+
+    A condition, and not another set of fetches: TensorFlow optimizes the graph for each set, which
+    takes a second, and each has kernels, and with them copies of int8 weights, of its own.
+    """
 
     def empty() -> Likeliest:
         none = tf.zeros([tf.size(tokens), 0])
@@ -241,8 +240,7 @@ def build_beam_step(
 ) -> BeamStep:
     """Adds the operations of BeamStep, computed by `operations`, to the graph."""
     ops = BeamStep()
-    taken = take_cache(ops.cache_key, hparams)
-    cache = grow_cache([tf.gather(part, ops.parents) for part in taken], ops.added_columns)
+    cache = [tf.gather(part, ops.parents) for part in take_cache(ops.cache_key, hparams)]
     n_rows = tf.size(ops.last_tokens)
     forward = _CachedForward(weights, hparams, cache, 0, n_rows, 1, operations)
     tokens, columns = ops.last_tokens[:, tf.newaxis], ops.columns[:, tf.newaxis]

@@ -47,6 +47,15 @@ class CacheOps:
 
 
 @dataclasses.dataclass
+class Grow:
+    """Replaces a cache by a copy with more empty columns."""
+
+    key: Any = placeholder(tf.int64)
+    added_columns: Any = placeholder(tf.int32)
+    run: Any = fetched()
+
+
+@dataclasses.dataclass
 class Rearrange:
     """Replaces a cache by a copy of chosen rows, with room for more rows and columns."""
 
@@ -194,15 +203,13 @@ def take_cache(key: tf.Tensor, hparams: model.HParams) -> list[tf.Tensor]:
     return [tf.ensure_shape(x, [None, hparams.n_head, None, head_width(hparams)]) for x in cache]
 
 
-def grow_cache(cache: list[tf.Tensor], added_columns: tf.Tensor) -> list[tf.Tensor]:
-    """The cache with so many more empty columns; without a copy if there are none to add."""
-
-    def grow(part: tf.Tensor) -> tf.Tensor:
-        _, heads, _, width = part.shape.as_list()
-        added = tf.zeros([tf.shape(part)[0], heads, added_columns, width])
-        return tf.cond(added_columns > 0, lambda: tf.concat([part, added], axis=2), lambda: part)
-
-    return [grow(part) for part in cache]
+def build_grow(_weights: model.Weights, hparams: model.HParams) -> Grow:
+    """Adds the operations of Grow to the graph."""
+    ops = Grow()
+    paddings = [[0, 0], [0, 0], [0, ops.added_columns], [0, 0]]
+    parts = [tf.pad(part, paddings) for part in take_cache(ops.key, hparams)]
+    ops.run = store_cache(ops.key, parts)
+    return ops
 
 
 def build_rearrange(_weights: model.Weights, hparams: model.HParams) -> Rearrange:

@@ -23,6 +23,7 @@ from .decode import Likeliest, StepInputs, build_decode, build_prefill, build_ve
 from .kv_cache import (
     SessionGenerator,
     build_copy_rows,
+    build_grow,
     build_once,
     build_rearrange,
     cache_ops,
@@ -412,18 +413,17 @@ class Generation:
             ops.text_tokens: self.text_tokens(steps),
             ops.uniform: np.array([row.draw(steps) for row in self.rows]).T,
             ops.ended: [row.ended for row in self.rows],
+            ops.n_likeliest: n_likeliest,
         }
-        fetches = [ops.tokens, ops.status, ops.run]
-        if n_likeliest >= 0 or ops.fetches_likeliest:
-            feeds[ops.n_likeliest] = n_likeliest
-            fetches.append(ops.likeliest)
-        tokens, status, _, *likeliest = run(self.sess, fetches, feeds)
+        tokens, status, likeliest, _ = run(
+            self.sess, [ops.tokens, ops.status, ops.likeliest, ops.run], feeds
+        )
         for row, new, fault in zip(self.rows, tokens, status.tolist(), strict=True):
             row.tokens.extend(new[new >= 0].tolist())
             row.n_generated += new.size
             row.ended = row.ended or ends_with(row.tokens, row.sampling.stop_token)
             row.status = fault
-        return Chunk(tokens, Likeliest(*likeliest[0]) if n_likeliest >= 0 else None)
+        return Chunk(tokens, likeliest if n_likeliest >= 0 else None)
 
     def verify(self, proposals: abc.Sequence[abc.Sequence[int]]) -> None:
         """Generates tokens for each row in one pass, where the next ones are guessed.
@@ -477,7 +477,7 @@ class Generation:
         check_status(np.array(status), model_precision(self.sess))
 
     def step_feeds(self, inputs: StepInputs, steps: int, n_places: int = 1) -> dict[Any, Any]:
-        """Feeds for the next `steps` tokens, except text_tokens; the cache grows by what is fed.
+        """Feeds for the next `steps` tokens, except text_tokens; the cache gets room for them.
 
         The settings of sampling are fed `n_places` times for each row.
         """
@@ -488,13 +488,15 @@ class Generation:
             ends = (c + row.n_missing for c, row in zip(columns, self.rows, strict=True))
             remaining = max(ends) - self.capacity
         added = min(max(missing, MIN_CACHE_GROWTH), max(missing, remaining)) if missing > 0 else 0
-        self.capacity += added
+        if added:
+            ops = build_once(self.sess, build_grow)
+            run(self.sess, ops.run, {ops.key: self.key, ops.added_columns: added})
+            self.capacity += added
         sampling = [row.sampling for row in self.rows for _ in range(n_places)]
         return {
             inputs.cache_key: self.key,
             inputs.last_tokens: [row.tokens[-1] for row in self.rows],
             inputs.columns: columns,
-            inputs.added_columns: added,
             inputs.n_generated: [row.n_generated for row in self.rows],
             **sampling_feeds(inputs.sampling, sampling, self.hparams.n_vocab),
         }

@@ -291,17 +291,17 @@ class Engine:
     def _warm_up(self) -> None:
         """Generates a little with each graph, so that no request waits for its making."""
         start = [self.encoder.end_of_text or 0] * 3
-        for n_rows, n_likeliest in ((1, -1), (2, -1), (1, 1), (2, 1)):
-            self._probe([start[:2], start][:n_rows], n_likeliest)
+        for prompts in ([start], [start, start[:2]]):
+            self._probe(prompts)
 
-    def _probe(self, prompts: list[list[int]], n_likeliest: int = -1) -> None:
+    def _probe(self, prompts: list[list[int]]) -> None:
         """Raises RuntimeError if the weights are not finite numbers."""
         generation = sequences.Generation(self.sess)
         stream = sequences.random_stream(0, 0)
         rows = [sequences.Sequence(list(p), SamplingParams(), 1, stream) for p in prompts]
         try:
             generation.add(rows)
-            generation.decode(1, n_likeliest)
+            generation.decode(1)
             generation.check()
         finally:
             generation.free()
