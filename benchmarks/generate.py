@@ -6,10 +6,12 @@
     python benchmarks/generate.py --size 774M --cases 1x100 --precision bfloat16
     python benchmarks/generate.py --reference-python PATH --llama-python PATH --int8
     python benchmarks/generate.py --speculative --cases ""
+    python benchmarks/generate.py --reference-python PATH --prompt 900 --cases ""
 
 --int8 adds what has 8 bits: ours, CTranslate2's, and llama.cpp's q8_0, whose Python has xllamacpp.
 --speculative compares plain decoding with prompt lookup, in one process: greedy text, which random
 weights soon repeat, and drawn text, which they do not.
+--prompt times a prompt of so many tokens and one new token.
 
 Each library runs in a process of its own; the runs take turns, one at a time, so that all meet the
 same weather. Medians, after one run each to warm up. Ours and 0.8.1's are whole calls of
@@ -40,12 +42,17 @@ CASES = "1x100 1x1000 8x100 20x100"
 END = 50256
 
 
-def write_vocabulary(folder: Path) -> None:
-    """The two files of a vocabulary of GPT-2's size, by both of their names; its words are junk."""
+def vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
+    """The tokens and merges of a vocabulary of GPT-2's size; its words are junk."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]
     pairs = [(a, b) for a in letters for b in letters][:50000]
-    tokens = [*letters, *map("".join, pairs), "<|endoftext|>"]
+    return [*letters, *map("".join, pairs), "<|endoftext|>"], pairs
+
+
+def write_vocabulary(folder: Path) -> None:
+    """The two files of vocabulary(), by both of their names."""
+    tokens, pairs = vocabulary()
     folder.mkdir(parents=True, exist_ok=True)
     encoder = json.dumps({token: i for i, token in enumerate(tokens)})
     merges = "\n".join(["#version: 0.2", *map(" ".join, pairs), ""])
@@ -107,6 +114,12 @@ class Ours:
         )  # fmt: skip
         assert len(texts) == batch
 
+    def prompt(self, count: int) -> None:
+        from gpt_2_simple.sample import generate_tokens
+
+        (tokens,) = generate_tokens(self.sess, [list(range(count))], 1, seed=1)
+        assert tokens.shape == (1, 1)
+
     def build_floor(self) -> None:
         import tensorflow as tf
 
@@ -136,6 +149,21 @@ class HuggingFace:
             )  # fmt: skip
         assert out.shape == (batch, length + 1)
 
+    def prompt(self, count: int) -> None:
+        with self.torch.inference_mode():
+            prompt = self.torch.arange(count)[None]
+            out = self.model.generate(prompt, max_new_tokens=1, pad_token_id=END)
+        assert out.shape == (1, count + 1)
+
+
+def write_hugging_face(size: str) -> None:
+    """hf/ with a model of random weights."""
+    import transformers
+
+    HuggingFace(size).model.save_pretrained("hf")
+    write_vocabulary(Path("hf"))
+    transformers.GPT2Tokenizer("hf/vocab.json", "hf/merges.txt").save_pretrained("hf")
+
 
 class OursInt8(Ours):
     def __init__(self, size: str) -> None:
@@ -148,13 +176,9 @@ class CTranslate2:
 
     def __init__(self, size: str) -> None:
         import ctranslate2
-        import transformers
 
         if not os.path.isdir("ct2"):
-            HuggingFace(size).model.save_pretrained("hf")
-            write_vocabulary(Path("hf"))
-            tokenizer = transformers.GPT2Tokenizer("hf/vocab.json", "hf/merges.txt")
-            tokenizer.save_pretrained("hf")
+            write_hugging_face(size)
             ctranslate2.converters.TransformersConverter("hf").convert("ct2", force=True)
         self.generator = ctranslate2.Generator(
             "ct2", device="cpu", compute_type=self.compute_type, intra_threads=os.cpu_count() or 1
@@ -167,6 +191,13 @@ class CTranslate2:
             include_prompt_in_result=False,
         )  # fmt: skip
         assert [len(result.sequences_ids[0]) for result in out] == [length] * batch
+
+    def prompt(self, count: int) -> None:
+        tokens, _ = vocabulary()
+        (out,) = self.generator.generate_batch(
+            [tokens[:count]], max_length=1, min_length=1, include_prompt_in_result=False
+        )
+        assert len(out.sequences_ids[0]) == 1
 
 
 class CTranslate2Int8(CTranslate2):
@@ -305,6 +336,22 @@ def compare(workers: dict[str, Worker], batch: int, length: int, runs: int) -> N
     sys.stdout.flush()
 
 
+def compare_prompts(workers: dict[str, Worker], count: int, runs: int) -> None:
+    """Seconds of a prompt and one new token, in turns."""
+    workers = {n: worker for n, worker in workers.items() if hasattr(LIBRARIES[n], "prompt")}
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    for run in range(runs + 1):
+        for name, worker in workers.items():
+            answer = worker("prompt", count)
+            seconds[name] += [answer["seconds"]] if run else []
+    ours = statistics.median(seconds["ours"])
+    print(f"\na prompt of {count} tokens: seconds (of {runs} runs, least-most), over ours")
+    for name, values in seconds.items():
+        median, spread = statistics.median(values), f"({min(values):.3f}-{max(values):.3f})"
+        print(f"{name:16s} {median:8.3f} {spread:17s} {median / ours:6.2f}")
+    sys.stdout.flush()
+
+
 def compare_speculation(ours: Worker, runs: int) -> None:
     """Seconds of plain decoding over those of prompt lookup, in turns."""
     print(f"\nprompt lookup, 100 tokens: tokens/s (medians of {runs} runs), over plain decoding")
@@ -335,25 +382,8 @@ def _pythons(options: argparse.Namespace) -> dict[str, str]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--reference-python", help="has torch, transformers and ctranslate2")
-    parser.add_argument("--old-python", help="has gpt-2-simple 0.8.1")
-    parser.add_argument("--llama-python", help="has xllamacpp")
-    parser.add_argument("--int8", action="store_true", help="add what has 8 bits")
-    parser.add_argument("--speculative", action="store_true", help="add prompt lookup")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--size", choices=PUBLISHED, default="124M")
-    parser.add_argument("--precision", default="float32")
-    parser.add_argument("--cases", default=CASES, help=f"batch x tokens, by default {CASES}")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.serve == "write":
-        return write_run(options.size, bool(options.llama_python))
-    if options.serve:
-        return serve(options.serve, options.size, options.precision)
+def measure(options: argparse.Namespace) -> None:
+    """Starts the libraries, and times what the options ask for."""
     pythons = _pythons(options)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, os.path.abspath(__file__), "--serve", "write"]
@@ -368,10 +398,37 @@ def main() -> None:
                 tell_start(workers[name])
         for case in options.cases.split():
             compare(workers, *map(int, case.split("x")), options.runs)
+        if options.prompt:
+            compare_prompts(workers, options.prompt, options.runs)
         if options.speculative:
             compare_speculation(workers["ours"], options.runs)
         for worker in workers.values():
             worker.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--reference-python", help="has torch, transformers and ctranslate2")
+    parser.add_argument("--old-python", help="has gpt-2-simple 0.8.1")
+    parser.add_argument("--llama-python", help="has xllamacpp")
+    parser.add_argument("--int8", action="store_true", help="add what has 8 bits")
+    parser.add_argument("--speculative", action="store_true", help="add prompt lookup")
+    parser.add_argument("--prompt", type=int, help="tokens of a prompt to time; at most 1,023")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--size", choices=PUBLISHED, default="124M")
+    parser.add_argument("--precision", default="float32")
+    parser.add_argument("--cases", default=CASES, help=f"batch x tokens, by default {CASES}")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve == "write":
+        return write_run(options.size, bool(options.llama_python))
+    if options.serve == "write hugging face":
+        return write_hugging_face(options.size)
+    if options.serve:
+        return serve(options.serve, options.size, options.precision)
+    return measure(options)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
     python benchmarks/serve.py
     python benchmarks/serve.py --rounds 5 --clients 32 --length 100
     python benchmarks/serve.py --n_layer 2 --n_embd 64 --n_vocab 1000     # a quick try
+    python benchmarks/serve.py --reference-python PATH  # has transformers[serving], torch
 
 Random float32 weights of 124M's sizes; prompts of 20 to 200 tokens, 100 new tokens each, greedy.
 One process serves; the clients are threads of this one, each with a connection of its own. In
 turns, in each round: all clients at once; generate(batch_size=clients) on prompts of the same
 lengths; eight clients at once, for the time to the first token; one client alone; generate() of one
-text. Medians.
+text. Medians. With --reference-python, `transformers serve` of an equal model takes its turns, too;
+its prompts are texts of as many tokens.
 
     python benchmarks/serve.py --soak            # 5,000 requests
     python benchmarks/serve.py --soak 300 --n_layer 2 --n_embd 64
@@ -36,7 +38,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -55,6 +57,7 @@ from gpt_2_simple.serving.engine import Engine
 from gpt_2_simple.serving.server import Server, address_of, bound_socket
 
 NAME, N_CTX = "random", 1024
+TOGETHER = "server, all clients, tokens/s"
 
 
 class AnyVocabulary:
@@ -129,7 +132,9 @@ def ask(address: str, prompt: list[int], length: int) -> float:
     return first
 
 
-def ask_all(address: str, prompts: list[list[int]], length: int) -> tuple[float, list[float]]:
+def ask_all(
+    address: str, prompts: Sequence[Any], length: int, ask: Callable[..., float] = ask
+) -> tuple[float, list[float]]:
     """Tokens a second of clients that ask at the same time, and their first pieces' seconds."""
     with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
         began = time.perf_counter()
@@ -143,6 +148,63 @@ def generate(sess, prompts: list[list[int]], length: int) -> float:
     for _ in generate_tokens(sess, prompts, length, SamplingParams(temperature=0)):
         pass
     return len(prompts) * length / (time.perf_counter() - began)
+
+
+# --- transformers serve ---------------------------------------------------------------------------
+
+PEER = "hf"  # the folder, and the model's name
+
+
+@contextlib.contextmanager
+def peer_server(python: str) -> Iterator[str]:
+    """The address of `transformers serve` with random weights of 124M's sizes."""
+    with tempfile.TemporaryDirectory() as folder:
+        writer = os.path.join(os.path.dirname(os.path.abspath(__file__)), "generate.py")
+        command = [python, writer, "--serve", "write hugging face"]
+        subprocess.run(command, cwd=folder, check=True, stderr=subprocess.DEVNULL)
+        with bound_socket("127.0.0.1", 0) as listener:
+            address = address_of(listener)
+        command = [os.path.join(os.path.dirname(python), "transformers"), "serve", PEER,
+                   "--continuous-batching", "--cb-num-blocks", "256", "--device", "cpu",
+                   "--dtype", "float32", "--host", "127.0.0.1",
+                   "--port", address.rpartition(":")[2]]  # fmt: skip
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        with open(os.path.join(folder, "log"), "w+") as log:
+            process = subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=log, stderr=log
+            )  # fmt: skip
+            try:
+                while not _answers(address):
+                    if process.poll() is not None:
+                        log.seek(0)
+                        raise SystemExit(log.read()[-3000:])
+                    time.sleep(0.5)
+                yield address
+            finally:
+                process.terminate()
+                process.wait()
+
+
+def _answers(address: str) -> bool:
+    try:
+        return CLIENT.get(f"{address}/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def ask_peer(address: str, n_tokens: int, length: int) -> float:
+    """As ask(), of a prompt of so many tokens, at least 1."""
+    rng = random.Random(n_tokens)
+    prompt = " ".join(rng.choices(string.ascii_letters, k=(n_tokens + 1) // 2))
+    body = {"model": PEER, "prompt": prompt, "max_tokens": length, "temperature": 0, "stream": True}
+    began, first, n_written = time.perf_counter(), None, 0
+    with CLIENT.stream("POST", f"{address}/v1/completions", json=body) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                first = first or time.perf_counter() - began
+                n_written = (json.loads(line[6:]).get("usage") or {}).get("completion_tokens", 0)
+    assert n_written == length, n_written
+    return first
 
 
 # --- --soak ---------------------------------------------------------------------------------------
@@ -289,6 +351,65 @@ def tell(name: str, values: list[float], unit: str) -> None:
     print(f"{name:46s} {statistics.median(values):8.2f} {unit} ({low:.2f}-{high:.2f})")
 
 
+def measure(options: argparse.Namespace) -> None:
+    """Starts the servers, and lets them and generate() take turns."""
+    hparams = HParams(options.n_vocab, N_CTX, options.n_embd, heads_of(options), options.n_layer)
+    sess, rng = random_model(hparams), np.random.default_rng(1)
+    began = time.perf_counter()
+    engine = Engine(sess, max_batch=options.clients)
+    engine.start()
+    print(f"the engine is ready after {time.perf_counter() - began:.1f} s")
+    found: dict[str, list[float]] = {}
+    with contextlib.ExitStack() as stack:
+        address = stack.enter_context(served(engine))
+        python = options.reference_python
+        peer = stack.enter_context(peer_server(python)) if python else None
+        for number in range(options.rounds + 1):
+            lengths = rng.integers(20, 201, options.clients).tolist()
+            prompts = [rng.integers(0, options.n_vocab, n).tolist() for n in lengths]
+            values = turn(sess, address, prompts, options.length)
+            if peer is not None:
+                values |= peer_turn(peer, lengths, options.length, values)
+            if number:  # the first round warms up
+                for name, value in values.items():
+                    found.setdefault(name, []).append(value)
+        for name, values_found in found.items():
+            tell(name, values_found, "")
+    engine.close()
+    sess.close()
+
+
+def turn(sess, address: str, prompts: list[list[int]], length: int) -> dict[str, float]:
+    """One round of the server and of generate()."""
+    together, _ = ask_all(address, prompts, length)
+    batch = generate(sess, prompts, length)
+    _, firsts = ask_all(address, prompts[:8], length)
+    alone, _ = ask_all(address, prompts[:1], length)
+    one = generate(sess, prompts[:1], length)
+    return {
+        TOGETHER: together,
+        "generate, one batch, tokens/s": batch,
+        "ratio": together / batch,
+        "seconds to the first token, 8 clients": statistics.median(firsts),
+        "server, one client, tokens/s": alone,
+        "generate, one text, tokens/s": one,
+        "ratio of one": alone / one,
+    }
+
+
+def peer_turn(
+    address: str, lengths: list[int], length: int, ours: dict[str, float]
+) -> dict[str, float]:
+    """One round of transformers' server."""
+    together, _ = ask_all(address, lengths, length, ask_peer)
+    _, firsts = ask_all(address, lengths[:8], length, ask_peer)
+    return {
+        "transformers serve, all clients, tokens/s": together,
+        "ours over it": ours[TOGETHER] / together,
+        "its seconds to the first token, 8 clients": statistics.median(firsts),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -299,6 +420,7 @@ def main() -> None:
     parser.add_argument(
         "--soak", type=int, nargs="?", const=5000, help="requests of random shapes, 10 or more"
     )
+    parser.add_argument("--reference-python", help="has transformers[serving] and torch")
     parser.add_argument("--n_layer", type=int, default=12)
     parser.add_argument("--n_embd", type=int, default=768)
     parser.add_argument("--n_vocab", type=int, default=50257)
@@ -306,37 +428,7 @@ def main() -> None:
     if options.soak:
         soak(options)
         return
-    hparams = HParams(options.n_vocab, N_CTX, options.n_embd, heads_of(options), options.n_layer)
-    sess, rng = random_model(hparams), np.random.default_rng(1)
-    began = time.perf_counter()
-    engine = Engine(sess, max_batch=options.clients)
-    engine.start()
-    print(f"the engine is ready after {time.perf_counter() - began:.1f} s")
-    found: dict[str, list[float]] = {}
-    with served(engine) as address:
-        for number in range(options.rounds + 1):
-            lengths = rng.integers(20, 201, options.clients)
-            prompts = [rng.integers(0, options.n_vocab, n).tolist() for n in lengths]
-            together, _ = ask_all(address, prompts, options.length)
-            batch = generate(sess, prompts, options.length)
-            _, firsts = ask_all(address, prompts[:8], options.length)
-            alone, _ = ask_all(address, prompts[:1], options.length)
-            one = generate(sess, prompts[:1], options.length)
-            if number:  # the first round warms up
-                for name, value in (
-                    (f"server, {options.clients} clients, tokens/s", together),
-                    (f"generate, batch of {options.clients}, tokens/s", batch),
-                    ("ratio", together / batch),
-                    ("seconds to the first token, 8 clients", statistics.median(firsts)),
-                    ("server, one client, tokens/s", alone),
-                    ("generate, one text, tokens/s", one),
-                    ("ratio of one", alone / one),
-                ):
-                    found.setdefault(name, []).append(value)
-        for name, values in found.items():
-            tell(name, values, "")
-    engine.close()
-    sess.close()
+    measure(options)
 
 
 if __name__ == "__main__":

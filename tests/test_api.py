@@ -1,6 +1,7 @@
 """The API as OpenAI's own client and curl use it, over a real connection; and what it refuses."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import json
 import runpy
@@ -442,6 +443,25 @@ def test_a_full_queue_is_told_with_retry_after(sess):
         engine.close()
         answer = httpx.post(f"{address}/v1/completions", json={"model": NAME})
         assert answer.status_code == 503
+
+
+def test_others_are_answered_while_a_request_is_queued(http, engine, monkeypatch):
+    """Making thousands of texts takes a while."""
+    began, answered, submit = threading.Event(), threading.Event(), engine.submit
+
+    def slow_submit(requests):
+        began.set()
+        assert answered.wait(20)
+        return submit(requests)
+
+    monkeypatch.setattr(engine, "submit", slow_submit)
+    body = {"model": NAME, "prompt": "Where", "max_tokens": 1}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        made = pool.submit(http.post, "/v1/completions", json=body)
+        assert began.wait(20)
+        assert http.get("/health").status_code == 200
+        answered.set()
+        assert made.result().status_code == 200
 
 
 def test_time_over_before_the_first_token_is_408(engine):

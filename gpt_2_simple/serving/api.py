@@ -107,11 +107,19 @@ class _Flow:
         self.first_token_at: float | None = None
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        listeners = [functools.partial(self._put, i) for i in range(len(completion.prompts))]
-        requests = completions.engine_requests(completion, self.began + timeout, listeners)
-        self.jobs: list[Job] = _submit(engine, requests)
-        self._n_open = sum(len(job.texts) for job in self.jobs)
+        self._deadline = self.began + timeout
+        self.jobs: list[Job] = []
+        self._n_open = len(completion.prompts) * completion.n_texts
         self.n_new = 0  # tokens of the texts that are over
+
+    async def submit(self) -> None:
+        """Queues what the engine has to write. In a thread: it may be thousands of texts."""
+        self.jobs = await asyncio.to_thread(self._submit)
+
+    def _submit(self) -> list[Job]:
+        listeners = [functools.partial(self._put, i) for i in range(len(self.completion.prompts))]
+        requests = completions.engine_requests(self.completion, self._deadline, listeners)
+        return _submit(self.engine, requests)
 
     def _put(self, number: int, event: Event) -> None:
         self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
@@ -277,6 +285,7 @@ class _Api:
         if self.limits.log_prompts:
             say(f"{model}: {[prompt.text for prompt in completion.prompts]!r}")
         flow = _Flow(completion, engine, self.limits.timeout)
+        await flow.submit()
         writer = _Writer(model, flow)
         if completion.settings.stream:
             pieces = writer.pieces()
