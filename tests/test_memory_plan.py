@@ -75,6 +75,11 @@ def test_adapters_need_less_and_come_last():
         memory.memory_plan("774M", lora_targets="all")
 
 
+def test_sizes_without_a_vocabulary_are_refused():
+    with pytest.raises(ValueError, match="n_vocab=0"):
+        memory.memory_plan(published.HParams())
+
+
 def test_published_models_have_their_parameter_counts():
     counts = {name: memory.memory_plan(name).weights // 4 for name in published.PUBLISHED}
     assert counts == {

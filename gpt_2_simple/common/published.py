@@ -58,8 +58,15 @@ def published_hparams(model_name: str) -> HParams:
 
 
 def hparams_of(model: str | HParams) -> HParams:
-    """The sizes of a published model, or those that are given; see published_hparams."""
-    return published_hparams(model) if isinstance(model, str) else model
+    """The sizes of a published model (see published_hparams), or those that are given.
+
+    Raises:
+        ValueError: those that are given are no complete model's.
+    """
+    if isinstance(model, str):
+        return published_hparams(model)
+    model.check_complete()
+    return model
 
 
 # After the name of a checkpoint: the file of its weights in 8 bits.

@@ -100,7 +100,6 @@ def plan(
     hparams: HParams, precision: str, batch_size: int, prefix_length: int, length: int
 ) -> GenerationMemoryPlan:
     """Counts the bytes for these numbers of tokens; see generation_memory_plan."""
-    hparams.check_complete()
     columns = min(hparams.n_ctx, prefix_length + length)
     cache = cache_bytes(hparams, batch_size, columns)
     given = min(hparams.n_ctx, prefix_length)
