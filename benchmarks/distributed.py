@@ -1,6 +1,7 @@
 """Seconds a step of two workers with a core each, beside one worker with one core; over slow links.
 
     python benchmarks/distributed.py
+    python benchmarks/distributed.py --micro-batches 2 --tokens 256
     python benchmarks/distributed.py --links 1 10    # as root on Linux: two network namespaces
 
 Each worker computes the same: so many micro-batches, forward and backward, and the update; two
@@ -34,8 +35,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=256, help="in a window")
-    parser.add_argument("--micro-batches", type=int, default=2, help="of each worker, in a step")
+    # As finetune() has them: 5 micro-batches of one window.
+    parser.add_argument("--tokens", type=int, default=1024, help="in a window")
+    parser.add_argument("--micro-batches", type=int, default=5, help="of each worker, in a step")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--links", type=float, nargs="*", default=[], help="in Gbit/s")
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
