@@ -71,7 +71,7 @@ class Decode(StepInputs):
 
     uniform: Any = placeholder(tf.float64, None, None)  # numbers in [0, 1) [steps, rows]
     ended: Any = placeholder(tf.bool, None)  # rows that need no more tokens [rows]
-    n_likeliest: Any = placeholder(tf.int32)  # -1 for none, which costs nothing
+    n_likeliest: Any = placeholder(tf.int32)  # -1 for none
     tokens: Any = fetched()  # [rows, steps], -1 after a row's end; fewer steps if all rows end
     status: Any = fetched()  # [rows]; see sampling.check_status; a fault ends its row
     likeliest: Any = fetched()  # Likeliest, before penalties
