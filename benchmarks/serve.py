@@ -263,7 +263,8 @@ def random_shapes(folder: str, count: int) -> list[Shape]:
 
 
 def random_text(rng: random.Random) -> str:
-    return "".join(rng.choices(string.ascii_letters + " ", k=rng.randint(1, 300)))
+    """Of 1 to 300 letters; most texts are short."""
+    return "".join(rng.choices(string.ascii_letters + " ", k=int(300 ** rng.random())))
 
 
 @contextlib.contextmanager

@@ -305,11 +305,17 @@ def test_session_and_loaded_run_write_the_same_text(workplace, one_thread, capsy
     assert gpt2.score(one_thread, "7 green bottles")[0].perplexity == score
 
 
-def test_validation_best_and_early_stopping(workplace, one_thread):
-    # Whatever makes the training's lines likelier makes these less likely.
-    (workplace / "other.txt").write_text("QZX JKV WYQ ZZQ XXK\n" * 20, encoding="utf-8")
+def test_validation_best_and_early_stopping(workplace, one_thread, monkeypatch):
+    # Each CPU's arithmetic would give another course of losses.
+    losses, measure = iter([5.0, 5.1, 5.2]), trainer.Trainer.validation_loss
+
+    def given(self, validation):
+        assert 0 < measure(self, validation) < 10
+        return next(losses)
+
+    monkeypatch.setattr(trainer.Trainer, "validation_loss", given)
     result = finetune(
-        one_thread, 30, val_dataset="other.txt", val_every=5, patience=2, learning_rate=0.1,
+        one_thread, 30, val_dataset="text.txt", val_every=5, patience=2, learning_rate=0.1,
         lora_targets="all", max_checkpoints=5, save_every=5,
     )  # fmt: skip
     assert (result.best_step, result.step) == (5, 15)
