@@ -18,9 +18,7 @@ Exits with 1 if a perplexity differs by more than 0.5%, or fewer than 97% of the
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import math
-import multiprocessing
 import os
 import shutil
 import sys
@@ -30,6 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from child_process import in_child
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -51,6 +50,7 @@ def train(options: argparse.Namespace) -> None:
     """Trains a model, and writes it as the runs PLAIN and PLANTED."""
     import gpt_2_simple as gpt2
     from gpt_2_simple import model, session
+    from gpt_2_simple.common.published import N_VOCAB
     from gpt_2_simple.storage import checkpoint_ops
     from gpt_2_simple.storage.create import write_model
 
@@ -58,7 +58,7 @@ def train(options: argparse.Namespace) -> None:
     folder.mkdir(parents=True)
     for name in ("encoder.json", "vocab.bpe"):
         shutil.copyfile(options.vocabulary / name, folder / name)
-    sizes = model.HParams(50257, N_CTX, options.n_embd, max(1, options.n_embd // 64), 12)
+    sizes = model.HParams(N_VOCAB, N_CTX, options.n_embd, max(1, options.n_embd // 64), 12)
     write_model(str(folder), sizes, seed=0)
     with gpt2.start_tf_sess() as sess:
         gpt2.finetune(
@@ -109,13 +109,6 @@ def measure(run_name: str, precision: str, n_windows: int) -> Quality:
                     choices += piece.likeliest.top_tokens[0, :, 0].tolist()
             generation.free()
     return Quality(math.exp(-np.mean(scores)), np.array(choices))
-
-
-def in_child(function, *arguments):
-    """A function's result, from a process whose memory goes with it."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def compare(run_name: str, n_windows: int) -> bool:

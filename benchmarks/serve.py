@@ -28,7 +28,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import statistics
@@ -46,6 +45,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import httpx
 import numpy as np
 import tensorflow as tf
+from child_process import in_child
 
 import gpt_2_simple as gpt2
 from gpt_2_simple import session
@@ -170,9 +170,7 @@ def peer_server(python: str) -> Iterator[str]:
                    "--port", address.rpartition(":")[2]]  # fmt: skip
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         with open(os.path.join(folder, "log"), "w+") as log:
-            process = subprocess.Popen(
-                command, cwd=folder, env=environment, stdout=log, stderr=log
-            )  # fmt: skip
+            process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
             try:
                 while not _answers(address):
                     if process.poll() is not None:
@@ -334,13 +332,6 @@ def soak(options: argparse.Namespace) -> None:
         raise SystemExit("only rounding, where two tokens are equally likely, may change a text")
 
 
-def in_child(function, *arguments):
-    """A function's result, from a process whose memory goes with it."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
-
-
 def resident_bytes(pid: int) -> int:
     """A process's memory (Linux)."""
     with open(f"/proc/{pid}/statm") as file:
@@ -426,6 +417,9 @@ def main() -> None:
     parser.add_argument("--n_embd", type=int, default=768)
     parser.add_argument("--n_vocab", type=int, default=50257)
     options = parser.parse_args()
+    sizes = options.n_layer, options.n_embd, options.n_vocab
+    if options.reference_python and sizes != (12, 768, 50257):
+        parser.error("--reference-python compares with a model of 124M's sizes")
     if options.soak:
         soak(options)
         return

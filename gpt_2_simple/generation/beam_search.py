@@ -126,8 +126,9 @@ class BeamSearch(Generation):
         """
         self._leave_groups()
         ops = build_once(self.sess, build_beam_step, operations_for(self.sess))
+        self.grow(1)
         feeds = {
-            **self.step_feeds(ops, 1),
+            **self.step_feeds(ops),
             ops.text_tokens: self.text_tokens(0),
             ops.parents: self.parents,
             # Even if every beam has an end among its candidates, enough others are left.

@@ -48,7 +48,7 @@ class CacheOps:
 
 @dataclasses.dataclass
 class Grow:
-    """Replaces a cache by a copy with more empty columns."""
+    """Replaces a cache by a copy with more empty columns; Rearrange would copy it twice."""
 
     key: Any = placeholder(tf.int64)
     added_columns: Any = placeholder(tf.int32)

@@ -408,8 +408,9 @@ class Generation:
         holds the tokens' log-probabilities, and those of so many of the likeliest.
         """
         ops = build_once(self.sess, build_decode, operations_for(self.sess, len(self.rows) == 1))
+        self.grow(steps)
         feeds: dict[Any, Any] = {
-            **self.step_feeds(ops, steps),
+            **self.step_feeds(ops),
             ops.text_tokens: self.text_tokens(steps),
             ops.uniform: np.array([row.draw(steps) for row in self.rows]).T,
             ops.ended: [row.ended for row in self.rows],
@@ -436,8 +437,9 @@ class Generation:
         ops = build_once(self.sess, build_verify, operations_for(self.sess))
         longest = max(map(len, proposals))
         uniform = np.array([row.draw(longest + 1) for row in self.rows])
+        self.grow(longest + 1)
         feeds = {
-            **self.step_feeds(ops, longest + 1, longest + 1),
+            **self.step_feeds(ops, longest + 1),
             ops.proposals: [[*p] + [0] * (longest - len(p)) for p in proposals],
             ops.text_tokens: self.text_tokens(0, longest),
             ops.uniform: uniform,
@@ -467,7 +469,8 @@ class Generation:
         proposals = np.zeros([len(self.rows), longest - 1], np.int32)
         for line, tokens in zip(proposals, given, strict=True):
             line[: max(0, len(tokens) - 1)] = tokens[:-1]
-        run(self.sess, ops.run, {**self.step_feeds(ops, longest), ops.proposals: proposals})
+        self.grow(longest)
+        run(self.sess, ops.run, {**self.step_feeds(ops), ops.proposals: proposals})
         for row, tokens in zip(self.rows, given, strict=True):
             row.tokens.extend(tokens)
 
@@ -476,12 +479,14 @@ class Generation:
         status = [row.status for row in self.rows if not row.ended]
         check_status(np.array(status), model_precision(self.sess))
 
-    def step_feeds(self, inputs: StepInputs, steps: int, n_places: int = 1) -> dict[Any, Any]:
-        """Feeds for the next `steps` tokens, except text_tokens; the cache gets room for them.
+    @property
+    def _columns(self) -> list[int]:
+        """The column of each row's last token, which is not in the cache yet."""
+        return [0 if row.ended else row.n_cached for row in self.rows]
 
-        The settings of sampling are fed `n_places` times for each row.
-        """
-        columns = [0 if row.ended else row.n_cached for row in self.rows]
+    def grow(self, steps: int) -> None:
+        """Gives the cache columns for the next `steps` tokens, and for more if it lacks some."""
+        columns = self._columns
         missing = max(columns) + steps - self.capacity
         remaining = max(row.n_missing for row in self.rows)
         if len(set(columns)) > 1:
@@ -492,11 +497,17 @@ class Generation:
             ops = build_once(self.sess, build_grow)
             run(self.sess, ops.run, {ops.key: self.key, ops.added_columns: added})
             self.capacity += added
+
+    def step_feeds(self, inputs: StepInputs, n_places: int = 1) -> dict[Any, Any]:
+        """Feeds for the next tokens, except text_tokens; the cache has room for them, see grow().
+
+        The settings of sampling are fed `n_places` times for each row.
+        """
         sampling = [row.sampling for row in self.rows for _ in range(n_places)]
         return {
             inputs.cache_key: self.key,
             inputs.last_tokens: [row.tokens[-1] for row in self.rows],
-            inputs.columns: columns,
+            inputs.columns: self._columns,
             inputs.n_generated: [row.n_generated for row in self.rows],
             **sampling_feeds(inputs.sampling, sampling, self.hparams.n_vocab),
         }

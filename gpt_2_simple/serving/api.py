@@ -107,7 +107,7 @@ class _Flow:
         self.first_token_at: float | None = None
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._deadline = self.began + timeout
+        self._timeout = timeout
         self.jobs: list[Job] = []
         self._n_open = len(completion.prompts) * completion.n_texts
         self.n_new = 0  # tokens of the texts that are over
@@ -118,8 +118,19 @@ class _Flow:
 
     def _submit(self) -> list[Job]:
         listeners = [functools.partial(self._put, i) for i in range(len(self.completion.prompts))]
-        requests = completions.engine_requests(self.completion, self._deadline, listeners)
-        return _submit(self.engine, requests)
+        deadline = self.began + self._timeout
+        requests = completions.engine_requests(self.completion, deadline, listeners)
+        try:
+            return self.engine.submit(requests)
+        except QueueFullError:
+            raise BadRequestError(
+                f"too many prompts wait (at most {self.engine.max_queue}); try again later",
+                status=429,
+                code="queue_full",
+                kind=_KINDS[429],
+            ) from None
+        except ClosedError as error:
+            raise BadRequestError(str(error), status=503, kind=_KINDS[503]) from None
 
     def _put(self, number: int, event: Event) -> None:
         self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
@@ -153,20 +164,6 @@ class _Flow:
         """Frees what is not finished."""
         for job in self.jobs:
             job.cancel()
-
-
-def _submit(engine: Engine, requests: Any) -> list[Job]:
-    try:
-        return engine.submit(requests)
-    except QueueFullError:
-        raise BadRequestError(
-            f"too many prompts wait (at most {engine.max_queue}); try again later",
-            status=429,
-            code="queue_full",
-            kind=_KINDS[429],
-        ) from None
-    except ClosedError as error:
-        raise BadRequestError(str(error), status=503, kind=_KINDS[503]) from None
 
 
 class _EventStream(StreamingResponse):
