@@ -6,8 +6,9 @@
 
 The model has random weights. A trace of a chunk of decoding steps (RunMetadata) less that of one
 step gives what a step runs. Nodes that compute are those that start a kernel on a GPU; the others
-give a tensor another shape or name, or steer the loop. The time in products is that of the nodes
-that multiply matrices, traced; the time of a token is measured without a trace.
+give a tensor another shape or name, read some of its rows, or steer the loop. The time in products
+is that of the nodes that multiply matrices, traced; the time of a token is measured without a
+trace.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ STEPS = 21
 FREE = {
     "Const", "ControlTrigger", "Enter", "Exit", "ExpandDims", "Identity", "IdentityN", "LoopCond",
     "Merge", "NextIteration", "NoOp", "Placeholder", "ReadVariableOp", "Reshape", "Shape", "Size",
-    "Squeeze", "StopGradient", "Switch", "VarHandleOp", "_Arg", "_Retval", "_Send", "_Recv",
+    "Slice", "Squeeze", "StopGradient", "Switch", "VarHandleOp", "_Arg", "_Retval", "_Send",
+    "_Recv",
 }  # fmt: skip
 
 

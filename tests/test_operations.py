@@ -14,7 +14,17 @@ from gpt_2_simple.generation import beam_search, decode, kv_cache, operations, s
 from gpt_2_simple.sample import Beams
 
 ONE_ROW = operations._ONE_ROW
-SEVERAL_ROWS = {"few rows": operations.FEW_ROWS, "gpu": operations.ON_GPU}
+SEVERAL_ROWS = {
+    "few rows": operations.FEW_ROWS,
+    "gpu": operations.ON_GPU,
+    "fused gpu": operations.FUSED_ON_GPU,
+}
+
+
+def skip_without_fused_products(sess, name):
+    """TensorFlow has them on a CPU by oneDNN, which not every processor has."""
+    if name == "fused gpu" and not operations._fuses(sess):
+        pytest.skip("this TensorFlow's CPU kernels lack a product fused with GELU")
 
 
 @pytest.fixture
@@ -30,6 +40,7 @@ def use(monkeypatch):
 
 @pytest.mark.parametrize("name", [*ONE_ROW, *SEVERAL_ROWS])
 def test_each_way_writes_the_tokens_of_full_forward_passes(small_sess, use, name):
+    skip_without_fused_products(small_sess, name)
     use((ONE_ROW | SEVERAL_ROWS)[name])
     prefixes = [PREFIXES[2]] if name in ONE_ROW else PREFIXES
     found = write(small_sess, prefixes, 60)  # the window slides several times
@@ -38,26 +49,29 @@ def test_each_way_writes_the_tokens_of_full_forward_passes(small_sess, use, name
 
 def test_beams_and_guesses_on_a_gpu_are_those_of_a_cpu(small_sess, use):
     plain, found = [expected(prefix, 30) for prefix in PREFIXES], []
+    skip_without_fused_products(small_sess, "fused gpu")
     for way in SEVERAL_ROWS.values():
         use(way)
         beams = search(small_sess, PREFIXES, 15, Beams(3))
         guesses = Guesses(PREFIXES, plain, seed=0)
         assert write(small_sess, PREFIXES, 30, strategy=guesses).tolist() == plain
         found.append([[found_text.tokens for found_text in texts] for texts in beams])
-    assert found[0] == found[1]
+    assert all(texts == found[0] for texts in found)
 
 
-def test_each_operation_of_a_step_on_a_gpu_has_a_kernel_there():
+@pytest.mark.parametrize("chosen", [operations.ON_GPU, operations.FUSED_ON_GPU])
+def test_each_operation_of_a_step_on_a_gpu_has_a_kernel_there(chosen):
     with started() as sess:
         for build in (decode.build_decode, decode.build_verify, decode.build_beam_step):
-            kv_cache.build_once(sess, build, operations.ON_GPU)
+            kv_cache.build_once(sess, build, chosen)
         lacking = set()
         for op in sess.graph.get_operations():
             found = kernels.get_registered_kernels_for_op(op.type).kernel
             if not any(kernel.device_type in ("GPU", "DEFAULT") for kernel in found):
                 lacking.add(op.type)
         types = {op.type for op in sess.graph.get_operations()}
-    assert {"FusedBatchNormV3", "BiasAdd", "Softmax", "InplaceUpdate"} <= types
+    products = {"_FusedMatMul"} if chosen.linear_gelu else {"BiasAdd", "MatMul"}
+    assert {"FusedBatchNormV3", "Softmax", "InplaceUpdate"} | products <= types
     assert lacking == set()
 
 
@@ -69,7 +83,56 @@ def test_gpus_get_their_own_operations_and_int8_those_for_several_rows(small_ses
     assert operations.operations_for(small_sess, one_row=True) is operations.FEW_ROWS
     monkeypatch.setattr(operations, "has_gpu", lambda sess: True)
     for one_row in (True, False):
-        assert operations.operations_for(small_sess, one_row) is operations.ON_GPU
+        assert operations.operations_for(small_sess, one_row) is operations.ON_GPU  # int8's, too
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_gpus_get_fused_products_that_give_the_same_numbers(small_sess, monkeypatch, precision):
+    skip_without_fused_products(small_sess, "fused gpu")
+    monkeypatch.setattr(operations, "has_gpu", lambda sess: True)
+    monkeypatch.setattr(operations, "model_precision", lambda sess: precision)
+    assert operations.operations_for(small_sess) is operations.FUSED_ON_GPU
+    ops = kv_cache.build_once(small_sess, operations._build_fused_probe, precision)
+    numbers = np.random.default_rng(1)
+    shapes = {ops.x: [3, 64], ops.w: [64, 16], ops.b: [16]}
+    feeds = {name: numbers.normal(size=shape) for name, shape in shapes.items()}
+    fused, expected = small_sess.run((ops.fused, ops.expected), feeds)
+    tolerance = 1e-5 if precision == "float32" else 0.1
+    np.testing.assert_allclose(fused, expected, rtol=tolerance, atol=tolerance)
+
+
+def unknown_activation(w, b):
+    return operations._fused(b"BiasAdd", b"NoSuchActivation")(w, b)
+
+
+def unknown_operation(w, b):
+    graph = tf.compat.v1.get_default_graph()
+    return lambda x: graph.create_op("_NoSuchMatMul", [x, w, b], [w.dtype]).outputs[0]
+
+
+def wrong_numbers(w, b):
+    return lambda x: operations.ON_GPU.linear(w, b)(x) * 1.05
+
+
+def not_a_number(w, b):
+    return lambda x: operations.ON_GPU.linear(w, b)(x) / 0.0 * 0.0
+
+
+BROKEN_PRODUCTS = [unknown_activation, unknown_operation, wrong_numbers, not_a_number]
+
+
+@pytest.mark.parametrize("broken", BROKEN_PRODUCTS)
+def test_fused_products_that_fail_or_are_wrong_are_not_used(small_sess, monkeypatch, broken):
+    monkeypatch.setattr(operations, "has_gpu", lambda sess: True)
+    monkeypatch.setattr(operations, "_fused_is_right", {})
+    monkeypatch.setattr(operations, "_fused_linear", broken)
+    # A function of its own, so that the graph of another test's is not taken.
+    monkeypatch.setattr(
+        operations,
+        "_build_fused_probe",
+        lambda *args, build=operations._build_fused_probe: build(*args),
+    )
+    assert operations.operations_for(small_sess) is operations.ON_GPU
 
 
 @pytest.fixture
@@ -102,7 +165,9 @@ def test_one_row_gets_the_way_that_is_clearly_the_quickest(
     assert len(timed) == 1
 
 
-def test_small_models_16_bits_and_sessions_without_memory_get_the_usual_way(monkeypatch, choose):
+def test_small_models_16_bits_and_sessions_without_memory_get_the_usual_way(
+    small_sess, monkeypatch, choose
+):
     def fail(sess):
         raise tf.errors.ResourceExhaustedError(None, None, "no memory")
 
@@ -111,7 +176,8 @@ def test_small_models_16_bits_and_sessions_without_memory_get_the_usual_way(monk
     monkeypatch.setattr(operations, "_chosen", {})
     monkeypatch.setattr(operations, "_time_one_row", lambda sess: 1 / 0)
     monkeypatch.setattr(operations, "model_precision", lambda sess: "bfloat16")
-    assert choose() is operations.ONE_ROW
+    assert choose() is operations.ONE_ROW_16_BIT
+    assert operations.operations_for(small_sess) is operations.FEW_ROWS_16_BIT
     monkeypatch.undo()
     assert operations._MIN_WIDTH > HPARAMS.n_embd
     assert choose() is operations.ONE_ROW

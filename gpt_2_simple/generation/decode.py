@@ -240,7 +240,7 @@ def build_beam_step(
 ) -> BeamStep:
     """Adds the operations of BeamStep, computed by `operations`, to the graph."""
     ops = BeamStep()
-    cache = [tf.gather(part, ops.parents) for part in take_cache(ops.cache_key, hparams)]
+    cache = [tf.gather(part, ops.parents, axis=1) for part in take_cache(ops.cache_key, hparams)]
     n_rows = tf.size(ops.last_tokens)
     forward = _CachedForward(weights, hparams, cache, 0, n_rows, 1, operations)
     tokens, columns = ops.last_tokens[:, tf.newaxis], ops.columns[:, tf.newaxis]
@@ -281,7 +281,7 @@ class _CachedForward:
     """The model's forward pass for tokens that come after those in some rows of a cache.
 
     The rows follow each other. What is the same in each step of a loop is computed here, before
-    the loop. Between steps the cache is flat: tensors [rows * n_head * capacity, width].
+    the loop. Between steps the cache is flat: tensors [2 * rows * n_head * capacity, width].
     """
 
     def __init__(
@@ -297,17 +297,28 @@ class _CachedForward:
         self.weights, self.hparams, self.operations = weights, hparams, operations
         self.cache_shape, self.n_rows, self.n_tokens = tf.shape(cache[0]), n_rows, n_tokens
         self.width, heads = head_width(hparams), hparams.n_head
-        capacity = self.cache_shape[2]
+        cache_rows, capacity = self.cache_shape[1], self.cache_shape[3]
         row_numbers = first_row + tf.range(n_rows)
-        first_indices = (row_numbers[:, tf.newaxis] * heads + tf.range(heads)) * capacity
-        self.first_indices = first_indices[:, tf.newaxis]  # [rows, 1, heads]
-        self.read_start = tf.stack([first_row * heads * capacity, 0])
+        keys = (row_numbers[:, tf.newaxis] * heads + tf.range(heads)) * capacity
+        values = keys + cache_rows * heads * capacity
+        # [rows, 1, 2 * heads]
+        self.first_indices = tf.concat([keys, values], axis=1)[:, tf.newaxis]
+        first_key = first_row * heads * capacity
+        self.read_starts = [
+            tf.stack([first, 0]) for first in (first_key, first_key + cache_rows * heads * capacity)
+        ]
         self.read_size = tf.stack([n_rows * heads * capacity, self.width])
         self.keys_shape = tf.stack([n_rows * heads, capacity, self.width])
+        self.written_shape = tf.stack([2 * n_rows * n_tokens * heads, self.width])
         self.key_columns = tf.range(capacity)
-        self.layer_norm = operations.layer_norm(n_rows * n_tokens)
+        self.layer_norm = operations.layer_norm(n_rows * n_tokens, hparams.n_embd)
         self.layers = [
-            [_projection(layer, operations) for layer in block.linear_layers]
+            (
+                _projection(block.c_attn, operations),
+                _projection(block.c_proj, operations),
+                _projection_gelu(block.mlp_c_fc, operations),
+                _projection(block.mlp_c_proj, operations),
+            )
             for block in weights.blocks
         ]
         if weights.unembedding is None:
@@ -336,13 +347,13 @@ class _CachedForward:
         is_visible = self.key_columns <= columns[:, :, tf.newaxis]
         mask = tf.where(is_visible, 0.0, model.MASKED_SCORE)  # [rows, query, key]
         mask = tf.repeat(mask, self.hparams.n_head, axis=0)
-        # In the keys' order: row, token, head.
+        # In the order of the new ones: row, token, keys before values, head.
         indices = tf.reshape(self.first_indices + columns[:, :, tf.newaxis], [-1])
+        embd = self.hparams.n_embd
 
         def attend(layer: int, qkv: tf.Tensor) -> tf.Tensor:
-            q, k, v = tf.split(qkv, 3, axis=1)
-            cache[2 * layer], k = self._write(cache[2 * layer], indices, k)
-            cache[2 * layer + 1], v = self._write(cache[2 * layer + 1], indices, v)
+            q, new = tf.split(qkv, [embd, 2 * embd], axis=1)
+            cache[layer], k, v = self._write(cache[layer], indices, new)
             attention = self.operations.attention if self.n_tokens == 1 else model.attention
             q = self._split_heads(q * self.width**-0.5)
             return self._merge_heads(attention(q, k, v, mask))
@@ -355,24 +366,26 @@ class _CachedForward:
         for number, (block, layers) in enumerate(
             zip(self.weights.blocks, self.layers, strict=True)
         ):
-            c_attn, c_proj, mlp_c_fc, mlp_c_proj = layers
+            c_attn, c_proj, mlp_c_fc_gelu, mlp_c_proj = layers
             qkv = c_attn(self.layer_norm(x, block.ln_1))
             x = c_proj(attend(number, qkv), x)
-            hidden = model.gelu(mlp_c_fc(self.layer_norm(x, block.ln_2)))
-            x = mlp_c_proj(hidden, x)
+            x = mlp_c_proj(mlp_c_fc_gelu(self.layer_norm(x, block.ln_2)), x)
         return self.unembed(self.layer_norm(x, self.weights.ln_f)), cache
 
     def _write(
         self, part: tf.Tensor, indices: tf.Tensor, new: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """A part with new keys or values, and its rows [rows * n_head, capacity, width].
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        """A part with new keys and values, and its rows' keys and values.
 
-        Reading the first rows copies nothing.
+        These are [rows * n_head, capacity, width] each. Reading the first rows copies nothing.
         """
-        new = tf.reshape(new, [-1, self.width])
+        new = tf.reshape(new, self.written_shape)
         part = tf.raw_ops.InplaceUpdate(x=part, i=indices, v=new)
-        read = tf.slice(part, self.read_start, self.read_size)
-        return part, tf.reshape(read, self.keys_shape)
+        k, v = (
+            tf.reshape(tf.slice(part, start, self.read_size), self.keys_shape)
+            for start in self.read_starts
+        )
+        return part, k, v
 
     def _split_heads(self, q: tf.Tensor) -> tf.Tensor:
         """[rows * n_tokens, embd] -> [rows * n_head, n_tokens, width]."""
@@ -399,14 +412,17 @@ def _projection(layer: Any, operations: Operations) -> Project:
             return sum(terms, product + layer.b)
 
         return multiply
-    if layer.w.dtype != tf.float32:
-
-        def project(x: tf.Tensor, *terms: tf.Tensor) -> tf.Tensor:
-            product = tf.matmul(tf.cast(x, layer.w.dtype), layer.w)
-            return sum(terms, tf.cast(product, x.dtype) + layer.b)
-    else:
-        project = operations.linear(layer.w, layer.b)
+    project = operations.linear(layer.w, layer.b)
     update = getattr(layer, "update", None)
     if update is None:
         return project
     return lambda x, *terms: project(x, *terms, model.low_rank(x, update))
+
+
+def _projection_gelu(layer: Any, operations: Operations) -> Project:
+    """A linear layer of the model, and GELU: x [rows, nx] -> gelu(x w + b)."""
+    is_plain = not isinstance(layer, model.QuantizedLinear) and not getattr(layer, "update", None)
+    if operations.linear_gelu and is_plain:
+        return operations.linear_gelu(layer.w, layer.b)
+    project = _projection(layer, operations)
+    return lambda x: model.gelu(project(x))

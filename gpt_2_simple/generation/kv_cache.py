@@ -1,6 +1,6 @@
 """A session in, operations that keep keys and values in it between runs out.
 
-A cache is a list of tensors [rows, n_head, capacity, width]: each block's keys, then its values.
+A cache is a list of tensors [2, rows, n_head, capacity, width]: each block's keys and values.
 Between two runs it stays in the session under a number, its key, in a staging area of TensorFlow.
 """
 
@@ -195,18 +195,19 @@ def store_cache(key: tf.Tensor, cache: list[tf.Tensor]) -> tf.Operation:
 
 def take_cache(key: tf.Tensor, hparams: model.HParams) -> list[tf.Tensor]:
     """Removes the cache from the session, so that its memory is freed after its last use."""
-    indices = list(range(2 * hparams.n_layer))
+    indices = list(range(hparams.n_layer))
     dtypes = [tf.float32] * len(indices)
     cache = tf.raw_ops.MapUnstage(
         key=key, indices=indices, dtypes=dtypes, shared_name=_STAGING_AREA
     )
-    return [tf.ensure_shape(x, [None, hparams.n_head, None, head_width(hparams)]) for x in cache]
+    shape = [2, None, hparams.n_head, None, head_width(hparams)]
+    return [tf.ensure_shape(part, shape) for part in cache]
 
 
 def build_grow(_weights: model.Weights, hparams: model.HParams) -> Grow:
     """Adds the operations of Grow to the graph."""
     ops = Grow()
-    paddings = [[0, 0], [0, 0], [0, ops.added_columns], [0, 0]]
+    paddings = [[0, 0], [0, 0], [0, 0], [0, ops.added_columns], [0, 0]]
     parts = [tf.pad(part, paddings) for part in take_cache(ops.key, hparams)]
     ops.run = store_cache(ops.key, parts)
     return ops
@@ -217,8 +218,8 @@ def build_rearrange(_weights: model.Weights, hparams: model.HParams) -> Rearrang
     ops = Rearrange()
 
     def rearranged(part: tf.Tensor) -> tf.Tensor:
-        kept = tf.gather(part[:, :, : ops.kept_columns], ops.rows)
-        return tf.pad(kept, [[0, ops.added[0]], [0, 0], [0, ops.added[1]], [0, 0]])
+        kept = tf.gather(part[..., : ops.kept_columns, :], ops.rows, axis=1)
+        return tf.pad(kept, [[0, 0], [0, ops.added[0]], [0, 0], [0, ops.added[1]], [0, 0]])
 
     parts = [rearranged(part) for part in take_cache(ops.key, hparams)]
     ops.run = store_cache(ops.key, parts)
@@ -228,21 +229,27 @@ def build_rearrange(_weights: model.Weights, hparams: model.HParams) -> Rearrang
 def build_copy_rows(_weights: model.Weights, hparams: model.HParams) -> CopyRows:
     """Adds the operations of CopyRows to the graph."""
     ops = CopyRows()
-    parts = [
-        tf.raw_ops.InplaceUpdate(x=part, i=ops.targets, v=tf.gather(part, ops.sources))
-        for part in take_cache(ops.key, hparams)
-    ]
-    ops.run = store_cache(ops.key, parts)
+    cache = take_cache(ops.key, hparams)
+    shape = tf.shape(cache[0])
+    sources, targets = ([rows, rows + shape[1]] for rows in (ops.sources, ops.targets))
+    sources, targets = tf.concat(sources, 0), tf.concat(targets, 0)  # keys, values
+
+    def copied(part: tf.Tensor) -> tf.Tensor:
+        rows = tf.reshape(part, tf.concat([[-1], shape[2:]], 0))
+        new = tf.raw_ops.InplaceUpdate(x=rows, i=targets, v=tf.gather(rows, sources))
+        return tf.reshape(new, shape)
+
+    ops.run = store_cache(ops.key, [copied(part) for part in cache])
     return ops
 
 
 def _build_cache_ops(_weights: model.Weights, hparams: model.HParams) -> CacheOps:
-    ops, n_parts = CacheOps(), 2 * hparams.n_layer
+    ops, n_parts = CacheOps(), hparams.n_layer
 
     def empty(rows: Any, capacity: Any) -> list[tf.Tensor]:
         # Parts of one tensor: TensorFlow would replace equal tensors by one, and all would write
         # to that.
-        shape = [n_parts, rows, hparams.n_head, capacity, head_width(hparams)]
+        shape = [n_parts, 2, rows, hparams.n_head, capacity, head_width(hparams)]
         return tf.unstack(tf.zeros(shape), n_parts)
 
     # MapUnstage waits until there is something under the key, so something is put there first.

@@ -25,6 +25,9 @@ from .kv_cache import build_once, fetched, model_precision, placeholder, run
 # x [rows, nx], terms [rows, nf] -> x times a matrix, and the terms added [rows, nf].
 Project = Callable[..., tf.Tensor]
 
+# w, b -> x w + b. The product is computed in w's precision; x and what comes out have x's.
+Linear = Callable[[tf.Tensor, tf.Tensor], Project]
+
 # x [rows, embd] -> its layer norm.
 Normalize = Callable[[tf.Tensor, model.LayerNorm], tf.Tensor]
 
@@ -32,29 +35,32 @@ Normalize = Callable[[tf.Tensor, model.LayerNorm], tf.Tensor]
 class Operations(NamedTuple):
     """How a step computes. What does not change from step to step is made before the loop."""
 
-    linear: Callable[[tf.Tensor, tf.Tensor], Project]  # of a matrix [nx, nf] and a bias [nf]
+    linear: Linear  # of a matrix [nx, nf] and a bias [nf]
     unembed: Callable[[tf.Tensor], Project]  # of wte [n_vocab, embd]: x wte^T, no terms
     # Of one query a row: q [rows, 1, width], k and v [rows, keys, width], mask -> as q.
     attention: Callable[..., tf.Tensor]
-    layer_norm: Callable[[tf.Tensor], Normalize]  # of the number of rows
+    layer_norm: Callable[[tf.Tensor, int], Normalize]  # of the numbers of rows and columns
+    linear_gelu: Linear | None = None  # as `linear`, then GELU, where one kernel does all
     keeps_layout: bool = False  # of matrices that are int8; see model.Multiply
 
 
 def operations_for(sess: tf.compat.v1.Session, one_row: bool = False) -> Operations:
     """The operations of a step for a few rows of tokens, or for one."""
     if has_gpu(sess):
-        return ON_GPU
+        return FUSED_ON_GPU if _fuses(sess) else ON_GPU
     precision = model_precision(sess)
-    if not one_row or precision == "int8":
-        return FEW_ROWS
-    return _quickest_for_one_row(sess) if precision == "float32" else ONE_ROW
+    if one_row and precision == "float32":
+        return _quickest_for_one_row(sess)
+    if precision in ("bfloat16", "float16"):
+        return ONE_ROW_16_BIT if one_row else FEW_ROWS_16_BIT
+    return FEW_ROWS
 
 
 # --- products -------------------------------------------------------------------------------------
 
 
 def _in_parts(w: tf.Tensor, b: tf.Tensor) -> Project:
-    """For one row.
+    """For one row, in float32.
 
     TensorFlow computes the products of a BatchMatMulV3 of one row in a thread each, and one thread
     alone cannot read memory fast enough. Twice as many parts as cores leave less to do for a thread
@@ -74,13 +80,47 @@ def _in_parts(w: tf.Tensor, b: tf.Tensor) -> Project:
     return project
 
 
-def _by(multiply: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]) -> Callable[..., Project]:
+def _by(multiply: Callable[[tf.Tensor, tf.Tensor], tf.Tensor]) -> Linear:
     """A layer whose product is computed by `multiply`."""
 
     def linear(w: tf.Tensor, b: tf.Tensor) -> Project:
-        return lambda x, *terms: sum(terms, tf.nn.bias_add(multiply(x, w), b))
+        def project(x: tf.Tensor, *terms: tf.Tensor) -> tf.Tensor:
+            product = tf.cast(multiply(tf.cast(x, w.dtype), w), x.dtype)
+            return sum(terms, tf.nn.bias_add(product, b))
+
+        return project
 
     return linear
+
+
+def _fused(*fused_ops: bytes) -> Linear:
+    """A layer whose product, bias and what else is named are one kernel, _FusedMatMul.
+
+    TensorFlow's optimizer makes these nodes, too, but of fewer patterns on a GPU. See _fuses.
+    """
+
+    def linear(w: tf.Tensor, b: tf.Tensor) -> Project:
+        attr, bias = tf.compat.v1.AttrValue, tf.cast(b, w.dtype)
+        attrs = {
+            "T": attr(type=w.dtype.as_datatype_enum),
+            "num_args": attr(i=1),
+            "fused_ops": attr(list=attr.ListValue(s=fused_ops)),
+        }
+
+        def project(x: tf.Tensor, *terms: tf.Tensor) -> tf.Tensor:
+            op = tf.compat.v1.get_default_graph().create_op(
+                "_FusedMatMul", [tf.cast(x, w.dtype), w, bias], [w.dtype], name="fused", attrs=attrs
+            )
+            op.outputs[0].set_shape([x.shape[0], w.shape[1]])
+            return sum(terms, tf.cast(op.outputs[0], x.dtype))
+
+        return project
+
+    return linear
+
+
+_fused_linear = _fused(b"BiasAdd")
+_fused_linear_gelu = _fused(b"BiasAdd", b"GeluApproximate")
 
 
 def _whole(x: tf.Tensor, w: tf.Tensor) -> tf.Tensor:
@@ -124,7 +164,7 @@ def _attention(q: tf.Tensor, k: tf.Tensor, v: tf.Tensor, mask: tf.Tensor) -> tf.
     return tf.matmul(tf.nn.softmax(tf.matmul(q, k, transpose_b=True) + mask), v)
 
 
-def _layer_norm_in_steps(_n_rows: tf.Tensor) -> Normalize:
+def _layer_norm_in_steps(_n_rows: tf.Tensor, _width: int) -> Normalize:
     """On a CPU its nine nodes take 5 us for one row.
 
     The operations that do it at once set themselves up in each run, which takes longer:
@@ -133,17 +173,17 @@ def _layer_norm_in_steps(_n_rows: tf.Tensor) -> Normalize:
     return model.layer_norm
 
 
-def _layer_norm_by_batch_norm(n_rows: tf.Tensor) -> Normalize:
+def _layer_norm_by_batch_norm(n_rows: tf.Tensor, width: int) -> Normalize:
     """Three kernels in the place of nine: a batch norm whose channels are the rows."""
     ones, zeros = tf.ones([n_rows]), tf.zeros([n_rows])
+    image_shape, shape = tf.stack([1, n_rows, width, 1]), tf.stack([n_rows, width])
 
     def layer_norm(x: tf.Tensor, parameters: model.LayerNorm) -> tf.Tensor:
-        width = x.shape.as_list()[-1]
         normalized = tf.raw_ops.FusedBatchNormV3(
-            x=tf.reshape(x, [1, -1, width, 1]), scale=ones, offset=zeros, mean=[], variance=[],
+            x=tf.reshape(x, image_shape), scale=ones, offset=zeros, mean=[], variance=[],
             epsilon=model.LAYER_NORM_EPSILON, data_format="NCHW", is_training=True,
         )  # fmt: skip
-        return tf.reshape(normalized.y, [-1, width]) * parameters.g + parameters.b
+        return tf.reshape(normalized.y, shape) * parameters.g + parameters.b
 
     return layer_norm
 
@@ -159,7 +199,77 @@ _ONE_ROW = {
 ONE_ROW = _ONE_ROW["in parts"]
 FEW_ROWS = Operations(_by(_einsum), _unembed_by_einsum, _attention_in_steps, _layer_norm_in_steps)
 MANY_ROWS = FEW_ROWS._replace(linear=_by(tf.matmul))
+# The other products were measured in float32 alone.
+ONE_ROW_16_BIT = ONE_ROW._replace(linear=_by(tf.matmul))
+FEW_ROWS_16_BIT = FEW_ROWS._replace(linear=_by(tf.matmul))
 ON_GPU = Operations(_by(tf.matmul), _unembed_by_matmul, _attention, _layer_norm_by_batch_norm)
+FUSED_ON_GPU = ON_GPU._replace(linear=_fused_linear, linear_gelu=_fused_linear_gelu)
+
+
+# --- fused products -------------------------------------------------------------------------------
+
+_PROBED_ROWS = (1, 2, 20)
+# Of the largest number. A GPU may round the inputs of float32's products to 10 bits, and bfloat16
+# has 8.
+_PROBE_TOLERANCE = 0.02
+
+
+@dataclasses.dataclass
+class _FusedProbe:
+    """A layer, and a layer and its GELU, in one kernel and in several."""
+
+    x: Any = placeholder(tf.float32, None, None)  # [rows, nx]
+    w: Any = placeholder(tf.float32, None, None)  # [nx, nf]
+    b: Any = placeholder(tf.float32, None)  # [nf]
+    fused: list[tf.Tensor] = fetched()  # [rows, nf] each
+    expected: list[tf.Tensor] = fetched()
+
+
+def _build_fused_probe(
+    _weights: model.Weights, _hparams: model.HParams, precision: str
+) -> _FusedProbe:
+    ops = _FusedProbe()
+    w = tf.cast(ops.w, precision)
+    plain = ON_GPU.linear(w, ops.b)(ops.x)
+    ops.expected = [plain, model.gelu(plain)]
+    ops.fused = [linear(w, ops.b)(ops.x) for linear in (_fused_linear, _fused_linear_gelu)]
+    return ops
+
+
+def _probe_fused(sess: tf.compat.v1.Session, precision: str) -> bool:
+    """Whether FUSED_ON_GPU's products are right for a layer of the model's width."""
+    width = session.graph_state(sess).hparams.n_embd
+    ops = build_once(sess, _build_fused_probe, precision)
+    numbers = np.random.default_rng(0)
+    w, b = numbers.normal(0, width**-0.5, [width, width]), numbers.normal(size=width)
+    for n_rows in _PROBED_ROWS:
+        x = numbers.normal(size=[n_rows, width])
+        feeds = {ops.x: x, ops.w: w, ops.b: b}
+        for fused, expected in zip(*run(sess, (ops.fused, ops.expected), feeds), strict=True):
+            if not np.abs(fused - expected).max() < _PROBE_TOLERANCE * np.abs(expected).max():
+                return False
+    return True
+
+
+_fused_is_right: dict[tuple[int, str], bool] = {}  # by n_embd and precision
+
+
+def _fuses(sess: tf.compat.v1.Session) -> bool:
+    """Whether this TensorFlow and this device have FUSED_ON_GPU's products; tried once a process.
+
+    Their operation is TensorFlow's own business: another version may change it, or take it away.
+    """
+    precision = model_precision(sess)
+    if precision == "int8":  # whose products are others
+        return False
+    key = (session.graph_state(sess).hparams.n_embd, precision)
+    with _choosing:
+        if key not in _fused_is_right:
+            try:
+                _fused_is_right[key] = _probe_fused(sess, precision)
+            except (tf.errors.OpError, RuntimeError, TypeError, ValueError):
+                _fused_is_right[key] = False
+        return _fused_is_right[key]
 
 
 # --- the quickest for one row ---------------------------------------------------------------------
