@@ -23,6 +23,37 @@ def test_greedy_equals_the_full_forward_pass(small_sess, prefixes, chunk):
 
 
 @pytest.mark.parametrize(
+    ("max_tokens", "shapes"),
+    [
+        # Contexts of 19, 8 and 2 tokens; that of one token has none before its last.
+        (1024, [(3, 19)]),
+        (8, [(3, 2), (2, 4), (2, 4), (1, 8), (1, 1)]),
+        (1, [(3, 1)] * 2 + [(2, 1)] * 6 + [(1, 1)] * 11),
+    ],
+)
+def test_prefill_in_pieces_leaves_out_rows_that_are_done(
+    small_sess, monkeypatch, max_tokens, shapes
+):
+    run, found = sequences.run, []
+
+    def watch(sess, fetches, feeds):
+        found.extend(np.shape(x) for x in feeds.values() if np.ndim(x) == 2)
+        return run(sess, fetches, feeds)
+
+    generation = sequences.Generation(small_sess)
+    stream = sequences.random_stream(0, 0)
+    rows = [sequences.Sequence(list(prefix), GREEDY, 4, stream) for prefix in PREFIXES]
+    monkeypatch.setattr(sequences, "run", watch)
+    for _ in generation.join(rows, max_tokens):
+        pass
+    monkeypatch.undo()
+    assert found == shapes
+    tokens = generation.decode(4).tokens.tolist()
+    generation.free()
+    assert tokens == [expected(prefix, 4) for prefix in PREFIXES]
+
+
+@pytest.mark.parametrize(
     "hparams",
     [
         model.HParams(n_vocab=50, n_ctx=8, n_embd=6, n_head=1, n_layer=1),

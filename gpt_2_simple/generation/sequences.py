@@ -259,7 +259,8 @@ class Generation:
         columns are then those of the prefixes, from their second token on.
         """
         contexts = list(dict.fromkeys(row.cached_tokens for row in rows))
-        self.joining_columns = max(map(len, contexts))
+        contexts.sort(key=len, reverse=True)  # for _prefill
+        self.joining_columns = len(contexts[0])
         first = len(self.rows)
         self._make_room(first + len(rows), self.joining_columns)
         self.joining = range(first, first + len(contexts))
@@ -282,25 +283,30 @@ class Generation:
         n_likeliest: int = -1,
         first_row: int | None = None,
     ) -> abc.Iterator[PrefillPiece]:
-        """Computes the cache's rows from `first_row` on, or else those that are joining."""
-        ops, longest = build_once(self.sess, build_prefill), max(map(len, contexts))
-        tokens = np.array([[*c] + [0] * (longest - len(c)) for c in contexts], np.int32)
-        step = max(1, max_tokens // len(contexts))
-        for start in range(0, longest, step):
+        """Computes the cache's rows from `first_row` on, or else those that are joining.
+
+        No context is longer than the one before it: those that go on in a piece are the first rows.
+        """
+        ops, start, longest = build_once(self.sess, build_prefill), 0, len(contexts[0])
+        while start < longest:
+            contexts = [context for context in contexts if len(context) > start]
+            end = min(start + max(1, max_tokens // len(contexts)), longest)
+            pieces = [context[start:end] for context in contexts]
             feeds = {
                 ops.cache_key: self.key,
                 ops.first_row: self.joining.start if first_row is None else first_row,
                 ops.first_column: start,
-                ops.tokens: tokens[:, start : start + step],
+                ops.tokens: [[*piece] + [0] * (end - start - len(piece)) for piece in pieces],
             }
             likeliest = None
             if next_tokens is None:
                 run(self.sess, ops.run, feeds)
             else:
-                feeds[ops.next_tokens] = [line[start : start + step] for line in next_tokens]
+                feeds[ops.next_tokens] = [line[start:end] for line in next_tokens]
                 feeds[ops.n_likeliest] = n_likeliest
                 _, likeliest = run(self.sess, [ops.run, ops.likeliest], feeds)
-            yield PrefillPiece(likeliest, start + step >= longest)
+            yield PrefillPiece(likeliest, end == longest)
+            start = end
 
     def remove(self, rows: abc.Collection[Sequence]) -> None:
         """Removes sequences; once many leave, the cache becomes smaller."""
