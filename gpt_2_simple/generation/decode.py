@@ -302,15 +302,15 @@ class _CachedForward:
         self.cache_shape, self.n_rows, self.n_tokens = tf.shape(cache[0]), n_rows, n_tokens
         self.width, heads = head_width(hparams), hparams.n_head
         cache_rows, capacity = self.cache_shape[1], self.cache_shape[3]
+        # Of the flat cache's rows: the first of the values, of the keys that are read, and of those
+        # of each row and head [rows, n_head].
+        first_value = cache_rows * heads * capacity
+        first_read = first_row * heads * capacity
         row_numbers = first_row + tf.range(n_rows)
-        keys = (row_numbers[:, tf.newaxis] * heads + tf.range(heads)) * capacity
-        values = keys + cache_rows * heads * capacity
-        # [rows, 1, 2 * heads]
-        self.first_indices = tf.concat([keys, values], axis=1)[:, tf.newaxis]
-        first_key = first_row * heads * capacity
-        self.read_starts = [
-            tf.stack([first, 0]) for first in (first_key, first_key + cache_rows * heads * capacity)
-        ]
+        first_keys = (row_numbers[:, tf.newaxis] * heads + tf.range(heads)) * capacity
+        first_indices = tf.concat([first_keys, first_keys + first_value], axis=1)
+        self.first_indices = first_indices[:, tf.newaxis]  # [rows, 1, 2 * heads]
+        self.read_starts = [tf.stack([first_read + part, 0]) for part in (0, first_value)]
         self.read_size = tf.stack([n_rows * heads * capacity, self.width])
         self.keys_shape = tf.stack([n_rows * heads, capacity, self.width])
         self.written_shape = tf.stack([2 * n_rows * n_tokens * heads, self.width])
