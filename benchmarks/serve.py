@@ -17,9 +17,9 @@ its prompts are texts of as many tokens.
 
 --soak instead starts `gpt_2_simple serve` in a process of its own, on a model with random weights
 and a vocabulary of bytes, and sends requests of random shapes: one to four prompts, one or two
-texts, streams, log-probabilities. It compares each greedy text with that of generate(), and the
-server's memory after a tenth of the requests with that after all. It also tells the time from the
-model's load to the first answer.
+texts, streams, log-probabilities. It compares each greedy text with that of generate(), and tells
+the server's memory after each tenth of the requests, and the time from the model's load to the
+first answer.
 """
 
 from __future__ import annotations
@@ -323,7 +323,8 @@ def soak(options: argparse.Namespace) -> None:
         shapes = in_child(random_shapes, folder, options.soak)
         different, memory = 0, []
         with server_process(folder, options) as (address, pid):
-            for part in (shapes[: options.soak // 10], shapes[options.soak // 10 :]):
+            tenth = -(-options.soak // 10)
+            for part in (shapes[i : i + tenth] for i in range(0, options.soak, tenth)):
                 with concurrent.futures.ThreadPoolExecutor(options.clients) as pool:
                     found = list(pool.map(lambda shape: texts_of(address, shape.body), part))
                 for shape, texts in zip(part, found, strict=True):
@@ -335,9 +336,9 @@ def soak(options: argparse.Namespace) -> None:
     n_texts = len({text for shape in shapes for text in shape.texts})
     print(f"{different} of {options.soak} requests got other texts than generate's "
           f"({n_texts} different texts)")  # fmt: skip
-    after, at_end = (m / 2**20 for m in memory)
-    print(f"memory after {options.soak // 10} requests {after:.0f} MB, after {options.soak} "
-          f"{at_end:.0f} MB: ratio {at_end / after:.3f}")  # fmt: skip
+    megabytes = ", ".join(f"{m / 2**20:.0f}" for m in memory)
+    print(f"memory after each tenth of the requests, MB: {megabytes}; "
+          f"the last over the first {memory[-1] / memory[0]:.3f}")  # fmt: skip
     if different:
         raise SystemExit("only rounding, where two tokens are equally likely, may change a text")
 
