@@ -328,13 +328,12 @@ def train(bench: Bench, name: str, settings: dict[str, Any]) -> dict[str, Any]:
     text = f"{what}: fits into the plan's {megabytes(total)} MB"
     lines, error = bench.run(what, {**task, "limit": total})
     found = lines[0] if lines else {"error": error}
-    reason = found.get("error") or ""
     # Some of oneDNN's kernels do not ask whether they got memory, and end the process.
-    if reason == OUT_OF_MEMORY or reason.endswith(ABORTED):
+    if found.get("error") == OUT_OF_MEMORY or (error or "").endswith(ABORTED):
         lines, error = bench.run(f"{what}, without a limit", task)
         found = lines[0] if lines else {"error": error}
         peak = f"peak {megabytes(found['peak'])} MB" if "peak" in found else found["error"]
-        bench.check(text, f"{reason}; without a limit: {peak}", False)
+        bench.check(text, f"{OUT_OF_MEMORY}; without a limit: {peak}", False)
     elif "error" in found:
         bench.check(text, found["error"], None if found["error"] == OUT_OF_TIME else False)
     else:
